@@ -1,0 +1,142 @@
+"""The command line's options, shared by its verbs, and how their texts are read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attncompile.core.errors import BadArguments
+from attncompile.core.profile import Range
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX file.", show_default=False)]
+Policy = Annotated[
+    str, typer.Option("--policy", metavar="P", help="exact, sparse, another policy's name, or a policy's .toml file.")
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target", metavar="T", show_default=False,
+        help="onnx, tensorrt-rtx or tensorrt. Default: tensorrt with a GPU, else tensorrt-rtx, else onnx, "
+        "as far as they are installed. onnx is always written.",
+    ),
+]  # fmt: skip
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="OUT", show_default=False, help="Output folder. Default: MODEL.attncompile here."
+    ),
+]
+PlanOut = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="OUT", show_default=False, help="A .toml file, or a folder for plan.toml."),
+]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs", metavar="FILE", show_default=False,
+        help="Real inputs: .npz, Polygraphy's .json, or a .py with load_data(). Approximations need them.",
+    ),
+]  # fmt: skip
+Profile = Annotated[
+    list[str],
+    typer.Option(
+        "--profile", "--shapes", metavar="SYM=MIN:USUAL:MAX", show_default=False,
+        help="Sizes of a dynamic dimension, such as seq=1:512:4096 or batch=1. Repeat it, or use commas.",
+    ),
+]  # fmt: skip
+MaxError = Annotated[
+    float | None,
+    typer.Option("--max-error", metavar="E", show_default=False, help="Budget at the outputs. Default: the policy's."),
+]
+Metric = Annotated[str, typer.Option("--metric", metavar="M", help="What --max-error is measured in.")]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", show_default=False, help="Apply this (edited) plan.toml.")
+]
+RequireSites = Annotated[
+    int | None,
+    typer.Option("--require-sites", metavar="N", show_default=False, help="Fail unless N sites or more are found."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if any replacement had to be rolled back.")]
+KeepSlower = Annotated[bool, typer.Option("--keep-slower", help="Keep replacements that are measured to be slower.")]
+Fp16 = Annotated[bool, typer.Option("--fp16", help="Build the engine in float16.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Build the engine in bfloat16.")]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        "--grid", metavar="HxW[+P]", show_default=False,
+        help="How tokens lie in space, such as 14x14+1 (a class token before a 14 by 14 grid).",
+    ),
+]  # fmt: skip
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", min=1, show_default=False, help="CPU threads. Default: all usable."),
+]
+HashWeights = Annotated[bool, typer.Option("--hash-weights", help="Hash the contents of external weights too.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of generated inputs.")]
+Sites = Annotated[
+    list[str],
+    typer.Option(
+        "--site", metavar="ID", show_default=False, help="Only this site; repeat it for more.",
+    ),
+]  # fmt: skip
+Format = Annotated[str, typer.Option("--format", metavar="table|json", help="What goes to stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement")
+
+_GRID = re.compile(r"[1-9]\d*(x[1-9]\d*){0,2}(\+\d+){0,2}")
+
+
+def choice(value: str, names: Sequence[str], option: str) -> str:
+    """``value`` if it is one of ``names``; else BadArguments, with the name that was probably meant."""
+    if value in names:
+        return value
+    close = difflib.get_close_matches(value, names, 1)
+    hint = f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(names)}"
+    raise BadArguments(f"{option} does not know '{value}'", hint)
+
+
+def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
+    """``["seq=1:512:4096", "batch=1"]`` as ranges. A single number fixes the dimension."""
+    ranges: dict[str, Range] = {}
+    for text in (part for item in texts for part in item.split(",") if part.strip()):
+        symbol, equals, sizes = (piece.strip() for piece in text.partition("="))
+        if not equals or not symbol:
+            raise BadArguments(f"--profile '{text}' has no '='", "write SYMBOL=MIN:USUAL:MAX, such as seq=1:512:4096")
+        pieces = sizes.split(":")
+        if len(pieces) not in (1, 3) or not all(re.fullmatch(r"\s*\d+\s*", p) for p in pieces):
+            raise BadArguments(
+                f"--profile '{text}' is not one size, nor three", "write SYMBOL=MIN:USUAL:MAX, such as seq=1:512:4096"
+            )
+        if symbol in ranges:
+            raise BadArguments(f"--profile gives '{symbol}' twice", "keep one of the two")
+        numbers = [int(p) for p in pieces]
+        ranges[symbol] = Range(numbers[0], numbers[len(numbers) // 2], numbers[-1])
+    return ranges
+
+
+def precision(fp16: bool, bf16: bool) -> str | None:
+    """The engine's precision; BadArguments for both at once."""
+    if fp16 and bf16:
+        raise BadArguments("--fp16 and --bf16 exclude each other", "choose one of them")
+    return "fp16" if fp16 else "bf16" if bf16 else None
+
+
+def check_grid(text: str | None) -> str | None:
+    """``text`` if it is written like ``4096``, ``14x14+1`` or ``8x14x14+1+0`` (prefix, then suffix tokens)."""
+    if text is not None and not _GRID.fullmatch(text):
+        raise BadArguments(f"--grid '{text}' is not a grid", "write HEIGHTxWIDTH+PREFIX, such as 14x14+1")
+    return text
+
+
+def existing(path: Path | None, option: str) -> Path | None:
+    """``path`` if it is None or there."""
+    if path is not None and not path.exists():
+        raise BadArguments(f"{option}: {path} does not exist", "check the path")
+    return path

@@ -1,0 +1,94 @@
+"""What a mechanism (a folder in ``plugins/``) offers to the rest. Free of hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from onnx import FunctionProto, NodeProto, TensorProto
+
+from attncompile.core.site import AttentionSite
+from attncompile.core.verdict import Verdict
+
+Parameters = Mapping[str, Any]
+"""A mechanism's parameters: TOML-representable values only (int, float, bool, str, lists of them)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to replace one site. ``parameters`` round-trip through plan.toml."""
+
+    mechanism: str
+    parameters: Parameters
+    exact: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """What replaces a site's nodes: ``nodes`` in topological order, the last of which produces the site's output
+    value under its original name, with the initializers and model-local functions that they need.
+    """
+
+    nodes: tuple[NodeProto, ...]
+    functions: tuple[FunctionProto, ...] = ()
+    initializers: tuple[TensorProto, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Work of one call: multiply-adds are counted as 2 ``flops``; ``keys`` is the number of keys that a query
+    meets on average, masked ones in touched blocks included; ``elements`` the score elements written.
+    """
+
+    flops: float
+    keys: float
+    elements: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Concrete sizes of one call of a site."""
+
+    batch: int
+    query_length: int
+    key_length: int
+    bindings: Mapping[str, int] = field(default_factory=dict)
+
+
+class Mechanism(Protocol):
+    """Mathematics and parameters of one kind of attention."""
+
+    name: str
+
+    def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
+        """Ways to replace ``site`` that change nothing but rounding, and why others do not apply."""
+        ...
+
+    def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
+        """Ways to approximate ``site``, cheapest first."""
+        ...
+
+    def supports(self, site: AttentionSite, parameters: Parameters) -> Verdict:
+        """Whether ``lower`` can express this site with these parameters."""
+        ...
+
+    def is_exact_for(self, site: AttentionSite, parameters: Parameters) -> Verdict:
+        """Whether the replacement is provably the same function as the site."""
+        ...
+
+    def cost(self, site: AttentionSite, parameters: Parameters, shape: Shape) -> Cost:
+        """Work of the function body at ``shape``."""
+        ...
+
+    def reference(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, parameters: Parameters, **extra: Any
+    ) -> np.ndarray:
+        """Naive definition in float64. q [B, Nq, H, D], k [B, Nk, Hkv, D], v [B, Nk, Hkv, Dv] -> [B, Nq, H, Dv]."""
+        ...
+
+    def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
+        """The op with its function body, for a model that imports ``opset`` of the standard domain."""
+        ...

@@ -1,0 +1,47 @@
+"""Predicted time of a site, before anything is run. Used to rank candidates; what ships is decided by measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attncompile.core.mechanism import Cost, Shape
+from attncompile.core.site import AttentionSite, Dim
+
+FLOPS_PER_ELEMENT = 40.0
+"""A score element costs as much as this many flops of a matrix product: it is written and read by the mask, by the
+softmax and by the second product. Measured with tools/bench_site.py on 2 CPU cores."""
+
+
+def dense_cost(site: AttentionSite, shape: Shape) -> Cost:
+    """Work of the site as it is: every query meets every key."""
+    scores = float(shape.batch * site.heads * shape.query_length * shape.key_length)
+    return Cost(2.0 * scores * (site.head_dim + site.value_dim), shape.key_length, scores)
+
+
+def predicted_gain(site: AttentionSite, cost: Cost, shape: Shape) -> float:
+    """Time of the site as it is over the time of ``cost``."""
+    before = dense_cost(site, shape)
+    return _time(before) / max(_time(cost), 1.0)
+
+
+def _time(cost: Cost) -> float:
+    return cost.flops + FLOPS_PER_ELEMENT * cost.elements
+
+
+def shape_of(site: AttentionSite, binding: Mapping[str, int]) -> Shape:
+    """The site's sizes at ``binding``."""
+    return Shape(
+        _bind(site.batch, binding), _bind(site.query_length, binding), _bind(site.key_length, binding), binding
+    )
+
+
+def _bind(dim: Dim, binding: Mapping[str, int]) -> int:
+    """A dimension such as ``2*seq + 1`` in numbers."""
+    if isinstance(dim, int):
+        return dim
+    total = 0
+    for term in dim.split(" + "):
+        factor, _, symbol = term.rpartition("*")
+        size = binding[symbol] if symbol in binding else int(symbol)
+        total += int(factor or 1) * size
+    return total

@@ -1,0 +1,126 @@
+"""How far two arrays are apart. Pure NumPy, computed in float64; names as in ../shared/design.md, "Fidelity"."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Distances of ``ours`` from ``reference``. ``kl`` and ``top1_agreement`` treat the last axis as logits and are
+    None where it has fewer than two entries. ``elements`` is the number of values compared.
+    """
+
+    relative_l2: float
+    max_abs: float
+    cosine: float
+    psnr: float
+    kl: float | None
+    top1_agreement: float | None
+    elements: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no infinities or NaN: they become None."""
+
+        def clean(x: float | None) -> float | None:
+            return x if x is not None and math.isfinite(x) else None
+
+        return {
+            "relative_l2": clean(self.relative_l2), "max_abs": clean(self.max_abs), "cosine": clean(self.cosine),
+            "psnr": clean(self.psnr), "kl": clean(self.kl), "top1_agreement": clean(self.top1_agreement),
+            "elements": self.elements,
+        }  # fmt: skip
+
+
+def compute(reference: np.ndarray, ours: np.ndarray) -> Metrics:
+    """All metrics of two arrays of one shape. NaN anywhere gives NaN, never a good number; an empty array raises."""
+    if reference.shape != ours.shape:
+        raise ValueError(f"shapes differ: {reference.shape} and {ours.shape}")
+    if reference.size == 0:
+        raise ValueError("nothing to compare: the arrays are empty")
+    r, o = reference.astype(np.float64), ours.astype(np.float64)
+    logits = r.ndim >= 1 and r.shape[-1] >= 2
+    return Metrics(
+        relative_l2=relative_l2(r, o), max_abs=max_abs(r, o), cosine=cosine(r, o), psnr=psnr(r, o),
+        kl=kl_divergence(r, o) if logits else None, top1_agreement=top1_agreement(r, o) if logits else None,
+        elements=r.size,
+    )  # fmt: skip
+
+
+def rms(x: np.ndarray) -> float:
+    """Root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def relative_l2(reference: np.ndarray, ours: np.ndarray) -> float:
+    """||ours - reference|| / ||reference||; 0 for two zero arrays, inf if only the reference is zero."""
+    error = float(np.linalg.norm((ours.astype(np.float64) - reference.astype(np.float64)).ravel()))
+    size = float(np.linalg.norm(reference.astype(np.float64).ravel()))
+    if size == 0:
+        return math.nan if math.isnan(error) else (0.0 if error == 0 else math.inf)
+    return error / size
+
+
+def max_abs(reference: np.ndarray, ours: np.ndarray) -> float:
+    """Largest absolute difference."""
+    return float(np.max(np.abs(ours.astype(np.float64) - reference.astype(np.float64))))
+
+
+def cosine(reference: np.ndarray, ours: np.ndarray) -> float:
+    """Cosine of the angle between the flattened arrays; 1 for two zero arrays, 0 if only one is zero."""
+    r, o = reference.astype(np.float64).ravel(), ours.astype(np.float64).ravel()
+    nr, no = float(np.linalg.norm(r)), float(np.linalg.norm(o))
+    if nr == 0 or no == 0:
+        return math.nan if math.isnan(nr + no) else float(nr == no)
+    return float(np.clip(np.dot(r / nr, o / no), -1.0, 1.0))
+
+
+def psnr(reference: np.ndarray, ours: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB; the peak is the reference's range (max - min). inf for equal arrays."""
+    r, o = reference.astype(np.float64), ours.astype(np.float64)
+    noise = float(np.mean(np.square(o - r)))
+    if noise == 0:
+        return math.inf
+    if not math.isfinite(noise):
+        return math.nan
+    peak = float(np.max(r) - np.min(r))
+    return -math.inf if peak == 0 else 10 * math.log10(peak * peak / noise)
+
+
+def kl_divergence(reference: np.ndarray, ours: np.ndarray) -> float:
+    """Mean over rows of KL(softmax(reference) || softmax(ours)) along the last axis, in nats."""
+    p, q = _log_softmax(reference), _log_softmax(ours)
+    with np.errstate(invalid="ignore"):
+        terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))  # 0 * log 0 = 0: entries that p rules out
+    mean = float(np.mean(np.sum(terms, axis=-1)))
+    return mean if math.isnan(mean) else max(0.0, mean)
+
+
+def top1_agreement(reference: np.ndarray, ours: np.ndarray) -> float:
+    """Share of rows (last axis) whose largest entry is at the same place; NaN where either array holds NaN."""
+    if np.isnan(reference).any() or np.isnan(ours).any():
+        return math.nan
+    return float(np.mean(np.argmax(reference, axis=-1) == np.argmax(ours, axis=-1)))
+
+
+def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:
+    """exp of the mean negative log-likelihood that ``logits`` [..., N, vocabulary] give to the next of ``tokens``
+    [..., N]. Raises ValueError for fewer than two tokens or shapes that do not match.
+    """
+    if logits.shape[:-1] != tokens.shape or tokens.shape[-1] < 2:
+        raise ValueError(f"logits {logits.shape} and tokens {tokens.shape} do not give a next-token likelihood")
+    log_p = _log_softmax(logits[..., :-1, :])
+    picked = np.take_along_axis(log_p, tokens[..., 1:, None].astype(np.int64), axis=-1)
+    return float(np.exp(-np.mean(picked)))
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x64 = x.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # inf - inf: NaN is the answer and is reported as such
+        shifted = x64 - np.max(x64, axis=-1, keepdims=True)
+        result: np.ndarray = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    return result

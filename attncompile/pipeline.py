@@ -1,0 +1,307 @@
+"""The way of a model: load -> normalise -> detect -> plan -> replace -> verify -> build -> report."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from attncompile import outputs, verify, whole
+from attncompile.console import Progress, SilentProgress
+from attncompile.core import plan_toml
+from attncompile.core.errors import BadArguments, Unsupported
+from attncompile.core.mechanism import Mechanism
+from attncompile.core.model import Model
+from attncompile.core.plan import Decision, Plan
+from attncompile.core.policy import Policy
+from attncompile.core.profile import Range, ShapeProfile
+from attncompile.core.site import AttentionSite, Detection
+from attncompile.core.verdict import Verdict
+from attncompile.cost import predicted_gain, shape_of
+from attncompile.env import environment
+from attncompile.gate import Edit, SiteGate, SiteResult
+from attncompile.passes.detect import detect
+from attncompile.passes.evaluate import GraphIndex, World
+from attncompile.passes.grid import parse_grid
+from attncompile.passes.load import load
+from attncompile.passes.normalise import normalise
+from attncompile.passes.symbols import profile_for
+from attncompile.plugins import mechanisms
+from attncompile.policy import candidates, decide, load_policy
+from attncompile.report import Explanation, Report, SiteReport, TargetReport, model_info
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line can say. ``profile`` holds only the ranges that the user gave; ``sites`` limits the run to
+    these ids; ``precision`` is that of the engine (``fp16`` or ``bf16``), None for the model's own.
+    """
+
+    policy: str = "exact"
+    target: str | None = None
+    out: Path | None = None
+    inputs: Path | None = None
+    profile: Mapping[str, Range] = field(default_factory=dict)
+    max_error: float | None = None
+    metric: str = "relative_l2"
+    dry_run: bool = False
+    plan: Path | None = None
+    require_sites: int | None = None
+    strict: bool = False
+    keep_slower: bool = False
+    precision: str | None = None
+    grid: str | None = None
+    threads: int | None = None
+    hash_weights: bool = False
+    seed: int = 0
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a model holds. ``normal`` is the form that replacements are made in, or the reason why there is none."""
+
+    model: Model
+    normal: Model | Unsupported
+    profile: ShapeProfile
+    index: GraphIndex
+    detection: Detection
+    seconds: float
+
+
+class Worlds:
+    """The model at the bindings of a run, each evaluated once."""
+
+    def __init__(self, index: GraphIndex) -> None:
+        self._index = index
+        self._worlds: dict[tuple[tuple[str, int], ...], World] = {}
+
+    def __call__(self, binding: Mapping[str, int]) -> World:
+        key = tuple(sorted(binding.items()))
+        if key not in self._worlds:
+            self._worlds[key] = World(self._index, binding)
+        return self._worlds[key]
+
+
+def inspect(path: Path, options: Options) -> Inspection:
+    """Load, normalise and detect; nothing is written and no weight is read that is not needed."""
+    start = time.perf_counter()
+    model = load(path, hash_weights=options.hash_weights)
+    profile = profile_for(model, options.profile)
+    normal: Model | Unsupported
+    try:
+        normal = normalise(model)
+    except Unsupported as error:
+        normal = error
+    index = GraphIndex(model if isinstance(normal, Unsupported) else normal)
+    grid = parse_grid(options.grid) if options.grid else None
+    detection = detect(index.model, profile, index=index, grid=grid)
+    return Inspection(model, normal, profile, index, detection, time.perf_counter() - start)
+
+
+def plan(path: Path, options: Options, progress: Progress) -> Plan:
+    """One decision a site, by the policy; nothing is measured."""
+    progress.stage("detect")
+    found = inspect(path, options)
+    return _plan(found, options, mechanisms())
+
+
+def explain(path: Path, node: str, options: Options) -> Explanation:
+    """Why ``node`` (a node's name, ``op_type:output``, a value or a site id) is, or is not, replaced.
+
+    Raises:
+        BadArguments: the model has no such node.
+    """
+    found = inspect(path, options)
+    for site in found.detection.sites:
+        if node in (site.id, site.output.value, *site.nodes, *site.interior):
+            verdicts = [
+                (m.name, answer if isinstance(answer, Verdict) else Verdict.yes(answer.reason))
+                for m in mechanisms()
+                for answer in m.exact_candidates(site)
+            ]
+            decision = next(d for d in _plan(found, options, mechanisms()).decisions if d.site == site.id)
+            return Explanation(node, site, None, tuple(verdicts), decision)
+    for miss in found.detection.near_misses:
+        if miss.node == node:
+            return Explanation(node, None, miss)
+    graph = found.index.model.proto.graph
+    names = {n.name for n in graph.node} | {f"{n.op_type}:{o}" for n in graph.node for o in n.output}
+    if node not in names | set(found.index.producer) | set(found.index.initializers) | set(found.index.inputs):
+        raise BadArguments(
+            f"{path.name} has no node, value or site '{node}'", "list its sites: attncompile inspect MODEL"
+        )
+    return Explanation(node)
+
+
+def compile(path: Path, options: Options, progress: Progress | None = None) -> Report:  # noqa: A001
+    """Everything: detect, decide, replace, prove, measure, build, and write ``OUT/`` whole or not at all.
+
+    Raises:
+        AttncompileError: nothing could be written; see its hint.
+    """
+    progress = progress or SilentProgress()
+    clock = _Clock()
+    out = options.out or Path(f"{path.stem}.attncompile")
+    registry = mechanisms()
+    target = outputs.target(options.target, options.precision)
+    outputs.check(out, path)
+
+    progress.stage("detect")
+    found = inspect(path, options)
+    clock.lap("detect")
+    feeds = verify.load_inputs(options.inputs, found.model.proto) if options.inputs else []
+
+    progress.stage("plan")
+    chosen = _read_plan(options.plan, found) if options.plan else _plan(found, options, registry)
+    warnings = [*found.model.notes, *chosen.notes]
+    clock.lap("plan")
+
+    edits = _edits(found, chosen, registry)
+    worlds = Worlds(found.index)
+    checker = SiteGate(
+        worlds, list(found.profile.bindings()), threads=options.threads, seed=options.seed,
+        keep_slower=options.keep_slower,
+    )  # fmt: skip
+    progress.stage("check sites", len(edits))
+    results: dict[str, SiteResult] = {}
+    for edit in edits:
+        results[edit.site.id] = checker.check(edit)
+        progress.advance()
+    clock.lap("check sites")
+
+    kept = [e for e in edits if not results[e.site.id].rolled_back]
+    with outputs.staged(out) as folder:
+        run = whole.Run(found, options, feeds, kept, results, registry, worlds, checker, progress, folder)
+        outcome = run.finish(chosen)
+        clock.lap("verify the model")
+        targets = outputs.build(found, options, target, folder, progress)
+        clock.lap("build")
+        report = _report(found, options, outcome, targets, warnings, clock, out)
+        outputs.write(folder, report, outcome.plan)
+    return report
+
+
+def _plan(found: Inspection, options: Options, registry: Sequence[Mechanism]) -> Plan:
+    policy = load_policy(options.policy, registry)
+    decisions = tuple(_decide(found, policy, site, registry, options.sites) for site in found.detection.sites)
+    notes = []
+    if isinstance(found.normal, Unsupported):
+        notes.append(f"nothing is replaced: {found.normal.message}")
+    elif found.normal.notes:
+        notes += [n for n in found.normal.notes if n not in found.model.notes]
+    if any(r.assumed for r in found.profile.ranges.values()):
+        ranges = ", ".join(
+            f"{n}={r.minimum}:{r.usual}:{r.maximum}" for n, r in found.profile.ranges.items() if r.assumed
+        )
+        notes.append(f"assumed sizes of dynamic dimensions: {ranges} (set them with --profile)")
+    if policy.approximate and options.inputs is None:
+        notes.append(f"policy {policy.name}: exact replacements only, because no --inputs were given")
+    settings = {"max_error": options.max_error or policy.max_error, "metric": options.metric}
+    return Plan(found.model.hash, policy.name, decisions, settings if policy.approximate else {}, tuple(notes))
+
+
+def _decide(
+    found: Inspection, policy: Policy, site: AttentionSite, registry: Sequence[Mechanism], only: tuple[str, ...]
+) -> Decision:
+    if isinstance(found.normal, Unsupported):
+        return Decision(site.id, "keep", found.normal.message)
+    if only and site.id not in only:
+        return Decision(site.id, "keep", "not among the sites given by --site")
+    by_name = {m.name: m for m in registry}
+    gains: dict[int, float] = {}
+    for at, candidate in enumerate(candidates(policy, site, registry)[0]):
+        shapes = [shape_of(site, binding) for _, binding in found.profile.bindings()]
+        costs = [by_name[candidate.mechanism].cost(site, candidate.parameters, s) for s in shapes]
+        gains[at] = max(predicted_gain(site, c, s) for c, s in zip(costs, shapes, strict=True))
+    return decide(policy, site, registry, gains)
+
+
+def _read_plan(path: Path, found: Inspection) -> Plan:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadArguments(
+            f"cannot read plan {path}: {error.strerror}", "write one with attncompile plan MODEL"
+        ) from None
+    loaded = plan_toml.loads(text, str(path))
+    if loaded.model_hash != found.model.hash:
+        raise BadArguments(f"plan {path} was made for another model", "write a new one with attncompile plan MODEL")
+    ids = {s.id for s in found.detection.sites}
+    for decision in loaded.decisions:
+        if decision.site not in ids:
+            raise BadArguments(f"plan {path} names site '{decision.site}', which the model does not have",
+                               "list the sites: attncompile inspect MODEL")  # fmt: skip
+    return loaded
+
+
+def _edits(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> list[Edit]:
+    """Lowerings of the plan's replacements.
+
+    Raises:
+        BadArguments: the plan asks for a mechanism that is not there or cannot do it.
+    """
+    by_name = {m.name: m for m in registry}
+    sites = {s.id: s for s in found.detection.sites}
+    edits = []
+    for decision in chosen.decisions:
+        if decision.kept or isinstance(found.normal, Unsupported):
+            continue
+        site = sites[decision.site]
+        mechanism = by_name.get(decision.mechanism)
+        if mechanism is None:
+            raise BadArguments(f"the plan's mechanism '{decision.mechanism}' for {site.id} does not exist",
+                               f"there are {', '.join(by_name)} and keep")  # fmt: skip
+        verdict = mechanism.supports(site, decision.parameters)
+        if not verdict.ok:
+            raise BadArguments(f"{decision.mechanism} cannot replace {site.id}: {verdict.reason}", verdict.hint)
+        exact = mechanism.is_exact_for(site, decision.parameters).ok
+        lowering = mechanism.lower(site, decision.parameters, found.normal.opset)
+        edits.append(Edit(site, replace(decision, exact=exact), lowering))
+    return edits
+
+
+def _report(
+    found: Inspection, options: Options, outcome: whole.Outcome, targets: Sequence[TargetReport],
+    warnings: list[str], clock: _Clock, out: Path,
+) -> Report:  # fmt: skip
+    decisions = {d.site: d for d in outcome.plan.decisions}
+    sites = []
+    for site in found.detection.sites:
+        result = outcome.results.get(site.id, SiteResult())
+        decision = decisions.get(site.id, Decision(site.id, "keep", "not in the plan"))
+        sites.append(SiteReport(site, decision, result.exactness, outcome.fidelity.get(site.id), result.timings,
+                                result.rolled_back))  # fmt: skip
+    failures = list(outcome.failures)
+    if options.require_sites is not None and len(sites) < options.require_sites:
+        failures.append(f"{len(sites)} attention sites were found, --require-sites asks for {options.require_sites}")
+    rolled = [s for s in sites if s.rolled_back]
+    for s in rolled:
+        warnings.append(f"{s.site.id} was rolled back: {s.rolled_back}")
+    if options.strict and rolled:
+        failures.append(f"{len(rolled)} replacements were rolled back (--strict)")
+    replaced = any(s.replaced for s in sites)
+    return Report(
+        environment=environment(options.threads), model=model_info(found.model), policy=outcome.plan.policy,
+        options=outcome.plan.options, profile=found.profile.ranges, sites=tuple(sites),
+        near_misses=found.detection.near_misses,
+        outcome="replaced" if replaced else "rolled_back" if rolled else "unchanged",
+        parity=outcome.parity, timings=outcome.timings, targets=tuple(targets),
+        warnings=(*warnings, *outcome.warnings), failures=tuple(failures), seconds=clock.laps, out=str(out),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), exit_code=1 if failures else 0,
+    )  # fmt: skip
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now

@@ -1,0 +1,118 @@
+"""Reads policies and applies them: sites and mechanisms in, decisions with reasons out."""
+
+from __future__ import annotations
+
+import importlib.resources
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from attncompile.core.errors import BadArguments
+from attncompile.core.mechanism import Candidate, Mechanism
+from attncompile.core.plan import Decision, Refusal
+from attncompile.core.policy import Policy
+from attncompile.core.site import AttentionSite
+from attncompile.core.verdict import Verdict
+
+_KEYS: Mapping[str, Mapping[str, type[Any]]] = {
+    "": {"description": str},
+    "exact": {"mechanisms": list, "min_gain": float},
+    "approximate": {"mechanisms": list, "max_error": float, "metric": str, "keep_first": int, "keep_last": int},
+}
+
+
+def names() -> list[str]:
+    """The policies that come with the package."""
+    folder = importlib.resources.files("attncompile") / "policies"
+    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
+
+
+def load_policy(name: str, mechanisms: Sequence[Mechanism]) -> Policy:
+    """The policy called ``name``, or the one in the TOML file at that path.
+
+    Raises:
+        BadArguments: no such policy or file, bad TOML, an unknown key, type or mechanism.
+    """
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise BadArguments(f"policy file {name} does not exist", f"built-in policies: {', '.join(names())}")
+        text = path.read_text(encoding="utf-8")
+        title = path.stem
+    else:
+        if name not in names():
+            raise BadArguments(f"unknown policy '{name}'", f"use one of {', '.join(names())}, or a .toml file")
+        text = (importlib.resources.files("attncompile") / "policies" / f"{name}.toml").read_text(encoding="utf-8")
+        title = name
+    try:
+        return _parse(title, tomllib.loads(text), {m.name for m in mechanisms})
+    except tomllib.TOMLDecodeError as error:
+        raise BadArguments(f"policy {name} is not TOML: {error}", "see attncompile/policies/sparse.toml") from None
+
+
+def _parse(name: str, data: Mapping[str, Any], known: set[str]) -> Policy:
+    values: dict[str, Any] = {}
+    for table, keys in {"": data, **{k: v for k, v in data.items() if isinstance(v, dict)}}.items():
+        if table not in _KEYS:
+            raise BadArguments(f"policy {name} has an unknown table [{table}]", "tables are [exact] and [approximate]")
+        for key, value in keys.items():
+            if isinstance(value, dict):
+                continue
+            expected = _KEYS[table].get(key)
+            if expected is None:
+                raise BadArguments(
+                    f"policy {name}: unknown key '{key}' in [{table}]", f"keys: {', '.join(_KEYS[table])}"
+                )
+            if not isinstance(value, (int, float) if expected is float else expected) or isinstance(value, bool):
+                raise BadArguments(f"policy {name}: '{key}' must be a {expected.__name__}", "")
+            if key == "mechanisms":
+                unknown = [m for m in value if m not in known]
+                if unknown:
+                    raise BadArguments(
+                        f"policy {name}: no mechanism '{unknown[0]}'", f"there are {', '.join(sorted(known))}"
+                    )
+                values[table] = tuple(value)
+            elif key in {f.name for f in fields(Policy)}:
+                values[key] = value
+    return Policy(name=name, **values)
+
+
+def candidates(
+    policy: Policy, site: AttentionSite, mechanisms: Sequence[Mechanism]
+) -> tuple[list[Candidate], list[Refusal]]:
+    """Exact ways to replace ``site`` in the policy's order, and why others do not apply."""
+    found: list[Candidate] = []
+    refused: list[Refusal] = []
+    by_name = {m.name: m for m in mechanisms}
+    for name in policy.exact:
+        for answer in by_name[name].exact_candidates(site):
+            if isinstance(answer, Verdict):
+                refused.append(Refusal(name, answer.code, answer.reason))
+                continue
+            exact = by_name[name].is_exact_for(site, answer.parameters)
+            if exact.ok:
+                found.append(answer)
+            else:
+                refused.append(Refusal(name, exact.code, exact.reason))
+    return found, refused
+
+
+def decide(
+    policy: Policy, site: AttentionSite, mechanisms: Sequence[Mechanism], gains: Mapping[int, float]
+) -> Decision:
+    """The first exact candidate whose predicted gain (``gains`` by position, else 1) is worth it; else keep."""
+    found, refused = candidates(policy, site, mechanisms)
+    refusals = list(refused)
+    for at, candidate in enumerate(found):
+        gain = gains.get(at, 1.0)
+        if gain < policy.min_gain:
+            reason = f"predicted gain {gain:.2f} is below {policy.min_gain:g}"
+            refusals.append(Refusal(candidate.mechanism, "no-gain", reason))
+            continue
+        return Decision(
+            site.id, candidate.mechanism, candidate.reason, True, candidate.parameters, gain, tuple(refusals)
+        )
+    reason = refusals[0].reason if refusals else "no mechanism of this policy applies"
+    return Decision(site.id, "keep", reason, refusals=tuple(refusals))

@@ -1,0 +1,1 @@
+"""The parts of verification; ``attncompile.verify`` is the face that others import."""

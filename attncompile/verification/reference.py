@@ -1,0 +1,141 @@
+"""The truth that a site is judged by: the original subgraph in float64, whole or cut to sampled query rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+from onnx.reference import ReferenceEvaluator
+
+from attncompile.core.errors import AttncompileError, Unsupported
+from attncompile.core.site import Operand
+from attncompile.measure import Session, open_session, run_session
+from attncompile.verification.judge import compare_output
+from attncompile.verification.retype import TO_DOUBLE, convert_feed, retype
+from attncompile.verification.rows import Rows, choose_rows, sample_rows
+
+Feed = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """A reference output in float64; ``rows`` if only those query rows of it were computed."""
+
+    value: np.ndarray
+    kind: str
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The original cut to ``rows``: a session in its own precision, one in float64, and the latter's model."""
+
+    rows: Rows
+    own: Session
+    double: Session
+    kind: str
+    model: ModelProto
+
+
+class Reference:
+    """Runs the original in float64: whole, or cut to sampled query rows where that would need too much memory."""
+
+    def __init__(self, original: ModelProto, query: Operand | None, cap: int, threads: int | None) -> None:
+        self.original = original
+        self.threads = threads
+        self.labels: list[str] = []
+        self.query = query
+        self._session: tuple[Session, str, ModelProto] | None = None
+        self._cuts: dict[bytes, _Cut] = {}
+        size = largest_intermediate(original) * 8
+        self.over = size > cap
+        if self.over:
+            self.why = f"float64 would need {size / 2**30:.1f} GiB for one intermediate, the cap is {cap / 2**30:.1f}"
+
+    def run(self, feed: Feed, outputs: Sequence[np.ndarray], names: Sequence[str]) -> list[Truth | None]:
+        """The reference for every output, or None where only the original's own precision is available."""
+        if not self.over:
+            if self._session is None:
+                self._session = _double(self.original, self.threads)
+            session, kind, model = self._session
+            values = run_session(session, convert_feed(feed, model), names)
+            return [Truth(v, kind) for v in values]
+        if self.query is None or len(names) != 1:
+            return self._own(len(names), "which input carries the query rows is not known")
+        try:
+            rows = choose_rows(self.original, self.query, outputs[0])
+            cut = self._cut(self.query, rows)
+        except Unsupported as error:
+            return self._own(len(names), f"the subgraph cannot be cut to query rows ({error.message})")
+        # The cut is trusted only if the cut original gives the same rows as the whole one, in its own precision.
+        same = run_session(cut.own, feed, names)[0]
+        check = compare_output(cut.rows.take(outputs[0]), same, None)
+        if not check.verdict.ok:
+            return self._own(len(names), f"the subgraph cut to query rows differs ({check.verdict.reason})")
+        self._label(f"{self.why}: {len(rows.index)} sampled query rows were compared")
+        value = run_session(cut.double, convert_feed(feed, cut.model), names)[0]
+        return [Truth(value, f"{cut.kind}, {len(rows.index)} query rows", cut.rows)]
+
+    def _cut(self, query: Operand, rows: Rows) -> _Cut:
+        """Cases without fully masked rows sample the same ones, so their sessions are shared."""
+        key = rows.index.tobytes()
+        if key not in self._cuts:
+            self._cuts.clear()
+            model, placed = sample_rows(self.original, query, rows)
+            double, kind, double_model = _double(model, self.threads)
+            own = open_session(model.SerializeToString(), self.threads)
+            self._cuts[key] = _Cut(placed, own, double, kind, double_model)
+        return self._cuts[key]
+
+    def _own(self, count: int, why: str) -> list[Truth | None]:
+        self._label(f"{self.why}, and {why}: compared with the original in its own precision")
+        return [None] * count
+
+    def _label(self, text: str) -> None:
+        if text not in self.labels:
+            self.labels.append(text)
+
+
+class _Evaluator:
+    """``onnx.reference`` behind a session's ``run``: slow, and has a double version of every standard operator."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self._evaluator = ReferenceEvaluator(model)
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], /) -> Sequence[Any]:
+        return list(self._evaluator.run(list(output_names) if output_names else None, dict(input_feed)))
+
+
+def _double(model: ModelProto, threads: int | None) -> tuple[Session, str, ModelProto]:
+    """A runner for ``model`` in float64 and what it is called. AttncompileError if there is none."""
+    double = retype(model, TO_DOUBLE)
+    try:
+        return open_session(double.SerializeToString(), threads, "basic"), "float64 (ONNX Runtime)", double
+    except AttncompileError as ort_error:
+        try:
+            return _Evaluator(double), "float64 (onnx.reference)", double
+        except Exception as error:  # it raises many kinds for operators that it does not know
+            text = f"neither ONNX Runtime nor onnx.reference runs the original in float64: {ort_error.message}"
+            raise AttncompileError(f"{text}; {error}") from error
+
+
+def largest_intermediate(model: ModelProto) -> int:
+    """Elements of the largest value that running ``model`` holds, the score matrix inside ``Attention`` included."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes: dict[str, list[int]] = {}
+    for v in (*inferred.input, *inferred.output, *inferred.value_info):
+        dims = v.type.tensor_type.shape.dim
+        if v.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            shapes[v.name] = [d.dim_value for d in dims]
+    sizes = [math.prod(s) for s in shapes.values()]
+    for node in inferred.node:
+        if node.op_type == "Attention" and len(node.input) > 1 and {node.input[0], node.input[1]} <= shapes.keys():
+            q, k = shapes[node.input[0]], shapes[node.input[1]]
+            heads = next((a.i for a in node.attribute if a.name == "q_num_heads"), q[1] if len(q) == 4 else 1)
+            sizes.append(q[0] * heads * q[-2] * k[-2])
+    return max(sizes, default=0)

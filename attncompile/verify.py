@@ -1,0 +1,26 @@
+"""Verification: exactness of one site, fidelity of the whole model, and the inputs for both.
+
+The face of ``attncompile.verification``; see ../shared/design.md, "Exactness and fidelity are two numbers".
+"""
+
+from __future__ import annotations
+
+from attncompile.verification.cases import Case, cases
+from attncompile.verification.inputs import InputSpec, check_feed, input_specs, load_inputs, make_inputs
+from attncompile.verification.judge import CaseCheck, compare_output, compare_patterns
+from attncompile.verification.retype import retype
+from attncompile.verification.runners import Baseline
+from attncompile.verification.site import MEMORY_CAP, SiteCheck, check_site
+from attncompile.verification.whole import (
+    METRICS,
+    ModelComparison,
+    OutputComparison,
+    compare_models,
+    exact_budget,
+)
+
+__all__ = [
+    "MEMORY_CAP", "METRICS", "Baseline", "Case", "CaseCheck", "InputSpec", "ModelComparison", "OutputComparison",
+    "SiteCheck", "cases", "check_feed", "check_site", "compare_models", "compare_output", "compare_patterns",
+    "exact_budget", "input_specs", "load_inputs", "make_inputs", "retype",
+]  # fmt: skip

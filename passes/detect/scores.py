@@ -1,0 +1,136 @@
+"""From a Softmax back to the product of queries and keys: scales, masks, softcap and views on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onnx import NodeProto, TensorProto
+
+from attncompile.core.errors import Unsupported
+from attncompile.passes.detect.contraction import Contraction, contraction
+from attncompile.passes.detect.views import VIEW_OPS
+from attncompile.passes.evaluate import GraphIndex, World
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+HIDDEN = -9000.0
+"""An additive mask at or below this hides a key (exporters use -1e4, finfo.min and -inf)."""
+
+_MAX_STEPS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One node between the product and the softmax, in the direction of the data.
+
+    ``add``: ``value`` is added to the scores; ``visible``/``hidden``: keys where the bool ``value`` holds are kept or
+    dropped (``fill`` is what a dropped score becomes); ``scale``: times ``factor``; ``softcap``: ``factor * tanh``.
+    """
+
+    node: NodeProto
+    kind: Literal["view", "cast", "scale", "add", "visible", "hidden", "softcap"]
+    value: str = ""
+    factor: float = 1.0
+    fill: float = 0.0
+    extra: tuple[NodeProto, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The product and the steps that lead from it to the softmax."""
+
+    product: Contraction
+    steps: tuple[Step, ...]
+
+
+def trace(index: GraphIndex, world: World, value: str, depth: int = 0) -> Path:
+    """The path that ends at ``value``.
+
+    Raises:
+        Unsupported: no product of two tensors is reached by operators that attention scores pass through.
+    """
+    node = index.producer.get(value)
+    if node is None:
+        raise Unsupported("no-product", f"'{value}' is an input or a constant, not a product of queries and keys")
+    if depth > _MAX_STEPS:
+        raise Unsupported("no-product", f"no product of queries and keys within {_MAX_STEPS} nodes before '{value}'")
+    product = contraction(world, node)
+    if product is not None:
+        return Path(product, ())
+    if node.domain not in ("", "ai.onnx"):
+        raise Unsupported("custom-op", f"'{value}' comes from custom operator {node.domain}.{node.op_type}")
+    step, source = _step(index, world, node, depth)
+    before = trace(index, world, source, depth + 1)
+    return Path(before.product, (*before.steps, step))
+
+
+def _step(index: GraphIndex, world: World, node: NodeProto, depth: int) -> tuple[Step, str]:
+    op = node.op_type
+    if op in VIEW_OPS:
+        return Step(node, "view"), node.input[0]
+    if op == "Cast":
+        if world.types.get(node.input[0]) not in FLOATS or world.types.get(node.output[0]) not in FLOATS:
+            raise Unsupported("cast", f"the scores pass through a cast that is not between floats ('{node.output[0]}')")
+        return Step(node, "cast"), node.input[0]
+    if op in ("Mul", "Div"):
+        return _scale(index, world, node)
+    if op == "Add":
+        scores, mask = _scores_of(index, world, node, (node.input[0], node.input[1]), depth)
+        return Step(node, "add", value=mask), scores
+    if op == "Where":
+        for scores, fill, kind in ((node.input[1], node.input[2], "visible"), (node.input[2], node.input[1], "hidden")):
+            number = world.scalar(fill)
+            if number is not None and number <= HIDDEN:
+                return Step(node, "visible" if kind == "visible" else "hidden", node.input[0], fill=number), scores
+        raise Unsupported("where", f"Where '{node.output[0]}' does not fill with a large negative constant")
+    raise Unsupported(
+        "unknown-op", f"{op} '{node.output[0]}' stands between the softmax and the product of queries and keys"
+    )
+
+
+def _scale(index: GraphIndex, world: World, node: NodeProto) -> tuple[Step, str]:
+    sides = [(node.input[0], node.input[1])]
+    if node.op_type == "Mul":
+        sides.append((node.input[1], node.input[0]))
+    for source, other in sides:
+        factor = world.scalar(other)
+        if factor is None or world.shapes.get(source) != world.shapes.get(node.output[0]):
+            continue
+        inner = index.producer.get(source)
+        if node.op_type == "Mul" and inner is not None and inner.op_type == "Tanh":
+            return _softcap(index, world, node, inner, factor)
+        return Step(node, "scale", factor=factor if node.op_type == "Mul" else 1.0 / factor), source
+    raise Unsupported("tensor-scale", f"the scores are multiplied by a tensor, not by a number, at '{node.output[0]}'")
+
+
+def _softcap(index: GraphIndex, world: World, node: NodeProto, tanh: NodeProto, cap: float) -> tuple[Step, str]:
+    divide = index.producer.get(tanh.input[0])
+    if divide is None or divide.op_type not in ("Div", "Mul"):
+        raise Unsupported("softcap", f"Tanh '{tanh.output[0]}' is not fed by scores divided by the cap")
+    factor = world.scalar(divide.input[1])
+    if factor is None:
+        raise Unsupported("softcap", f"'{divide.output[0]}' does not divide by a number")
+    inverse = factor if divide.op_type == "Div" else 1.0 / factor
+    if abs(inverse - cap) > 1e-4 * abs(cap):
+        raise Unsupported(
+            "softcap", f"'{node.output[0]}' multiplies by {cap}, but the scores were divided by {inverse}"
+        )
+    return Step(node, "softcap", factor=cap, extra=(tanh, divide)), divide.input[0]
+
+
+def _scores_of(index: GraphIndex, world: World, node: NodeProto, sides: tuple[str, str], depth: int) -> tuple[str, str]:
+    """Which side of an Add carries the scores: the one that is a product; the shorter path if both are."""
+    lengths: list[tuple[int, str, str]] = []
+    reasons: list[Unsupported] = []
+    shape = world.shapes.get(node.output[0])
+    for scores, mask in (sides, sides[::-1]):
+        if world.shapes.get(scores) != shape or not index.data_inputs(scores):
+            continue
+        try:
+            lengths.append((len(trace(index, world, scores, depth + 1).steps), scores, mask))
+        except Unsupported as error:
+            reasons.append(error)
+    if lengths:
+        _, scores, mask = min(lengths, key=lambda x: x[0])
+        return scores, mask
+    raise reasons[0] if reasons else Unsupported("no-product", f"no side of Add '{node.output[0]}' holds scores")

@@ -1,0 +1,474 @@
+"""Softmax attention written out as a product, a softmax and a product, lifted by what its axes mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from onnx import NodeProto, TensorProto
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.mask import MaskFacts
+from attncompile.core.site import AttentionSite, Layout, Operand
+from attncompile.passes.detect.contraction import Contraction, contraction
+from attncompile.passes.detect.scores import FLOATS, Path, Step, trace
+from attncompile.passes.detect.views import VIEW_OPS, Atoms, Axes, Axis, backward, forward
+from attncompile.passes.evaluate import GraphIndex, World
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFactor:
+    """A value added to the scores, or a bool that selects them. ``aligned`` says whether the scores' axes are
+    [batch, heads, query, key] where it is applied, so that its own axes (from the right) mean the same;
+    ``factor`` is the scale that the scores, and so an added value, still pass through afterwards.
+    """
+
+    kind: str
+    value: str
+    fill: float
+    aligned: bool
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class MaskQuery:
+    """What the mask analysis needs to know about a site."""
+
+    factors: tuple[MaskFactor, ...]
+    guarded: bool
+    query: str
+    key: str
+    query_axis: int
+    key_axis: int
+    query_length: int
+    key_length: int
+
+
+_DTYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "float64",
+}  # fmt: skip
+
+MaskAnalysis = Callable[[MaskQuery], MaskFacts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A value on an operand's way from its home to the product, with its axes and the node that reads on."""
+
+    value: str
+    axes: Axes
+
+
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    stages: tuple[_Stage, ...]
+    nodes: tuple[NodeProto, ...]
+    scales: tuple[float, ...]
+    views: tuple[bool, ...]
+
+
+def node_name(node: NodeProto) -> str:
+    """The node's name, or ``op_type:first output`` where the exporter gave none."""
+    return node.name or f"{node.op_type}:{node.output[0]}"
+
+
+def softmax_axis_is_last(node: NodeProto, rank: int, opset: int, shape: tuple[int, ...]) -> bool:
+    """Whether this Softmax normalises the last axis (before opset 13 it flattened from ``axis`` on)."""
+    axis = next((a.i for a in node.attribute if a.name == "axis"), -1 if opset >= 13 else 1)
+    axis = axis + rank if axis < 0 else axis
+    return axis == rank - 1 or (opset < 13 and prod(shape[axis:-1]) == 1)
+
+
+def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
+    """The site around ``softmax``; lengths are the world's numbers and the id is empty.
+
+    Raises:
+        Unsupported: this softmax is not attention, or a form of it that is not understood.
+    """
+    scores_value, weights = softmax.input[0], softmax.output[0]
+    shape = world.shapes.get(scores_value)
+    if shape is None:
+        raise Unsupported("shape-unknown", f"the shape of '{scores_value}' is not known")
+    if not softmax_axis_is_last(softmax, len(shape), index.model.opset, shape):
+        raise Unsupported("softmax-axis", "the softmax does not run over the last axis of the scores")
+    path = trace(index, world, scores_value)
+    product, query_label, key_label = _roles(path, shape, world)
+    interior_nodes: list[NodeProto] = [product.node, *(n for s in path.steps for n in (*s.extra, s.node)), softmax]
+
+    atoms = Atoms()
+    out_shape = world.shapes[product.node.output[0]]
+    label_axis: dict[str, Axis] = {
+        label: atoms.new(size) for label, size in zip(product.out_labels, out_shape, strict=True)
+    }
+    axes: Axes = tuple(label_axis[label] for label in product.out_labels)
+    checkpoints: list[tuple[Step, Axes]] = []
+    for step in path.steps:
+        if step.kind == "view":
+            axes = forward(world, atoms, step.node, axes)
+        checkpoints.append((step, axes))
+    scores_axes = axes
+    if atoms.leaves(scores_axes[-1]) != atoms.leaves(label_axis[key_label]):
+        raise Unsupported("softmax-axis", "the softmax does not run over the keys")
+
+    weights, axes, guard_nodes, guarded = _after_softmax(index, world, atoms, weights, axes)
+    interior_nodes += guard_nodes
+    second = _second_product(index, world, weights)
+    interior_nodes.append(second.node)
+    left_is_weights = second.left == weights
+    weight_labels, value_labels = (
+        (second.left_labels, second.right_labels) if left_is_weights else (second.right_labels, second.left_labels)
+    )
+    value_name = second.right if left_is_weights else second.left
+    if len(second.summed) != 1:
+        raise Unsupported("value-product", "the weights and the values are contracted over more than one axis")
+    (summed,) = second.summed
+    if atoms.leaves(axes[weight_labels.index(summed)]) != atoms.leaves(label_axis[key_label]):
+        raise Unsupported("value-axis", "the product with the values does not sum over the keys")
+    second_axis = {label: axes[i] for i, label in enumerate(weight_labels)}
+    value_shape = world.shapes[value_name]
+    for label, size in zip(value_labels, value_shape, strict=True):
+        if label not in second_axis:
+            second_axis[label] = atoms.new(size)
+    dim_labels = [x for x in second.out_labels if x not in weight_labels]
+    if len(dim_labels) != 1:
+        raise Unsupported("value-product", "the values have no, or more than one, axis of their own")
+    value_dim = second_axis[dim_labels[0]]
+    query_axis = label_axis[query_label]
+
+    # Walk each operand back to where its axes are separate; this may split atoms, so roles are read afterwards.
+    query_on_left = query_label in product.left_labels
+    query_name, key_name = (product.left, product.right) if query_on_left else (product.right, product.left)
+    query_labels, key_labels = (
+        (product.left_labels, product.right_labels) if query_on_left else (product.right_labels, product.left_labels)
+    )
+    (contracted,) = product.summed
+    label_axis[contracted] = atoms.new(world.shapes[query_name][query_labels.index(contracted)])
+    query_walk = _walk(
+        index, world, atoms, query_name, _operand_axes(world, query_name, query_labels, label_axis), True
+    )
+    key_walk = _walk(index, world, atoms, key_name, _operand_axes(world, key_name, key_labels, label_axis), True)
+    value_walk = _walk(
+        index, world, atoms, value_name, _operand_axes(world, value_name, value_labels, second_axis), False
+    )
+    out_value = second.node.output[0]
+    out_axes: Axes = tuple(second_axis[label] for label in second.out_labels)
+    out_stages, out_nodes = _walk_output(index, world, atoms, out_value, out_axes)
+
+    batch, heads = _batch_and_heads(atoms, product, label_axis, scores_axes, query_axis, label_axis[key_label])
+    dim, keys = label_axis[contracted], label_axis[key_label]
+    query, query_at = _home(atoms, query_walk.stages, batch, [heads], query_axis, dim, "query")
+    kv_choices = [heads[:n] for n in range(len(heads) + 1)]
+    key, key_at = _home(atoms, key_walk.stages, batch, kv_choices, keys, dim, "key")
+    value, value_at = _home(atoms, value_walk.stages, batch, kv_choices, keys, value_dim, "value")
+    kv_heads = [_heads_of(atoms, w.stages[at].axes, o.layout) for w, at, o in (
+        (key_walk, key_at, key), (value_walk, value_at, value))]  # fmt: skip
+    if kv_heads[0] != kv_heads[1]:
+        # One of them is shared among more heads than the other: take both where they have all heads.
+        key, key_at = _home(atoms, key_walk.stages, batch, [heads], keys, dim, "key")
+        value, value_at = _home(atoms, value_walk.stages, batch, [heads], keys, value_dim, "value")
+        kv_heads = [heads, heads]
+    output, output_at = _output_home(atoms, out_stages, batch, heads, query_axis, value_dim)
+
+    scale = prod(query_walk.scales[query_at:]) * prod(key_walk.scales[key_at:])
+    scale *= prod(s.factor for s in path.steps if s.kind == "scale" and not _after_softcap(path, s))
+    if any(s.kind == "scale" and _after_softcap(path, s) for s in path.steps):
+        raise Unsupported("softcap", "the scores are scaled again after the softcap")
+    operand_nodes = [
+        *query_walk.nodes[query_at:], *key_walk.nodes[key_at:], *value_walk.nodes[value_at:], *out_nodes[:output_at],
+    ]  # fmt: skip
+    nodes = list({id(n): n for n in (*operand_nodes, *interior_nodes)}.values())
+    _check_private(index, interior_nodes, [*operand_nodes, *interior_nodes], out_value, product)
+    facts = analyse(
+        MaskQuery(
+            factors=_factors(atoms, path, checkpoints, batch, heads, query_axis, keys),
+            guarded=guarded,
+            query=query.value,
+            key=key.value,
+            query_axis=_sequence_axis(query),
+            key_axis=_sequence_axis(key),
+            query_length=atoms.size(query_axis),
+            key_length=atoms.size(keys),
+        )
+    )
+    return AttentionSite(
+        id="",
+        form=_form(product, second, path, guarded, query_walk, key_walk, kv_heads[0] != heads),
+        query=query, key=key, value=value, output=output,
+        batch=atoms.size(batch), heads=atoms.size(heads), kv_heads=atoms.size(kv_heads[0]),
+        head_dim=atoms.size(dim), value_dim=atoms.size(value_dim),
+        query_length=atoms.size(query_axis), key_length=atoms.size(keys),
+        scale=scale, mask=facts,
+        softcap=next((s.factor for s in path.steps if s.kind == "softcap"), 0.0),
+        dtype=dtype_name(world, query.value), softmax_dtype=dtype_name(world, scores_value),
+        nodes=tuple(node_name(n) for n in nodes),
+        interior=tuple(o for n in nodes for o in n.output if o and o != output.value),
+    )  # fmt: skip
+
+
+def dtype_name(world: World, value: str) -> str:
+    """The element type in the spelling of ``AttentionSite.dtype``."""
+    return _DTYPES.get(world.types[value], str(world.types[value]))
+
+
+def _sequence_axis(operand: Operand) -> int:
+    return operand.layout.index("N")
+
+
+def _roles(path: Path, shape: tuple[int, ...], world: World) -> tuple[Contraction, str, str]:
+    """The product, the label of the queries and that of the keys (the one that reaches the softmax's axis)."""
+    product = path.product
+    name = product.node.output[0]
+    if len(product.summed) != 1:
+        raise Unsupported("score-product", f"the product '{name}' sums over {len(product.summed)} axes, not one")
+    own = [x for x in product.out_labels if x not in product.shared]
+    sides = [{x for x in own if x in labels} for labels in (product.left_labels, product.right_labels)]
+    # A label of one operand that is a broadcast batch axis there (MatMul pads the shorter operand) is batch too.
+    sides = [{x for x in side if not x.startswith("b") or product.node.op_type == "Einsum"} for side in sides]
+    if any(len(side) != 1 for side in sides):
+        raise Unsupported("score-product", f"the product '{name}' is not one of queries with keys")
+    if world.types.get(name) not in FLOATS:
+        raise Unsupported("score-product", f"the product '{name}' is not of floats")
+    atoms = Atoms()
+    axes: Axes = tuple(atoms.new(s) for s in world.shapes[name])
+    start = dict(zip(product.out_labels, axes, strict=True))
+    for step in path.steps:
+        if step.kind == "view":
+            axes = forward(world, atoms, step.node, axes)
+    last = atoms.leaves(axes[-1])
+    labels = [next(iter(side)) for side in sides]
+    matching = [x for x in labels if atoms.leaves(start[x]) == last]
+    if len(matching) == 2:  # both of size 1: the key is the later axis
+        matching = [max(labels, key=product.out_labels.index)]
+    if not matching:
+        raise Unsupported("softmax-axis", "the softmax does not run over the keys")
+    key = matching[0]
+    return product, next(x for x in labels if x != key), key
+
+
+def _operand_axes(world: World, value: str, labels: tuple[str, ...], known: dict[str, Axis]) -> Axes:
+    sizes = world.shapes[value]
+    return tuple(() if size == 1 else known[label] for label, size in zip(labels, sizes, strict=True))
+
+
+def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes, scaled: bool) -> _Operand:
+    """From the product back over views (and scalings): stages deepest first; ``nodes[i:]`` lead from stage i on."""
+    stages = [_Stage(value, axes)]
+    nodes: list[NodeProto] = []
+    scales: list[float] = []
+    views: list[bool] = []
+    while True:
+        node = index.producer.get(value)
+        if node is None or node.domain not in ("", "ai.onnx"):
+            break
+        factor = 1.0
+        if node.op_type in VIEW_OPS:
+            try:
+                axes = backward(world, atoms, node, axes)
+            except Unsupported:
+                break
+            source = node.input[0]
+        elif scaled and node.op_type in ("Mul", "Div") and (found := _scalar_factor(world, node)) is not None:
+            source, factor = found
+        else:
+            break
+        nodes.append(node)
+        scales.append(factor)
+        views.append(node.op_type in VIEW_OPS)
+        value = source
+        stages.append(_Stage(value, axes))
+    return _Operand(tuple(stages[::-1]), tuple(nodes[::-1]), tuple(scales[::-1]), tuple(views[::-1]))
+
+
+def _scalar_factor(world: World, node: NodeProto) -> tuple[str, float] | None:
+    pairs = [(node.input[0], node.input[1])]
+    if node.op_type == "Mul":
+        pairs.append((node.input[1], node.input[0]))
+    for source, other in pairs:
+        factor = world.scalar(other)
+        if factor and world.shapes.get(source) == world.shapes.get(node.output[0]):
+            return source, factor if node.op_type == "Mul" else 1.0 / factor
+    return None
+
+
+def _walk_output(
+    index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes
+) -> tuple[list[_Stage], list[NodeProto]]:
+    stages, nodes = [_Stage(value, axes)], []
+    while value not in index.outputs:
+        readers = index.consumers.get(value, [])
+        if len(readers) != 1 or readers[0].op_type not in VIEW_OPS or readers[0].domain not in ("", "ai.onnx"):
+            break
+        if readers[0].op_type == "Expand" or readers[0].input[0] != value:
+            break
+        try:
+            axes = forward(world, atoms, readers[0], axes)
+        except Unsupported:
+            break
+        nodes.append(readers[0])
+        value = readers[0].output[0]
+        stages.append(_Stage(value, axes))
+    return stages, nodes
+
+
+def _after_softmax(
+    index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes
+) -> tuple[str, Axes, list[NodeProto], bool]:
+    """Over casts, views and NaN guards (Where(IsNaN(p), 0, p)) to the weights that meet the values."""
+    nodes: list[NodeProto] = []
+    guarded = False
+    while True:
+        readers = index.consumers.get(value, [])
+        kinds = sorted(n.op_type for n in readers)
+        if kinds == ["IsNaN", "Where"]:
+            isnan, where = sorted(readers, key=lambda n: n.op_type)
+            if list(where.input[:1]) == list(isnan.output) and where.input[2] == value:
+                fill = world.scalar(where.input[1])
+                if fill == 0.0 and len(index.consumers.get(isnan.output[0], [])) == 1:
+                    nodes += [isnan, where]
+                    value, guarded = where.output[0], True
+                    continue
+            raise Unsupported("guard", f"'{where.output[0]}' replaces NaN weights by something that is not zero")
+        if len(readers) != 1 or value in index.outputs:
+            return value, axes, nodes, guarded
+        (node,) = readers
+        if node.op_type in VIEW_OPS and node.op_type != "Expand" and node.input[0] == value:
+            axes = forward(world, atoms, node, axes)
+        elif not (node.op_type == "Cast" and world.types.get(node.output[0]) in FLOATS):
+            return value, axes, nodes, guarded
+        nodes.append(node)
+        value = node.output[0]
+
+
+def _second_product(index: GraphIndex, world: World, weights: str) -> Contraction:
+    readers = index.consumers.get(weights, [])
+    if weights in index.outputs:
+        raise Unsupported("weights-used", f"the attention weights '{weights}' are an output of the model")
+    if len(readers) != 1:
+        names = ", ".join(node_name(n) for n in readers[:4])
+        raise Unsupported("weights-used", f"the softmax's result is read by {len(readers)} nodes ({names})")
+    product = contraction(world, readers[0])
+    if product is None:
+        raise Unsupported(
+            "no-value-product", f"the softmax's result goes to {readers[0].op_type}, not to a product with values"
+        )
+    if product.left == product.right:
+        raise Unsupported("value-product", "the weights are multiplied by themselves")
+    if not index.data_inputs(product.right if product.left == weights else product.left):
+        raise Unsupported(
+            "constant-values", "the softmax's result meets a constant, not values computed from the input",
+            "a router or a codebook: left alone",
+        )  # fmt: skip
+    return product
+
+
+def _batch_and_heads(
+    atoms: Atoms, product: Contraction, label_axis: dict[str, Axis], scores: Axes, query: Axis, key: Axis
+) -> tuple[Axis, Axis]:
+    """The axes of the scores that are neither query nor key: outermost is batch, the rest heads."""
+    q, k = atoms.leaves(query), atoms.leaves(key)
+    # Of the two spellings of the scores the one with more axes says more.
+    widest = max((scores, tuple(label_axis[x] for x in product.out_labels)), key=len)
+    rest = [atoms.leaves(axis) for axis in widest]
+    if rest[-1] == k:
+        rest = rest[:-1]
+    if rest and rest[-1] == q:
+        rest = rest[:-1]
+    rest = [tuple(x for x in axis if x not in q and x not in k) for axis in rest]
+    if len(rest) >= 2:
+        return rest[0], tuple(x for axis in rest[1:] for x in axis)
+    if not rest:
+        return (), ()
+    merged = rest[0]
+    return (merged[:-1], merged[-1:]) if merged else ((), ())
+
+
+def _heads_of(atoms: Atoms, axes: Axes, layout: Layout) -> Axis:
+    return atoms.leaves(axes[layout.index("H")])
+
+
+def _home(
+    atoms: Atoms,
+    stages: tuple[_Stage, ...],
+    batch: Axis,
+    heads_choices: list[Axis],
+    sequence: Axis,
+    dim: Axis,
+    name: str,
+) -> tuple[Operand, int]:
+    """The earliest stage that is [batch, sequence, heads, dim] or [batch, heads, sequence, dim]."""
+    b, s, d = atoms.leaves(batch), atoms.leaves(sequence), atoms.leaves(dim)
+    for at, stage in enumerate(stages):
+        leaves = tuple(atoms.leaves(a) for a in stage.axes)
+        for heads in heads_choices[::-1]:
+            h = atoms.leaves(heads)
+            if leaves == (b, h, s, d):
+                return Operand(stage.value, "BHND"), at
+            if leaves == (b, s, h, d):
+                return Operand(stage.value, "BNHD"), at
+    raise Unsupported(
+        "layout", f"no rank-4 value with batch, heads, sequence and head dim as separate axes holds the {name}",
+    )  # fmt: skip
+
+
+def _output_home(
+    atoms: Atoms, stages: list[_Stage], batch: Axis, heads: Axis, sequence: Axis, dim: Axis
+) -> tuple[Operand, int]:
+    """The latest such stage of the output, so that the transposes after the site disappear."""
+    backwards = tuple(stages[::-1])
+    operand, at = _home(atoms, backwards, batch, [heads], sequence, dim, "output")
+    return operand, len(stages) - 1 - at
+
+
+def _after_softcap(path: Path, step: Step) -> bool:
+    kinds = [s.kind for s in path.steps[: path.steps.index(step)]]
+    return "softcap" in kinds
+
+
+def _factors(
+    atoms: Atoms, path: Path, checkpoints: list[tuple[Step, Axes]], batch: Axis, heads: Axis, query: Axis, keys: Axis
+) -> tuple[MaskFactor, ...]:
+    wanted = tuple(atoms.leaves(a) for a in (batch, heads, query, keys))
+    factors = []
+    for i, (step, axes) in enumerate(checkpoints):
+        if step.kind not in ("add", "visible", "hidden"):
+            continue
+        aligned = tuple(atoms.leaves(a) for a in axes) == wanted
+        later = prod(s.factor for s in path.steps[i + 1 :] if s.kind == "scale")
+        if any(s.kind == "softcap" for s in path.steps[i + 1 :]):
+            raise Unsupported("softcap", "a mask is applied before the softcap")
+        factors.append(MaskFactor(step.kind, step.value, step.fill, aligned, later))
+    return tuple(factors)
+
+
+def _check_private(
+    index: GraphIndex, core: list[NodeProto], allowed: list[NodeProto], out_value: str, product: Contraction
+) -> None:
+    """Scores and weights that someone else reads cannot disappear."""
+    ids = {id(n) for n in allowed}
+    for node in core:
+        for output in node.output:
+            if output == out_value or not output:
+                continue
+            if output in index.outputs:
+                raise Unsupported("scores-used", f"the scores or weights '{output}' are an output of the model")
+            outside = [n for n in index.consumers.get(output, []) if id(n) not in ids]
+            if outside:
+                raise Unsupported(
+                    "scores-used", f"the scores or weights '{output}' are also read by '{node_name(outside[0])}'"
+                )
+
+
+def _form(
+    product: Contraction, second: Contraction, path: Path, guarded: bool, query: _Operand, key: _Operand, shared: bool
+) -> str:
+    words = [f"{product.node.op_type.lower()}-softmax-{second.node.op_type.lower()}"]
+    where = [n for n, w in (("query", query), ("key", key)) if any(s != 1.0 for s in w.scales)]
+    where += ["scores"] * any(s.kind == "scale" for s in path.steps)
+    words.append("scale:" + ("+".join(where) or "none"))
+    words += [f"mask:{s.kind}" for s in path.steps if s.kind in ("add", "visible", "hidden")]
+    words += ["softcap"] * any(s.kind == "softcap" for s in path.steps)
+    words += ["cast"] * any(s.kind == "cast" for s in path.steps)
+    words += ["shared-kv"] * shared + ["nan-guard"] * guarded
+    return " ".join(words)

@@ -1,0 +1,54 @@
+"""Brings a model into the form that replacements are made in: no local functions, opset 18 or later."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx
+from onnx import ModelProto, inliner, version_converter
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.model import Model
+
+OLDEST = 18
+"""The oldest opset that function bodies are written for."""
+
+NEWEST = onnx.defs.onnx_opset_version()
+
+
+def normalise(model: Model) -> Model:
+    """``model`` unchanged, or a copy whose ``notes`` say what was done.
+
+    Raises:
+        Unsupported: the opset is newer than the installed onnx knows, or the conversion to opset 18 failed; nothing
+            can be replaced then.
+    """
+    proto, notes = model.proto, list(model.notes)
+    if model.opset > NEWEST:
+        raise Unsupported("opset", f"opset {model.opset} is newer than the installed onnx knows ({NEWEST})",
+                          "install a newer onnx")  # fmt: skip
+    if proto.functions:
+        proto = inliner.inline_local_functions(proto)
+        notes.append(f"{len(model.proto.functions)} model-local functions were inlined")
+    opset = model.opset
+    if 0 < opset < OLDEST:
+        proto = _convert(proto, opset)
+        notes.append(f"converted from opset {opset} to {OLDEST}, the oldest that function bodies are written for")
+        opset = OLDEST
+    if proto is model.proto:
+        return model
+    return replace(model, proto=proto, opset=opset, notes=tuple(notes))
+
+
+def _convert(proto: ModelProto, opset: int) -> ModelProto:
+    try:
+        converted = version_converter.convert_version(proto, OLDEST)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
+        raise Unsupported("opset", f"the conversion from opset {opset} to {OLDEST} failed: {reason}",
+                          f"export the model with opset {OLDEST} or later") from None  # fmt: skip
+    # The converter drops what its own representation does not hold.
+    converted.metadata_props.extend(p for p in proto.metadata_props if p not in converted.metadata_props)
+    for name in ("producer_name", "producer_version", "domain", "doc_string", "model_version"):
+        setattr(converted, name, getattr(proto, name))
+    return converted

@@ -1,0 +1,37 @@
+"""The function body of ``NeighborhoodAttention`` for one configuration, and the node that calls it."""
+
+from __future__ import annotations
+
+from onnx import FunctionProto, NodeProto, helper
+
+from attncompile.plugins.body import Body, attribute_names, overload_of
+from attncompile.plugins.neighborhood.call import Call
+from attncompile.plugins.neighborhood.gridded import gridded_body
+from attncompile.plugins.neighborhood.op import DOMAIN, OP_TYPE, Neighborhood
+from attncompile.plugins.neighborhood.sliding import sliding_body
+
+
+def function(hood: Neighborhood, call: Call) -> FunctionProto:
+    """A body in standard ops of ``call.opset``. Raises ``Unsupported`` where there is none."""
+    body = Body(call.opset)
+    names = ["query", "key", "value", *(["key_mask"] if call.key_mask else [])]
+    operands = ("query", "key", "value", "key_mask" if call.key_mask else "")
+    build = sliding_body if hood.sliding else gridded_body
+    output = build(body, hood, call, *operands)
+    template = node(hood, call, ("", "", ""), "", "")
+    doc = f"{OP_TYPE} in standard ops, for {call.dtype} and {call.heads}/{call.kv_heads} heads"
+    return body.function(OP_TYPE, overload(hood, call), names, output, attribute_names(template), doc)
+
+
+def overload(hood: Neighborhood, call: Call) -> str:
+    return overload_of({**hood.attributes(), **call.configuration()})
+
+
+def node(hood: Neighborhood, call: Call, inputs: tuple[str, ...], output: str, name: str) -> NodeProto:
+    """The op itself; its attributes say all that a kernel needs."""
+    layouts = dict(zip(("q_layout", "k_layout", "v_layout", "o_layout"), call.layouts, strict=True))
+    made = helper.make_node(
+        OP_TYPE, list(inputs), [output], name=name, domain=DOMAIN, scale=call.scale, **hood.attributes(), **layouts
+    )
+    made.overload = overload(hood, call)
+    return made

@@ -1,0 +1,223 @@
+"""The op ``attncompile::NeighborhoodAttention`` (version 1): its schema and its parameters, in one place.
+
+Inputs: ``query`` [B, Nq, H, D], ``key`` [B, Nk, Hkv, D], ``value`` [B, Nk, Hkv, Dv], each in the axis order that its
+layout attribute says, and optionally ``key_mask`` bool, broadcastable to [B, 1, 1, Nk], True = visible.
+Output: [B, Nq, H, Dv] in ``o_layout``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import onnx.defs
+from onnx.defs import OpSchema
+
+from attncompile.core.errors import Unsupported
+
+OP_TYPE = "NeighborhoodAttention"
+DOMAIN = "attncompile"
+VERSION = 1
+
+_LAYOUTS = ("BNHD", "BHND")
+
+
+@dataclass(frozen=True, slots=True)
+class Neighborhood:
+    """Which keys a query sees. One entry per axis in every tuple; ``grid`` is (-1,) for a dynamic 1-D sequence.
+
+    Tokens are ``prefix``, then the grid in row-major order, then ``suffix``; prefix and suffix tokens see all and are
+    seen by all, except that in a causal sequence nothing sees what comes after it.
+    On an axis, tokens with the same index modulo ``dilation`` form a line of L tokens. Groups of ``stride``
+    neighbouring queries share the window of the group's centre c (its last query on a causal axis):
+    c - left .. c + right, right = kernel_size - 1 - left, and never beyond the query itself on a causal axis.
+    ``border``: ``truncate`` leaves out what lies outside of the grid, ``clamp`` moves c inward so that a window always
+    holds kernel_size tokens (causal axes are truncated either way). ``shape``: ``ball`` keeps of the box what lies in
+    the ellipsoid with radii ``left``. When Nk > Nq the queries are the last Nq tokens.
+    """
+
+    kernel_size: tuple[int, ...]
+    left: tuple[int, ...]
+    dilation: tuple[int, ...]
+    stride: tuple[int, ...]
+    causal: tuple[int, ...]
+    border: str
+    shape: str
+    grid: tuple[int, ...]
+    prefix: int
+    suffix: int
+    masked_rows: str
+
+    @property
+    def right(self) -> tuple[int, ...]:
+        return tuple(k - 1 - x for k, x in zip(self.kernel_size, self.left, strict=True))
+
+    @property
+    def dynamic(self) -> bool:
+        return -1 in self.grid
+
+    @property
+    def tokens(self) -> int | None:
+        """Number of tokens, or None for a dynamic sequence."""
+        return None if self.dynamic else self.prefix + prod(self.grid) + self.suffix
+
+    @property
+    def sliding(self) -> bool:
+        """A plain truncated 1-D window: what the blocked body for any length covers."""
+        return (
+            len(self.grid) == 1 and self.border == "truncate" and self.shape == "box"
+            and self.stride == (1,) and self.dilation == (1,)
+        )  # fmt: skip
+
+    def attributes(self) -> dict[str, Any]:
+        """The attributes of the op."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @staticmethod
+    def of(parameters: Mapping[str, Any]) -> Neighborhood:
+        """Fill in the defaults and check. Raises ``Unsupported`` for what has no meaning."""
+        kernel = _ints(parameters, "kernel_size", None)
+        rank = len(kernel)
+        causal = _ints(parameters, "causal", (0,) * rank)
+        default_left = tuple(k - 1 if c else k // 2 for k, c in zip(kernel, causal, strict=False))
+        out = Neighborhood(
+            kernel_size=kernel,
+            left=_ints(parameters, "left", default_left),
+            dilation=_ints(parameters, "dilation", (1,) * rank),
+            stride=_ints(parameters, "stride", (1,) * rank),
+            causal=causal,
+            border=str(parameters.get("border", "truncate")),
+            shape=str(parameters.get("shape", "box")),
+            grid=_ints(parameters, "grid", (-1,) * rank),
+            prefix=int(parameters.get("prefix", 0)),
+            suffix=int(parameters.get("suffix", 0)),
+            masked_rows=str(parameters.get("masked_rows", "zero")),
+        )
+        out._check()
+        return out
+
+    def _check(self) -> None:
+        rank = len(self.kernel_size)
+        if not 1 <= rank <= 3:
+            raise _bad(f"kernel_size has {rank} axes", "give one to three")
+        for name in ("left", "dilation", "stride", "causal", "grid"):
+            if len(getattr(self, name)) != rank:
+                raise _bad(f"{name} has {len(getattr(self, name))} entries for {rank} axes", "one entry per axis")
+        if min(self.kernel_size) < 1 or min(self.dilation) < 1 or min(self.stride) < 1:
+            raise _bad("kernel_size, dilation and stride must be positive", "")
+        if min(self.prefix, self.suffix) < 0 or set(self.causal) - {0, 1}:
+            raise _bad("prefix and suffix must not be negative, causal must be 0 or 1", "")
+        if self.border not in ("truncate", "clamp") or self.shape not in ("box", "ball"):
+            raise _bad(
+                f"border {self.border!r}, shape {self.shape!r}", "border is truncate or clamp, shape box or ball"
+            )
+        if self.masked_rows not in ("zero", "nan"):
+            raise _bad(f"masked_rows {self.masked_rows!r}", "masked_rows is zero or nan")
+        for k, left, causal in zip(self.kernel_size, self.left, self.causal, strict=True):
+            if not 0 <= left < k or (causal and left != k - 1):
+                raise _bad(f"left {left} with kernel_size {k}", "0 <= left < kernel_size; kernel_size - 1 when causal")
+        if any(g < 1 and g != -1 for g in self.grid) or (self.dynamic and rank > 1):
+            raise _bad(f"grid {list(self.grid)}", "positive sizes; -1 (dynamic) only for a 1-D sequence")
+        if self.border == "clamp" and not self.dynamic:
+            for k, d, g in zip(self.kernel_size, self.dilation, self.grid, strict=True):
+                if k * d > g:
+                    raise _bad(
+                        f"a clamped window of {k} with dilation {d} does not fit into {g}", "kernel * dilation <= grid"
+                    )
+        if self.shape == "ball" and (self.border != "truncate" or any(self.causal) or self.left != self.right):
+            raise _bad("shape ball", "a ball is truncated, not causal, and has odd kernel sizes")
+        if any(self.causal) and (self.suffix or (self.prefix and rank > 1)):
+            raise _bad("prefix or suffix with a causal axis", "only a prefix of a 1-D causal sequence has a meaning")
+
+
+def _ints(parameters: Mapping[str, Any], name: str, default: tuple[int, ...] | None) -> tuple[int, ...]:
+    value = parameters.get(name, default)
+    if value is None:
+        raise _bad(f"{name} is missing", "")
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, int) for v in value):
+        raise _bad(f"{name} = {value!r}", f"{name} is a list of integers")
+    return tuple(int(v) for v in value)
+
+
+def _bad(reason: str, hint: str) -> Unsupported:
+    return Unsupported("parameters", f"NeighborhoodAttention: {reason}", hint)
+
+
+def schema() -> OpSchema:
+    """The op's schema, with output type and shape inference."""
+    kind = OpSchema.FormalParameterOption
+    attr = OpSchema.AttrType
+    default = onnx.helper.make_attribute
+
+    def ints(name: str, doc: str, required: bool = False) -> OpSchema.Attribute:
+        return OpSchema.Attribute(name, attr.INTS, doc, required=required)
+
+    def text(name: str, value: str, doc: str) -> OpSchema.Attribute:
+        return OpSchema.Attribute(name, default(name, value), doc)
+
+    def number(name: str, value: int, doc: str) -> OpSchema.Attribute:
+        return OpSchema.Attribute(name, default(name, value), doc)
+
+    result = OpSchema(
+        OP_TYPE,
+        DOMAIN,
+        VERSION,
+        doc=__doc__ + "\n" + (Neighborhood.__doc__ or ""),
+        inputs=[
+            OpSchema.FormalParameter("query", "T", "[B, Nq, H, D] in q_layout"),
+            OpSchema.FormalParameter("key", "T", "[B, Nk, Hkv, D] in k_layout"),
+            OpSchema.FormalParameter("value", "T", "[B, Nk, Hkv, Dv] in v_layout"),
+            OpSchema.FormalParameter(
+                "key_mask", "tensor(bool)", "broadcastable to [B, 1, 1, Nk], True = visible", param_option=kind.Optional
+            ),
+        ],
+        outputs=[OpSchema.FormalParameter("output", "T", "[B, Nq, H, Dv] in o_layout")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "element type")
+        ],
+        attributes=[
+            ints("kernel_size", "window size per axis", required=True),
+            ints("left", "how far the window reaches to the left of its centre"),
+            ints("dilation", "distance between tokens of one window"),
+            ints("stride", "queries per group that shares a window"),
+            ints("causal", "1: no key after the query on this axis"),
+            ints("grid", "tokens per axis; -1: dynamic, one axis only"),
+            text("border", "truncate", "truncate | clamp"),
+            text("shape", "box", "box | ball"),
+            number("prefix", 0, "tokens before the grid"),
+            number("suffix", 0, "tokens after the grid"),
+            OpSchema.Attribute("scale", attr.FLOAT, "factor of query x key; default 1 / sqrt(D)", required=False),
+            text("masked_rows", "zero", "what a query without any visible key gives: zero | nan"),
+            *(text(f"{x}_layout", "BNHD", "BNHD | BHND") for x in "qkvo"),
+            # For TensorRT's parser; they mean nothing elsewhere.
+            OpSchema.Attribute("plugin_namespace", attr.STRING, "TensorRT plugin namespace", required=False),
+            OpSchema.Attribute("plugin_version", attr.STRING, "TensorRT plugin version", required=False),
+            OpSchema.Attribute("aot", attr.INT, "1: TensorRT takes the ahead-of-time plugin", required=False),
+        ],
+    )
+    result.set_type_and_shape_inference_function(_infer)
+    return result
+
+
+def _infer(context: Any) -> None:
+    """Output: query's type and sizes, with the last axis from value."""
+    query = context.get_input_type(0)
+    out = onnx.TypeProto()
+    out.tensor_type.elem_type = query.tensor_type.elem_type
+    value = context.get_input_type(2)
+    if query.tensor_type.HasField("shape") and value is not None and value.tensor_type.HasField("shape"):
+        layout = [context.get_attribute(f"{x}_layout") for x in "qo"]
+        q, o = (a.s.decode() if a is not None and a.s else _LAYOUTS[0] for a in layout)
+        dims = dict(zip(q, query.tensor_type.shape.dim, strict=True))
+        dims["D"] = value.tensor_type.shape.dim[3]
+        for axis in o:
+            out.tensor_type.shape.dim.add().CopyFrom(dims[axis])
+    context.set_output_type(0, out)
+
+
+def register() -> None:
+    """Make the schema known to ``onnx.checker`` and shape inference. Idempotent."""
+    if not onnx.defs.has(OP_TYPE, domain=DOMAIN):
+        onnx.defs.register_schema(schema())

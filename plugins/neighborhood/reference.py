@@ -1,0 +1,91 @@
+"""NeighborhoodAttention by its definition: one query and one key at a time, in float64. Slow and plain on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def sees(i: int, j: int, total: int, parameters: Mapping[str, Any]) -> bool:
+    """Whether the token at position i sees the token at position j among ``total`` tokens."""
+    kernel = list(parameters["kernel_size"])
+    rank = len(kernel)
+    causal = list(parameters.get("causal", [0] * rank))
+    left = list(parameters.get("left", [k - 1 if c else k // 2 for k, c in zip(kernel, causal, strict=True)]))
+    dilation = list(parameters.get("dilation", [1] * rank))
+    stride = list(parameters.get("stride", [1] * rank))
+    prefix, suffix = int(parameters.get("prefix", 0)), int(parameters.get("suffix", 0))
+    grid = list(parameters.get("grid", [-1] * rank))
+    if grid == [-1]:
+        grid = [total - prefix - suffix]
+
+    if any(causal) and rank == 1 and j > i:
+        return False
+    for token in (i, j):
+        if token < prefix or token >= total - suffix:
+            return True
+
+    query = np.unravel_index(i - prefix, grid)
+    key = np.unravel_index(j - prefix, grid)
+    distance = 0.0
+    for axis in range(rank):
+        d, k, s, size = dilation[axis], kernel[axis], stride[axis], grid[axis]
+        if query[axis] % d != key[axis] % d:
+            return False
+        # Positions and length of the line of tokens that share this remainder.
+        q, t = int(query[axis]) // d, int(key[axis]) // d
+        length = len(range(int(query[axis]) % d, size, d))
+        if causal[axis]:
+            leader = min(q // s * s + s - 1, length - 1)
+            if not (leader - t < k and t <= q):
+                return False
+            continue
+        centre = min(q // s * s + s // 2, length - 1)
+        right = k - 1 - left[axis]
+        if parameters.get("border", "truncate") == "clamp":
+            centre = max(left[axis], min(centre, length - 1 - right))
+        if not centre - left[axis] <= t <= centre + right:
+            return False
+        if left[axis]:
+            distance += ((t - centre) / left[axis]) ** 2
+    return parameters.get("shape", "box") == "box" or distance <= 1 + 1e-9
+
+
+def reference(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    parameters: Mapping[str, Any],
+    *,
+    scale: float | None = None,
+    key_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """q [B, Nq, H, D], k [B, Nk, G, D], v [B, Nk, G, Dv], key_mask bool broadcastable to [B, 1, 1, Nk] or None
+    -> [B, Nq, H, Dv] in float64. Queries are the last Nq of the Nk tokens.
+
+    Neighborhood Attention Transformer, arXiv:2204.07143; dilation, arXiv:2209.15001; stride, arXiv:2504.16922;
+    ball, arXiv:2412.16112.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, queries, heads, dim = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    open_keys = np.ones((batch, keys), bool)
+    if key_mask is not None:
+        open_keys = np.broadcast_to(np.asarray(key_mask, bool), (batch, 1, 1, keys))[:, 0, 0]
+    out = np.zeros((batch, queries, heads, v.shape[3]))
+    for i in range(queries):
+        window = [j for j in range(keys) if sees(i + keys - queries, j, keys, parameters)]
+        for b in range(batch):
+            seen = [j for j in window if open_keys[b, j]]
+            for h in range(heads):
+                g = h // (heads // kv_heads)
+                if not seen:
+                    out[b, i, h] = 0.0 if parameters.get("masked_rows", "zero") == "zero" else np.nan
+                    continue
+                scores = scale * (k[b, seen, g] @ q[b, i, h])
+                weights = np.exp(scores - scores.max())
+                out[b, i, h] = (weights / weights.sum()) @ v[b, seen, g]
+    return out

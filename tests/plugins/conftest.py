@@ -1,0 +1,154 @@
+"""Sites without a model, and one-node models around what a mechanism lowers them to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from attncompile.core.mask import Certificate, MaskFacts, MaskPart
+from attncompile.core.mechanism import Mechanism
+from attncompile.core.site import AttentionSite, Operand
+
+SHOWN = Certificate("structure", "given by the test", general=True)
+TYPES = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FLOAT16, np.float16)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one comparison. ``key_mask`` [.., Nk] bool, True = visible."""
+
+    batch: int = 1
+    queries: int = 37
+    keys: int | None = None
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    value_dim: int = 6
+    layouts: tuple[str, str, str, str] = ("BHND", "BHND", "BHND", "BHND")
+    dtype: str = "float32"
+    softmax_dtype: str = "float32"
+    scale: float = 0.3
+    static: bool = False
+    opset: int = 18
+    key_mask: np.ndarray | None = None
+    additive: bool = False
+    masked_rows: str = "zero"
+    causal: bool = False
+    seed: int = 0
+
+    @property
+    def key_length(self) -> int:
+        return self.queries if self.keys is None else self.keys
+
+    def site(self, **changes: Any) -> AttentionSite:
+        parts = []
+        if self.causal:
+            parts.append(MaskPart("causal", SHOWN, -1, 0))
+        if self.key_mask is not None:
+            parts.append(MaskPart("padding", SHOWN, source="key_mask", additive=self.additive))
+        same = self.queries == self.key_length
+        made = AttentionSite(
+            id="test", form="matmul", query=Operand("q", self.layouts[0]), key=Operand("k", self.layouts[1]),
+            value=Operand("v", self.layouts[2]), output=Operand("o", self.layouts[3]),
+            batch=self.batch if self.static else "B", heads=self.heads, kv_heads=self.kv_heads,
+            head_dim=self.head_dim, value_dim=self.value_dim, query_length=self.queries if self.static else "N",
+            key_length=self.key_length if self.static else ("N" if same else "M"), scale=self.scale,
+            mask=MaskFacts(tuple(parts), self.masked_rows), dtype=self.dtype, softmax_dtype=self.softmax_dtype,
+            nodes=(), interior=(),
+        )  # fmt: skip
+        return replace(made, **changes)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """q, k, v as [B, N, H, D]."""
+        rng = np.random.default_rng(self.seed)
+        shapes = {
+            "q": (self.batch, self.queries, self.heads, self.head_dim),
+            "k": (self.batch, self.key_length, self.kv_heads, self.head_dim),
+            "v": (self.batch, self.key_length, self.kv_heads, self.value_dim),
+        }
+        return {name: rng.standard_normal(shape).astype(TYPES[self.dtype][1]) for name, shape in shapes.items()}
+
+    def model(self, mechanism: Mechanism, parameters: Mapping[str, Any]) -> onnx.ModelProto:
+        site = self.site()
+        lowering = mechanism.lower(site, parameters, self.opset)
+        element = TYPES[self.dtype][0]
+        length = {"q": site.query_length, "k": site.key_length, "v": site.key_length, "o": site.query_length}
+        heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "o": self.heads}
+        dim = {"q": self.head_dim, "k": self.head_dim, "v": self.value_dim, "o": self.value_dim}
+        values = {}
+        for name, layout in zip("qkvo", self.layouts, strict=True):
+            dims = {"B": site.batch, "N": length[name], "H": heads[name], "D": dim[name]}
+            values[name] = helper.make_tensor_value_info(name, element, [dims[axis] for axis in layout])
+        inputs = [values[name] for name in "qkv"]
+        if self.key_mask is not None:
+            kind = TYPES[self.softmax_dtype][0] if self.additive else TensorProto.BOOL
+            inputs.append(helper.make_tensor_value_info("key_mask", kind, self.key_mask.shape))
+        graph = helper.make_graph(lowering.nodes, "test", inputs, [values["o"]], list(lowering.initializers))
+        opsets = [helper.make_opsetid("", self.opset)]
+        if lowering.functions:
+            opsets.append(helper.make_opsetid("attncompile", 1))
+        return helper.make_model(graph, functions=list(lowering.functions), opset_imports=opsets, ir_version=10)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        feeds = {
+            name: x if layout == "BNHD" else np.ascontiguousarray(x.transpose(0, 2, 1, 3))
+            for (name, x), layout in zip(self.tensors().items(), self.layouts, strict=False)
+        }
+        if self.key_mask is not None:
+            mask = self.key_mask
+            if self.additive:
+                mask = np.where(mask, 0, -np.inf).astype(TYPES[self.softmax_dtype][1])
+            feeds["key_mask"] = mask
+        return feeds
+
+    def run(self, mechanism: Mechanism, parameters: Mapping[str, Any]) -> np.ndarray:
+        """[B, Nq, H, Dv] out of ONNX Runtime's CPU provider."""
+        model = self.model(mechanism, parameters)
+        onnx.checker.check_model(model, full_check=True)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        out = session.run(None, self.feeds())[0]
+        return out if self.layouts[3] == "BNHD" else out.transpose(0, 2, 1, 3)
+
+    def expected(self, mechanism: Mechanism, parameters: Mapping[str, Any]) -> np.ndarray:
+        return mechanism.reference(
+            **self.tensors(), parameters=parameters, scale=self.scale, key_mask=self.key_mask
+        )  # fmt: skip
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative L2 over finite results; infinite when shapes or NaN positions differ or nothing is compared."""
+    if got.shape != want.shape or got.size == 0 or not np.array_equal(np.isnan(got), np.isnan(want)):
+        return float("inf")
+    finite = ~np.isnan(want)
+    norm = float(np.linalg.norm(want[finite]))
+    return float(np.linalg.norm(got[finite].astype(np.float64) - want[finite])) / norm if norm else float("inf")
+
+
+TOLERANCE = {"float32": 1e-6, "float16": 2e-3}
+
+
+@pytest.fixture
+def case() -> type[Case]:
+    return Case
+
+
+@pytest.fixture
+def error() -> Callable[[Case, Mechanism, Mapping[str, Any]], float]:
+    """Relative L2 of a mechanism's lowering against its reference."""
+    return lambda case, mechanism, parameters: relative_error(
+        case.run(mechanism, parameters), case.expected(mechanism, parameters)
+    )
+
+
+@pytest.fixture
+def tolerance() -> Mapping[str, float]:
+    return TOLERANCE

@@ -1,0 +1,191 @@
+"""Which sites NeighborhoodAttention takes, and why it refuses the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from attncompile.core.errors import AttncompileError
+from attncompile.core.grid import TokenGrid
+from attncompile.core.mask import Certificate, MaskFacts, MaskPart
+from attncompile.core.mechanism import Candidate, Shape
+from attncompile.core.verdict import Verdict
+from attncompile.plugins import mechanism, mechanisms
+from attncompile.plugins.neighborhood.op import Neighborhood
+from attncompile.plugins.neighborhood.reference import sees
+from attncompile.plugins.neighborhood.tiles import tiling
+
+GENERAL = Certificate("structure", "", general=True)
+ONCE = Certificate("constant", "", ((4096, 4096),), general=False)
+SUBJECT = mechanism("NeighborhoodAttention")
+
+
+def mask(*parts: MaskPart, rows: str = "nan") -> MaskFacts:
+    return MaskFacts(parts, rows)
+
+
+def window(left: int, right: int, certificate: Certificate = GENERAL) -> MaskPart:
+    return MaskPart("window", certificate, left, right)
+
+
+def only(found) -> Candidate | Verdict:
+    assert len(found) == 1
+    return found[0]
+
+
+def test_a_causal_window_of_dynamic_length(case) -> None:
+    site = case().site(mask=mask(window(511, 0)))
+    found = only(SUBJECT.exact_candidates(site))
+    assert isinstance(found, Candidate) and found.exact
+    assert found.parameters["kernel_size"] == [512] and found.parameters["causal"] == [1]
+    assert found.parameters["dense_below"] > 512
+    assert SUBJECT.is_exact_for(site, found.parameters).ok
+
+
+def test_window_and_causal_factors_are_intersected(case) -> None:
+    site = case().site(mask=mask(window(63, 63), MaskPart("causal", GENERAL, -1, 0)))
+    found = only(SUBJECT.exact_candidates(site))
+    assert isinstance(found, Candidate)
+    assert (found.parameters["kernel_size"], found.parameters["causal"]) == ([64], [1])
+
+
+@pytest.mark.parametrize(
+    ("facts", "code"),
+    [
+        (mask(), "nothing-to-skip"),
+        (mask(MaskPart("causal", GENERAL, -1, 0)), "nothing-to-skip"),
+        (mask(MaskPart("padding", GENERAL, source="m")), "nothing-to-skip"),
+        (mask(window(-1, 5)), "nothing-to-skip"),
+        (mask(MaskPart("bias", GENERAL, source="b")), "mask"),
+        (mask(window(7, 0), MaskPart("opaque", GENERAL, source="b")), "mask"),
+        (mask(window(511, 0, ONCE)), "certificate"),
+        (mask(window(511, 0), MaskPart("padding", GENERAL, source="m"), rows="uniform"), "masked-rows"),
+    ],
+)
+def test_refusals(facts, code, case) -> None:
+    found = only(SUBJECT.exact_candidates(case().site(mask=facts)))
+    assert isinstance(found, Verdict) and not found.ok
+    assert found.code == code and found.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"softcap": 50.0}, "softcap"),
+        ({"kind": "linear"}, "kind"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"query_length": 4096, "key_length": 1024}, "lengths"),
+    ],
+)
+def test_sites_that_the_op_cannot_express(changes, code, case) -> None:
+    site = case().site(mask=mask(window(511, 0)), **changes)
+    found = only(SUBJECT.exact_candidates(site))
+    assert isinstance(found, Verdict) and found.code == code
+    with pytest.raises(AttncompileError):
+        SUBJECT.lower(site, {"kernel_size": [512], "causal": [1]}, 18)
+
+
+def test_a_window_too_wide_for_its_length(case) -> None:
+    at = case(queries=600, static=True)
+    wide = only(SUBJECT.exact_candidates(at.site(mask=mask(window(511, 0)))))
+    assert isinstance(wide, Verdict) and wide.code == "too-wide"
+    narrow = only(SUBJECT.exact_candidates(at.site(mask=mask(window(63, 0)))))
+    assert isinstance(narrow, Candidate) and narrow.parameters["dense_below"] == 0
+
+
+def test_a_stored_mask_holds_for_its_own_length(case) -> None:
+    site = case(queries=4096, static=True).site(mask=mask(window(511, 0, ONCE)))
+    assert isinstance(only(SUBJECT.exact_candidates(site)), Candidate)
+
+
+def test_other_parameters_are_not_exact(case) -> None:
+    site = case().site(mask=mask(window(511, 0)))
+    right = only(SUBJECT.exact_candidates(site)).parameters
+    for wrong in ({"kernel_size": [511], "left": [510]}, {"prefix": 4}):
+        assert not SUBJECT.is_exact_for(site, {**right, **wrong}).ok
+
+
+def test_approximations_of_a_causal_site_keep_sinks(case) -> None:
+    site = case(queries=4096, static=True, causal=True).site()
+    found = SUBJECT.approximate_candidates(site)
+    assert found and all(c.parameters["prefix"] == 4 and not c.exact for c in found)
+    shape = Shape(1, 4096, 4096)
+    costs = [SUBJECT.cost(site, c.parameters, shape).elements for c in found]
+    assert costs == sorted(costs)
+    for c in found:
+        assert not SUBJECT.is_exact_for(site, c.parameters).ok
+        SUBJECT.lower(site, c.parameters, 18)
+
+
+def test_approximations_on_a_grid(case) -> None:
+    site = case(queries=1025, static=True).site(grid=TokenGrid((32, 32), prefix=1))
+    found = SUBJECT.approximate_candidates(site)
+    boxes = [c for c in found if len(c.parameters["kernel_size"]) == 2]
+    assert boxes and all(c.parameters["prefix"] == 1 and c.parameters["border"] == "clamp" for c in boxes)
+    for c in found:
+        SUBJECT.lower(site, c.parameters, 18)
+
+
+def test_nothing_approximate_for_cross_attention_or_bias(case) -> None:
+    assert not SUBJECT.approximate_candidates(case(queries=64, keys=77, static=True).site())
+    assert not SUBJECT.approximate_candidates(case().site(mask=mask(MaskPart("bias", GENERAL, source="b"))))
+
+
+def test_cost_counts_touched_keys(case) -> None:
+    site = case(batch=2, heads=3, kv_heads=3, head_dim=8, value_dim=4).site()
+    parameters = {"kernel_size": [9], "causal": [1], "block": 16, "dense_below": 20}
+    blocked = SUBJECT.cost(site, parameters, Shape(2, 40, 40))
+    assert blocked.elements == 2 * 3 * 48 * (8 + 16)
+    assert blocked.flops == 2 * blocked.elements * 12
+    assert SUBJECT.cost(site, parameters, Shape(2, 20, 20)).elements == 2 * 3 * 400
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"kernel_size": [3, 3], "grid": [9, 7], "border": "clamp", "dilation": [2, 1]},
+        {"kernel_size": [4, 3], "grid": [9, 10], "border": "clamp", "stride": [2, 3]},
+        {"kernel_size": [5, 5], "grid": [9, 7], "shape": "ball"},
+    ],
+)
+def test_tables_of_tiles_say_what_the_definition_says(parameters) -> None:
+    """Every tile's keys and masks against the reference's predicate: each visible key exactly once."""
+    plan = tiling(Neighborhood.of(parameters), 12)
+    total = int(np.prod(parameters["grid"]))
+    want = np.array([[sees(i, j, total, parameters) for j in range(total)] for i in range(total)], int)
+    for query, slot in enumerate(plan.slots):
+        tile, row = divmod(int(slot), plan.queries)
+        assert plan.query_index[tile, row] == query
+        got = np.zeros(total, int)
+        np.add.at(got, plan.key_index[tile], plan.masks[plan.kind[tile], row])
+        np.testing.assert_array_equal(got, want[query])
+
+
+def test_registry() -> None:
+    assert [m.name for m in mechanisms()] == ["NeighborhoodAttention", "Attention"]
+    with pytest.raises(AttncompileError, match="no mechanism"):
+        mechanism("nothing")
+
+
+def test_attention_says_where_it_applies(case) -> None:
+    subject = mechanism("Attention")
+    causal = MaskPart("causal", GENERAL, -1, 0)
+    padding = MaskPart("padding", GENERAL, source="m")
+    assert isinstance(only(subject.exact_candidates(case().site())), Candidate)
+    found = only(subject.exact_candidates(case().site(mask=mask(causal))))
+    assert isinstance(found, Candidate) and found.parameters == {"causal": True}
+    assert isinstance(only(subject.exact_candidates(case().site(mask=mask(padding, rows="zero")))), Candidate)
+    for facts, code in (
+        (mask(window(7, 0)), "mask"),
+        (mask(padding, rows="uniform"), "masked-rows"),
+        (mask(causal, padding), "mask"),
+        (mask(replace(causal, certificate=ONCE)), "certificate"),
+    ):
+        verdict = only(subject.exact_candidates(case().site(mask=facts)))
+        assert isinstance(verdict, Verdict) and verdict.code == code
+    assert only(subject.exact_candidates(case().site(form="attention-op"))).code == "already"
+    lengths = case(queries=5, keys=7, static=True).site(mask=mask(causal))
+    assert only(subject.exact_candidates(lengths)).code == "lengths"
+    assert not subject.approximate_candidates(case().site())

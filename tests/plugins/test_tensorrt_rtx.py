@@ -1,0 +1,67 @@
+"""Inlined bodies in TensorRT-RTX's builder, which works without a GPU: they parse, build, and attention is fused."""
+
+from __future__ import annotations
+
+import re
+
+import onnx
+import onnx.inliner
+import pytest
+
+from attncompile.plugins import mechanism
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+WINDOW = {"kernel_size": [256], "causal": [1], "left": [255]}
+CASES = {
+    "window, dynamic": ({**WINDOW}, {"queries": 1024}),
+    "window, dynamic, dense branch": ({**WINDOW, "dense_below": 384}, {"queries": 1024}),
+    "window, static": (WINDOW, {"queries": 1000, "static": True}),
+    "window, BNHD, groups": (WINDOW, {"queries": 1024, "layouts": ("BNHD",) * 4, "kv_heads": 2}),
+    "sinks": ({**WINDOW, "prefix": 4}, {"queries": 1024}),
+    "two-sided with a prefix": ({"kernel_size": [256], "prefix": 1}, {"queries": 1024}),
+    "grid": ({"kernel_size": [13, 13], "grid": [32, 32], "border": "clamp"}, {"queries": 1024, "static": True}),
+    "grid with a prefix": (
+        {"kernel_size": [13, 13], "grid": [32, 32], "border": "clamp", "prefix": 1},
+        {"queries": 1025, "static": True},
+    ),
+}
+
+
+class _Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.lines: list[str] = []
+
+    def log(self, severity: object, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_bodies_build_fused(label, case) -> None:
+    parameters, sizes = CASES[label]
+    at = case(**{"heads": 4, "kv_heads": 4, "head_dim": 64, "value_dim": 64, "dtype": "float16", **sizes})
+    model = onnx.inliner.inline_local_functions(at.model(mechanism("NeighborhoodAttention"), parameters))
+    log = _Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse(model.SerializeToString()), [parser.get_error(i) for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    profile = builder.create_optimization_profile()
+    for value in model.graph.input:
+        dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        profile.set_shape(
+            value.name, *([{"B": 1, "N": n}.get(d, d) for d in dims] for n in (1, at.queries, 4 * at.queries))
+        )
+    if not at.static:
+        config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+    dump = "\n".join(log.lines)
+    dump = dump[dump.index("Layers:") :].split("I/O Tensors:")[0]
+    fused = re.findall(r"(?m)^Name: \w*mha\w*", dump)
+    matmuls = re.findall(r"(?m)^Name: matmul\w*", dump)
+    dense_rows = 1 if parameters.get("prefix") and not parameters.get("causal") else 0
+    assert len(fused) == 1 + dense_rows + bool(parameters.get("dense_below")), (fused, matmuls)
+    assert not matmuls

@@ -233,6 +233,46 @@ def _verify(
     return 0 if found.passed else GateFailed.exit_code
 
 
+@app.command("profile", short_help="Show where the time goes, per site and layer.")
+def _profile(
+    model: opt.ModelPath,
+    other: Annotated[
+        Path | None,
+        typer.Argument(metavar="OTHER", help="A file made from MODEL, to be compared with it.", show_default=False),
+    ] = None,
+    inputs: opt.Inputs = None,
+    profile: opt.Profile = [],  # noqa: B006
+    grid: opt.Grid = None,
+    top: Annotated[int, typer.Option("--top", metavar="N", min=0, help="How many layers the tables show.")] = 15,
+    runs: Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Runs that are averaged.")] = 10,
+    threads: opt.Threads = None,
+    seed: opt.Seed = 0,
+    format: opt.Format = "table",
+    quiet: opt.Quiet = False,
+) -> int:
+    """Time each attention site and layer of MODEL, and of OTHER beside it, with ONNX Runtime's profiler on the CPU.
+
+    At the usual shapes of --profile, or on the first of --inputs. Profiling slows a model down: compare two files by
+    `bench`.
+    """
+    options = _options(inputs=inputs, profile=profile, grid=grid, seed=seed, threads=threads)
+    as_json = _as_json(format)
+
+    from attncompile import compare, console, pipeline, report
+
+    with console.progress(quiet) as progress, console.stdout_to_stderr():
+        progress.stage("detect")
+        found = pipeline.inspect(model, options)
+        feeds = compare.feeds_for(found.model, found.profile, inputs, seed)[0]
+        sites = found.detection.sites
+        times = compare.profile_files(model, other, sites, feeds, progress, runs=runs, threads=threads)
+    if as_json:
+        _print_json(times.to_json())
+    else:
+        report.print_profile(times, top, console.data_console())
+    return 0
+
+
 @app.command("bench", short_help="Time two files against each other.")
 def _bench(
     model: Annotated[Path, typer.Argument(metavar="MODEL_A", help="The baseline.")],
@@ -320,10 +360,12 @@ def _options(**given: Any) -> Options:
 
 def _feeds(model: Path, options: Options, seed: int) -> Sequence[Feeds]:
     """Inputs for ``model``: the user's, or seeded ones at the shapes of the profile."""
-    from attncompile import compare, pipeline
+    from attncompile.compare import feeds_for
+    from attncompile.passes.load import load
+    from attncompile.passes.symbols import profile_for
 
-    found = pipeline.inspect(model, options)
-    return compare.feeds_for(found.model, found.profile, options.inputs, seed)
+    loaded = load(model)
+    return feeds_for(loaded, profile_for(loaded, options.profile), options.inputs, seed)
 
 
 def _write_plan(model: Path, options: Options, out: Path | None, as_json: bool, quiet: bool) -> int:

@@ -1,19 +1,22 @@
-"""Two files against each other, at every shape of a profile: ``attncompile verify`` and ``attncompile bench``."""
+"""Files against each other, or one alone: what ``attncompile verify``, ``bench`` and ``profile`` do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
-from attncompile import measure, verify
+from attncompile import measure, profile, verify
 from attncompile.console import Progress
 from attncompile.core.errors import BadArguments
 from attncompile.core.model import Model
 from attncompile.core.profile import ShapeProfile
+from attncompile.core.site import AttentionSite
 from attncompile.report import ShapeTiming
 
 
@@ -104,3 +107,68 @@ def bench(
         timings.append(ShapeTiming(item.label, item.bindings, timing))
         progress.advance()
     return tuple(timings)
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """Layer and site times of one file, or of two at the same inputs. Without ``other`` the sites' ``after`` is NaN."""
+
+    model: Path
+    other: Path | None
+    feeds: Feeds
+    before: profile.LayerTimes
+    after: profile.LayerTimes | None
+    sites: tuple[profile.SiteTime, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        def number(value: float) -> float | None:
+            return value if isfinite(value) else None
+
+        return {
+            "model": str(self.model), "other": str(self.other) if self.other else None, "label": self.feeds.label,
+            "bindings": dict(self.feeds.bindings),
+            "sites": [
+                {"id": s.site, "microseconds": number(s.before), "other_microseconds": number(s.after),
+                 "gain": number(s.gain)} for s in self.sites
+            ],
+            "times": _times_json(self.before), "other_times": _times_json(self.after) if self.after else None,
+        }  # fmt: skip
+
+
+def _times_json(times: profile.LayerTimes) -> dict[str, Any]:
+    return {
+        "total_microseconds": times.total, "runs": times.runs, "threads": times.threads, "by_op": dict(times.by_op()),
+        "layers": [
+            {"name": x.name, "op": x.op_type, "microseconds": x.microseconds, "calls": x.calls, "site": x.site}
+            for x in sorted(times.layers, key=lambda x: -x.microseconds)
+        ],
+    }  # fmt: skip
+
+
+def profile_files(
+    model: Path,
+    other: Path | None,
+    sites: Sequence[AttentionSite],
+    feeds: Feeds,
+    progress: Progress,
+    *,
+    runs: int = 10,
+    threads: int | None = None,
+) -> Profiled:
+    """Per-layer and per-site times of ``model``, and of ``other`` made from it if given, by ONNX Runtime's profiler.
+
+    Raises BadModel for a file that cannot be run.
+    """
+    threads = threads or measure.default_threads()
+    feed = feeds.feeds[0]
+    progress.stage("profile")
+    if other is not None:
+        pair = profile.profile_pair(model, other, feed, sites, threads=threads, runs=runs)
+        return Profiled(model, other, feeds, pair.before, pair.after, pair.sites)
+    proto = onnx.load(str(model), load_external_data=False)
+    known = {o for node in proto.graph.node for o in node.output}
+    regions = {s.id: profile.region(proto, s, known) for s in sites}
+    times = profile.profile_model(model, feed, threads=threads, runs=runs, regions=regions)
+    found = {layer.site for layer in times.layers}
+    rows = (profile.SiteTime(s.id, times.site(s.id) if s.id in found else nan, nan) for s in sites)
+    return Profiled(model, None, feeds, times, None, tuple(rows))

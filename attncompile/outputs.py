@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import onnx
 
 from attncompile import report as reports
+from attncompile import verify
 from attncompile.core import plan_toml
-from attncompile.core.errors import BadArguments, TargetError
+from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
 from attncompile.core.plan import Plan
 from attncompile.env import default_target
 from attncompile.report import Report, TargetFile, TargetReport
@@ -21,6 +25,12 @@ from attncompile.targets.folder import atomic_folder, check_replaceable
 if TYPE_CHECKING:
     from attncompile.console import Progress
     from attncompile.pipeline import Inspection, Options
+    from attncompile.targets.base import Precision
+
+Feed = Mapping[str, np.ndarray]
+
+FP16_BUDGET = 1e-2
+"""Relative L2 at the outputs that a conversion to fp16 may cost: ten times fp16's rounding unit."""
 
 
 def target(name: str | None, precision: str | None) -> Target:
@@ -62,29 +72,61 @@ def staged(out: Path) -> AbstractContextManager[Path]:
     return atomic_folder(out)
 
 
-def build(
-    found: Inspection, options: Options, target: Target, folder: Path, progress: Progress
-) -> tuple[TargetReport, ...]:
-    """Builds the engine of ``target`` from the written ``model.onnx``; the portable file is a target of its own.
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What the targets wrote; ``problems`` are why one that was to be built was not."""
 
-    Raises:
-        TargetError: the target refused the model or failed to build it.
+    reports: tuple[TargetReport, ...]
+    problems: tuple[str, ...] = ()
+
+
+def build(
+    found: Inspection, options: Options, target: Target, folder: Path, feeds: Sequence[Feed], progress: Progress
+) -> Built:
+    """Builds the engine of ``target`` from the written ``model.onnx``, which is a target of its own and stays whatever
+    happens here.
     """
     portable = TargetReport("onnx", tuple(_file(folder, p) for p in _model_files(found, folder)), 0.0)
     if target.name == "onnx":
-        return (portable,)
+        return Built((portable,))
     progress.stage(f"build {target.name}")
-    proto = onnx.load(folder / "model.onnx", load_external_data=False)
-    precision = options.precision
-    if precision not in (None, "fp16", "bf16"):
-        raise TargetError(f"there is no precision {precision}", "use --fp16 or --bf16")
-    lowered = target.lower(proto, found.model, precision)  # type: ignore[arg-type]
-    result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
-    return (portable, _report(result, folder))
+    try:
+        proto = onnx.load(folder / "model.onnx", load_external_data=False)
+        precision = cast("Precision | None", options.precision)
+        lowered = target.lower(proto, found.model, precision)
+        result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
+        notes = _precision_parity(found, result, folder, feeds, precision) if precision else ()
+    except AttncompileError as error:
+        # A half-made engine, or one that failed its parity, must not be deployed by mistake.
+        for left in folder.glob("model*engine*"):
+            left.unlink()
+        hint = f" ({error.hint})" if error.hint else ""
+        return Built((portable,), (f"target {target.name}: {error.message}{hint}",))
+    return Built((portable, _report(result, folder, notes)))
 
 
-def _report(result: BuildResult, folder: Path) -> TargetReport:
-    notes = [*result.notes, *([result.reason] if result.reason else [])]
+def _precision_parity(
+    found: Inspection, result: BuildResult, folder: Path, feeds: Sequence[Feed], precision: str
+) -> tuple[str, ...]:
+    """The converted model against the original in its own precision, both in ONNX Runtime: the engine cannot run here.
+
+    Raises:
+        GateFailed: it is further away than rounding to ``precision`` explains.
+    """
+    if precision == "bf16":
+        return ("bf16 parity not measured: ONNX Runtime's CPU provider has no bfloat16 kernels",)
+    lowered = next(p for p in result.files if p.suffix == ".onnx")
+    compared = verify.compare_models(found.model.path, lowered, feeds, budget=FP16_BUDGET)
+    if not compared.passed:
+        raise GateFailed(
+            f"the {precision} model is too far from the original: {compared.verdict.reason}",
+            f"build without --{precision}",
+        )
+    return (f"{precision} against the original in ONNX Runtime: relative L2 {compared.error:.1e}",)
+
+
+def _report(result: BuildResult, folder: Path, parity: Sequence[str]) -> TargetReport:
+    notes = [*result.notes, *([result.reason] if result.reason else []), *parity]
     return TargetReport(
         result.target, tuple(_file(folder, p) for p in result.files), round(result.seconds, 3), result.engine_size,
         result.attention_layers, result.attention_fused, tuple(notes),

@@ -177,9 +177,11 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
         run = whole.Run(found, options, feeds, kept, results, registry, worlds, checker, progress, folder)
         outcome = run.finish(chosen)
         clock.lap("verify the model")
-        targets = outputs.build(found, options, target, folder, progress)
+        built = outputs.build(found, options, target, folder, run.evidence(), progress)
+        # A target that was asked for and cannot be had is a failure; one that was tried by default is a warning.
+        failures, warned = (built.problems, ()) if options.target else ((), built.problems)
         clock.lap("build")
-        report = _report(found, options, outcome, targets, warnings, clock, out)
+        report = _report(found, options, outcome, built.reports, [*warnings, *warned], failures, clock, out)
         outputs.write(folder, report, outcome.plan)
     return report
 
@@ -265,7 +267,7 @@ def _edits(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> li
 
 def _report(
     found: Inspection, options: Options, outcome: whole.Outcome, targets: Sequence[TargetReport],
-    warnings: list[str], clock: _Clock, out: Path,
+    warnings: list[str], problems: Sequence[str], clock: _Clock, out: Path,
 ) -> Report:  # fmt: skip
     decisions = {d.site: d for d in outcome.plan.decisions}
     sites = []
@@ -274,7 +276,7 @@ def _report(
         decision = decisions.get(site.id, Decision(site.id, "keep", "not in the plan"))
         sites.append(SiteReport(site, decision, result.exactness, outcome.fidelity.get(site.id), result.timings,
                                 result.rolled_back))  # fmt: skip
-    failures = list(outcome.failures)
+    failures = [*outcome.failures, *problems]
     if options.require_sites is not None and len(sites) < options.require_sites:
         failures.append(f"{len(sites)} attention sites were found, --require-sites asks for {options.require_sites}")
     rolled = [s for s in sites if s.rolled_back]

@@ -16,7 +16,7 @@ from attncompile.core.policy import Policy
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
 
-_KEYS: Mapping[str, Mapping[str, type[Any]]] = {
+_KEYS: Mapping[str, Mapping[str, Any]] = {
     "": {"description": str},
     "exact": {"mechanisms": list, "min_gain": float},
     "approximate": {"mechanisms": list, "max_error": float, "metric": str, "keep_first": int, "keep_last": int},
@@ -54,7 +54,8 @@ def load_policy(name: str, mechanisms: Sequence[Mechanism]) -> Policy:
 
 def _parse(name: str, data: Mapping[str, Any], known: set[str]) -> Policy:
     values: dict[str, Any] = {}
-    for table, keys in {"": data, **{k: v for k, v in data.items() if isinstance(v, dict)}}.items():
+    tables: dict[str, Mapping[str, Any]] = {"": data, **{k: v for k, v in data.items() if isinstance(v, dict)}}
+    for table, keys in tables.items():
         if table not in _KEYS:
             raise BadArguments(f"policy {name} has an unknown table [{table}]", "tables are [exact] and [approximate]")
         for key, value in keys.items():
@@ -65,7 +66,8 @@ def _parse(name: str, data: Mapping[str, Any], known: set[str]) -> Policy:
                 raise BadArguments(
                     f"policy {name}: unknown key '{key}' in [{table}]", f"keys: {', '.join(_KEYS[table])}"
                 )
-            if not isinstance(value, (int, float) if expected is float else expected) or isinstance(value, bool):
+            allowed: Any = (int, float) if expected is float else expected
+            if not isinstance(value, allowed) or isinstance(value, bool):
                 raise BadArguments(f"policy {name}: '{key}' must be a {expected.__name__}", "")
             if key == "mechanisms":
                 unknown = [m for m in value if m not in known]

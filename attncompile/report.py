@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from attncompile.compare import Comparison
+    from attncompile.compare import Comparison, Profiled
     from attncompile.core.model import Model
     from attncompile.core.plan import Decision
     from attncompile.core.profile import Range
@@ -32,6 +33,14 @@ REPORT_SCHEMA_VERSION = 1
 SITE_COLUMNS = ("site", "kind", "tokens", "heads", "mask", "mechanism", "predicted", "measured", "error", "why")
 TIMING_COLUMNS = ("shapes", "original", "ours", "gain", "95% interval")
 TARGET_COLUMNS = ("target", "files", "size", "seconds", "attention fused")
+
+_NUMBERS = frozenset(
+    ("tokens", "heads", "head dim", "predicted", "measured", "error", "size", "seconds", "original", "ours", "time",
+     "share")
+)  # fmt: skip
+"""Columns that are set to the right."""
+_INLINED = re.compile(r"_inlfunc_(\w+?)_(?:token_\d+_)?@site\d+@")
+"""How ONNX Runtime names a node of a function body that was tagged to be profiled."""
 
 Outcome = Literal["replaced", "unchanged", "rolled_back"]
 """``replaced``: at least one site is; ``rolled_back``: every replacement was undone; ``unchanged``: none was made."""
@@ -394,6 +403,46 @@ def print_timings(timings: Sequence[ShapeTiming], console: Console) -> None:
     console.print(_table(TIMING_COLUMNS, timing_rows(timings)))
 
 
+def print_profile(times: Profiled, top: int, console: Console) -> None:
+    """The tables of ``profile``: sites, then the ``top`` slowest layers of each file, then the totals."""
+    if times.sites and times.other is None:
+        rows = [(s.site, _milliseconds(s.before), _share(s.before, times.before.total)) for s in times.sites]
+        console.print(_table(("site", "time", "share"), rows))
+        console.print()
+    elif times.sites:
+        pairs = [(s.site, _milliseconds(s.before), _milliseconds(s.after), _finite_gain(s.gain)) for s in times.sites]
+        console.print(_table(("site", "original", "ours", "gain"), pairs))
+        console.print()
+    for path, side in ((times.model, times.before), (times.other, times.after)):
+        if side is None or path is None or not top:
+            continue
+        layers = sorted(side.layers, key=lambda layer: -layer.microseconds)[:top]
+        cells = (
+            (_INLINED.sub(r"\1/", layer.name), layer.op_type, layer.site, _milliseconds(layer.microseconds),
+             _share(layer.microseconds, side.total))
+            for layer in layers
+        )  # fmt: skip
+        console.print(_table((f"layer of {path.name}", "op", "site", "time", "share"), cells))
+        console.print()
+    shape = _shape(times.feeds.label, times.feeds.bindings)
+    text = f"{shape}; {times.before.threads} threads; {_milliseconds(times.before.total)} a run"
+    if times.after is not None:
+        text += f" -> {_milliseconds(times.after.total)}"
+    console.print(text + ", profiler on", markup=False, highlight=False, soft_wrap=True)
+
+
+def _milliseconds(microseconds: float) -> str:
+    return f"{microseconds / 1e3:.3f} ms" if isfinite(microseconds) else "?"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if isfinite(part) and whole > 0 else "?"
+
+
+def _finite_gain(gain: float) -> str:
+    return _gain(gain) if isfinite(gain) else "?"
+
+
 def print_table(report: Report, console: Console) -> None:
     """The tables of a report and its closing line. Equal neighbouring sites share a row; report.json has each."""
     rows = list(site_rows(report.sites))
@@ -519,10 +568,9 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableT
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    numbers = {"tokens", "heads", "head dim", "predicted", "measured", "error", "size", "seconds", "original", "ours"}
     for name in columns:
         # Numbers stay whole on a narrow terminal; words fold.
-        number = name in numbers
+        number = name in _NUMBERS
         table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

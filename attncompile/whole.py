@@ -103,6 +103,10 @@ class Run:
         failures = () if parity.passed else (f"parity: {parity.reason}",)
         return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures)
 
+    def evidence(self) -> list[Feed]:
+        """The user's inputs, or seeded ones at the shapes at which the original runs."""
+        return list(self._feeds) or [s.feed for s in self._shaped()]
+
     # Approximations.
 
     def _may_approximate(self) -> bool:
@@ -151,6 +155,13 @@ class Run:
             decisions[option.edit.site.id] = option.edit.decision
             if not result.rolled_back:
                 self._edits.append(option.edit)
+        for site in open_sites:
+            if decisions[site.id].kept:
+                least = min(o.error for group in options for o in group if o.edit.site.id == site.id)
+                reason = (
+                    f"no approximation fits the budget {self._limit():g} (the closest changes the site by {least:.1%})"
+                )
+                decisions[site.id] = replace(decisions[site.id], reason=reason)
         if not chosen:
             self._warnings.append(f"no approximation keeps {self._metric()} within {self._limit():g} at the outputs")
         return replace(plan, decisions=tuple(decisions[d.site] for d in plan.decisions))

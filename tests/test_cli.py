@@ -411,6 +411,24 @@ def test_bench(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert all(s["original_seconds"] > 0 for s in shapes)
 
 
+def test_profile(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["profile", str(model), "--profile", "seq=4:32:64,batch=1", "--runs", "2", "--threads", "1"]
+    assert main([*arguments, "--top", "3"]) == 0
+    out = capfd.readouterr().out
+    assert out.splitlines()[-1].startswith("usual: batch=1, seq=32; 1 threads; ")
+    assert "layer of tiny.onnx" in out
+    assert main([*arguments, "--format", "json"]) == 0
+    alone = json.loads(capfd.readouterr().out)
+    assert alone["other"] is None and alone["other_times"] is None
+    assert len(alone["sites"]) == 1
+    assert 0 < alone["sites"][0]["microseconds"] <= sum(x["microseconds"] for x in alone["times"]["layers"])
+    assert {x["site"] for x in alone["times"]["layers"]} == {"", alone["sites"][0]["id"]}, "the head is outside"
+    assert main([arguments[0], str(model), *arguments[1:], "--format", "json"]) == 0
+    both = json.loads(capfd.readouterr().out)
+    assert both["sites"][0]["gain"] > 0
+    assert both["other_times"]["total_microseconds"] > 0
+
+
 @pytest.mark.parametrize("verb", ["compile", "inspect", "plan", "explain", "verify", "bench", "profile"])
 @pytest.mark.parametrize(
     ("content", "message"),

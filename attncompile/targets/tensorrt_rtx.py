@@ -29,6 +29,7 @@ from attncompile.core.verdict import Verdict
 from attncompile.targets import fusion, precision
 from attncompile.targets import graph as g
 from attncompile.targets.base import BuildResult, Precision
+from attncompile.targets.legalise import drop_unit_axes
 
 ENGINE = "model.engine"
 LOWERED = "model.tensorrt-rtx.onnx"
@@ -78,6 +79,7 @@ class TensorRTRTX:
         verdict = self.supports(lowered)
         if not verdict.ok:
             raise TargetError(verdict.reason, verdict.hint)
+        drop_unit_axes(lowered)
         if precision is not None:
             lowered = _convert(lowered, model.path.resolve().parent, precision)
         return lowered

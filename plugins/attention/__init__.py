@@ -1,0 +1,1 @@
+"""Dense attention as the standard op: see README.md."""

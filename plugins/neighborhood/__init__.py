@@ -1,0 +1,1 @@
+"""Windows over a sequence or a grid: see README.md."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -17,7 +18,11 @@ from attncompile.core.mechanism import Mechanism
 from attncompile.core.site import AttentionSite, Operand
 
 SHOWN = Certificate("structure", "given by the test", general=True)
-TYPES = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FLOAT16, np.float16)}
+TYPES = {
+    "float32": (TensorProto.FLOAT, np.float32),
+    "float16": (TensorProto.FLOAT16, np.float16),
+    "bfloat16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16),  # ONNX Runtime's CPU provider cannot run it
+}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ CASES = {
     "window, dynamic, dense branch": ({**WINDOW, "dense_below": 384}, {"queries": 1024}),
     "window, static": (WINDOW, {"queries": 1000, "static": True}),
     "window, BNHD, groups": (WINDOW, {"queries": 1024, "layouts": ("BNHD",) * 4, "kv_heads": 2}),
+    "window, bfloat16": (WINDOW, {"queries": 1024, "dtype": "bfloat16"}),
+    "window, softmax in half": (WINDOW, {"queries": 1024, "softmax_dtype": "float16"}),
     "sinks": ({**WINDOW, "prefix": 4}, {"queries": 1024}),
     "two-sided with a prefix": ({"kernel_size": [256], "prefix": 1}, {"queries": 1024}),
     "grid": ({"kernel_size": [13, 13], "grid": [32, 32], "border": "clamp"}, {"queries": 1024, "static": True}),

@@ -1,0 +1,162 @@
+"""An output folder appears whole or not at all; copies keep holes and cost no memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from attncompile.core.errors import BadArguments
+from attncompile.targets import folder
+from attncompile.targets.folder import atomic_folder, copy_file
+
+GIB = 1 << 30
+
+
+def _names(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_new_folder_appears_at_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with atomic_folder(out) as inside:
+        (inside / "report.json").write_text("{}")
+        assert not out.exists()
+        assert inside.parent == out.parent, "a rename must not cross file systems"
+    assert _names(out) == ["report.json"]
+    assert _names(out.parent) == ["out"]
+
+
+def test_nothing_is_left_after_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "out") as inside:
+        (inside / "model.onnx").write_text("half")
+        raise KeyError
+    assert _names(tmp_path) == []
+
+
+def test_our_old_folder_is_replaced_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("old")
+    (out / "stale.engine").write_text("old")
+    with atomic_folder(out) as inside:
+        (inside / "report.json").write_text("new")
+        assert (out / "report.json").read_text() == "old"
+    assert _names(out) == ["report.json"]
+    assert (out / "report.json").read_text() == "new"
+    assert _names(tmp_path) == ["out"]
+
+
+def test_our_old_folder_survives_an_exception(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "plan.toml").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out) as inside:
+        (inside / "plan.toml").write_text("new")
+        raise KeyboardInterrupt
+    assert (out / "plan.toml").read_text() == "old"
+    assert _names(tmp_path) == ["out"]
+
+
+def test_foreign_folder_file_and_link_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    file = tmp_path / "file"
+    file.write_text("x")
+    link = tmp_path / "link"
+    link.symlink_to(foreign)
+    for out in (foreign, file, link):
+        with pytest.raises(BadArguments) as error, atomic_folder(out):
+            pytest.fail("must be refused before any work")
+        assert str(out) in error.value.message
+        assert error.value.hint
+    assert (foreign / "thesis.tex").read_text() == "years of work"
+    assert _names(tmp_path) == ["file", "link", "thesis"]
+
+
+def test_a_folder_filled_meanwhile_is_not_destroyed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(BadArguments), atomic_folder(out):
+        out.mkdir()
+        (out / "precious").write_text("x")
+    assert _names(out) == ["precious"]
+
+
+def test_empty_folder_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with atomic_folder(out) as inside:
+        (inside / "a").write_text("a")
+    assert _names(out) == ["a"]
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["copy_file_range", "read-write"])
+def test_sparse_copy_keeps_contents_and_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool) -> None:
+    monkeypatch.setattr(folder, "_reflink", lambda *_: False)
+    if not kernel:
+        monkeypatch.delattr(os, "copy_file_range")
+    source, target = tmp_path / "source", tmp_path / "sub" / "target"
+    size = 300 * (1 << 20) + 17
+    pieces = {0: b"begin", 123_456_789: b"middle" * 1000, size - 3: b"end"}
+    with source.open("wb") as file:
+        file.truncate(size)
+        for offset, data in pieces.items():
+            file.seek(offset)
+            file.write(data)
+    assert copy_file(source, target) == "stream"
+    assert target.stat().st_size == size
+    assert target.stat().st_mtime_ns == source.stat().st_mtime_ns
+    with target.open("rb") as file:
+        for offset, data in pieces.items():
+            file.seek(offset)
+            assert file.read(len(data)) == data
+        file.seek(10)
+        assert file.read(1 << 20) == bytes(1 << 20)
+    assert target.stat().st_blocks * 512 < 4 << 20, "holes became zeros on disk"
+
+
+def test_copy_leaves_no_part_of_a_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 1000)
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "_reflink", lambda *_: False)
+    monkeypatch.setattr(folder, "_stream", fails)
+    with pytest.raises(folder.TargetError, match="no space left"):
+        copy_file(tmp_path / "source", tmp_path / "target")
+    assert _names(tmp_path) == ["source"]
+
+
+def test_thirteen_gigabytes_in_little_memory(tmp_path: Path) -> None:
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from attncompile.targets import folder
+        folder._reflink = lambda *_: False
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        folder.copy_file(Path(sys.argv[1]), Path(sys.argv[2]))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    source, target = tmp_path / "weights", tmp_path / "copy"
+    with source.open("wb") as file:
+        file.truncate(13 * GIB)
+        file.seek(12 * GIB)
+        file.write(b"w" * 5_000_000)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(source), str(target)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 64 << 10, "kilobytes"
+    assert target.stat().st_size == 13 * GIB
+    assert target.stat().st_blocks * 512 < 16 << 20
+    with target.open("rb") as file:
+        file.seek(12 * GIB + 4_999_999)
+        assert file.read(2) == b"w\0"

@@ -100,14 +100,14 @@ def _compile(
     if dry_run:
         return _write_plan(model, options, out, as_json, quiet)
 
-    from attncompile import console, pipeline, report
+    from attncompile import console, pipeline, report_text
 
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         result = pipeline.compile(model, options, progress)
     if as_json:
         _print_json(result.to_json())
     else:
-        report.print_table(result, console.data_console())
+        report_text.print_table(result, console.data_console())
     for warning in result.warnings:
         _say(f"warning: {warning}")
     if not quiet:
@@ -127,7 +127,7 @@ def _inspect(
     quiet: opt.Quiet = False,
 ) -> int:
     """List the attention sites of MODEL, and what looked like attention and is not taken. Writes nothing."""
-    from attncompile import console, pipeline, report
+    from attncompile import console, pipeline, report, report_text
 
     options = _options(profile=profile, grid=grid, hash_weights=hash_weights)
     as_json = _as_json(format)
@@ -144,7 +144,7 @@ def _inspect(
             }
         )
     else:
-        report.print_sites(detection.sites, detection.near_misses, console.data_console())
+        report_text.print_sites(detection.sites, detection.near_misses, console.data_console())
     if not quiet:
         _say(f"inspected in {found.seconds:.1f} s")
     return 0
@@ -221,7 +221,7 @@ def _verify(
     options = _options(inputs=inputs, profile=profile, max_error=max_error, metric=metric, seed=seed)
     as_json = _as_json(format)
 
-    from attncompile import compare, console, report
+    from attncompile import compare, console, report_text
 
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         feeds = _feeds(model, options, seed)
@@ -229,7 +229,7 @@ def _verify(
     if as_json:
         _print_json(found.to_json())
     else:
-        report.print_comparison(found, console.data_console())
+        report_text.print_comparison(found, console.data_console())
     return 0 if found.passed else GateFailed.exit_code
 
 
@@ -258,7 +258,7 @@ def _profile(
     options = _options(inputs=inputs, profile=profile, grid=grid, seed=seed, threads=threads)
     as_json = _as_json(format)
 
-    from attncompile import compare, console, pipeline, report
+    from attncompile import compare, console, pipeline, report_text
 
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         progress.stage("detect")
@@ -269,7 +269,7 @@ def _profile(
     if as_json:
         _print_json(times.to_json())
     else:
-        report.print_profile(times, top, console.data_console())
+        report_text.print_profile(times, top, console.data_console())
     return 0
 
 
@@ -292,7 +292,7 @@ def _bench(
     options = _options(inputs=inputs, profile=profile, seed=seed, threads=threads)
     as_json = _as_json(format)
 
-    from attncompile import compare, console, report
+    from attncompile import compare, console, report_text
 
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         feeds = _feeds(model, options, seed)
@@ -301,7 +301,7 @@ def _bench(
         value = [t.to_json() for t in timings]
         _print_json({"original": str(model), "other": str(other), "shapes": value})
     else:
-        report.print_timings(timings, console.data_console())
+        report_text.print_timings(timings, console.data_console())
     return 0
 
 
@@ -369,7 +369,7 @@ def _feeds(model: Path, options: Options, seed: int) -> Sequence[Feeds]:
 
 
 def _write_plan(model: Path, options: Options, out: Path | None, as_json: bool, quiet: bool) -> int:
-    from attncompile import console, pipeline, report
+    from attncompile import console, pipeline, report_text
     from attncompile.core import plan_toml
 
     path = _plan_path(model, out)
@@ -384,7 +384,7 @@ def _write_plan(model: Path, options: Options, out: Path | None, as_json: bool, 
     if as_json:
         _print_json(plan_toml.to_json(plan))
     else:
-        report.print_plan(found.detection.sites, plan.decisions, console.data_console())
+        report_text.print_plan(found.detection.sites, plan.decisions, console.data_console())
     for note in plan.notes:
         _say(f"note: {note}")
     if not quiet:

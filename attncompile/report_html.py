@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from attncompile.report import (
+from attncompile.report import OutputComparison, Report
+from attncompile.report_text import (
     SITE_COLUMNS,
     TARGET_COLUMNS,
     TIMING_COLUMNS,
-    OutputComparison,
-    Report,
     closing_line,
     site_rows,
     size_text,

@@ -81,7 +81,7 @@ class MaskAnalyser:
         rows: MaskedRows = "uniform"
         if any(isinf(f) for f in fills):
             rows = "zero" if query.guarded else "nan"
-        return MaskFacts(tuple(parts), rows)
+        return MaskFacts(tuple(parts), rows, tuple(fills), query.guarded)
 
     def _all_zero(self, factor: MaskFactor) -> bool:
         """Whether a bias that the exporter left in (baddbmm of zeros) adds nothing."""

@@ -16,19 +16,8 @@ from rich.console import Console
 from attncompile.core.mask import MaskFacts
 from attncompile.core.plan import Decision
 from attncompile.core.verdict import Verdict
-from attncompile.report import (
-    Explanation,
-    Parity,
-    Report,
-    closing_line,
-    dumps,
-    mask_text,
-    print_plan,
-    print_sites,
-    print_table,
-    schema,
-    size_text,
-)
+from attncompile.report import Explanation, Parity, Report, dumps, mask_text, schema
+from attncompile.report_text import closing_line, print_plan, print_sites, print_table, size_text
 
 _spec = importlib.util.spec_from_file_location("report_samples", Path(__file__).with_name("report_samples.py"))
 assert _spec is not None and _spec.loader is not None

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from attncompile.report import ModelInfo, closing_line
+from attncompile.report import ModelInfo
 from attncompile.report_html import render
+from attncompile.report_text import closing_line
 
 _spec = importlib.util.spec_from_file_location("report_samples", Path(__file__).with_name("report_samples.py"))
 assert _spec is not None and _spec.loader is not None

@@ -62,11 +62,15 @@ class MaskFacts:
     """All factors of a site's mask. No factor at all is an unmasked site.
 
     ``masked_rows`` is what the source gives for a query that sees no key: ``zero`` (a NaN guard, or an operator that
-    says so), ``uniform`` (masked scores are finite, so softmax averages over all keys) or ``nan``.
+    says so), ``uniform`` (masked scores are finite, so softmax averages over all keys) or ``nan``. ``fills`` are the
+    values that hidden scores get or have added, one for every place where the graph applies a mask; ``guarded`` says
+    that a NaN guard follows the softmax.
     """
 
     parts: tuple[MaskPart, ...] = ()
     masked_rows: MaskedRows = "nan"
+    fills: tuple[float, ...] = ()
+    guarded: bool = False
 
     def part(self, *kinds: MaskKind) -> MaskPart | None:
         """The first factor of one of these kinds, or None."""

@@ -38,12 +38,10 @@ def _drop(
     if perm is None or not all(_is_plain_reshape(n) and n.input[1] in constants for n in (first, last)):
         return 0
     shape = [int(d) for d in constants[first.input[1]]]
-    unit = [axis for axis, size in enumerate(shape) if size == 1]
-    if not unit or len(unit) == len(shape) or len(shape) != len(perm):
-        return 0
     # 0 copies the input's dimension at the same place, so no axis in front of a 0 may go.
-    moved = [i for i, axis in enumerate(perm) if axis in unit]
-    if 0 in shape[unit[0] :] or 0 in constants[last.input[1]][moved[0] :]:
+    fixed, fixed_after = _last_zero(shape), _last_zero([int(d) for d in constants[last.input[1]]])
+    unit = [a for a, size in enumerate(shape) if size == 1 and a > fixed and a in perm[fixed_after + 1 :]]
+    if not unit or len(unit) == len(shape) or len(shape) != len(perm):
         return 0
     kept = [axis for axis in range(len(shape)) if axis not in unit]
     name = f"{first.output[0]}_without_unit_axes"
@@ -53,6 +51,10 @@ def _drop(
         if attribute.name == "perm":
             attribute.ints[:] = [kept.index(a) for a in perm if a in kept]
     return 1
+
+
+def _last_zero(shape: list[int]) -> int:
+    return max((i for i, size in enumerate(shape) if size == 0), default=-1)
 
 
 def _is_plain_reshape(node: NodeProto) -> bool:

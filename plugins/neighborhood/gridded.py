@@ -34,7 +34,10 @@ def gridded_body(body: Body, hood: Neighborhood, call: Call, query: str, key: st
         body, call, tiles, body.op("Gather", key, index, axis=2), mask, [0, 1, 2, 4, 3]
     )  # [B, G, T, R, W]
     result = body.op("MatMul", weights, body.op("Gather", value, index, axis=2))
-    result = parts.guarded(body, call, result, mask, hood.masked_rows)
+    result = parts.guarded(
+        body, call, result, mask, hood.masked_rows,
+        lambda: body.op("ReduceMean", body.op("Unsqueeze", value, body.ints(2)), body.ints(-2)),
+    )  # fmt: skip
     result = parts.untile(body, call, result, plan.queries, call.layouts[3])
     result = body.op("Gather", result, body.constant(plan.slots), axis=out_axis)
     if not hood.prefix and not hood.suffix:

@@ -38,6 +38,9 @@ LAUNCHES = 20_000.0
 ONNX Runtime 1.32 on 2 cores, on windows of 4,096 tokens and grids of 8x8 to 64x64.
 """
 
+UNIFORM_FILL = -1e30
+"""A score plus a number below this is that number in every float type that has it, so hidden scores are all equal."""
+
 SINKS = 4
 """First tokens that approximations of causal sites keep (StreamingLLM, arXiv:2309.17453)."""
 
@@ -59,7 +62,7 @@ class NeighborhoodAttention:
         size = left + 1 + right
         parameters: dict[str, Any] = {
             "kernel_size": [size], "left": [left], "causal": [int(right == 0)], "border": "truncate", "grid": [-1],
-            "masked_rows": "nan" if site.mask.masked_rows == "nan" else "zero",
+            "masked_rows": site.mask.masked_rows if site.mask.part("padding") is not None else "zero",
             **_body_parameters(site, size),
         }  # fmt: skip
         for verdict in (self.supports(site, parameters), self.is_exact_for(site, parameters)):
@@ -184,10 +187,7 @@ class NeighborhoodAttention:
         padding = site.mask.part("padding")
         if padding is not None:
             if site.mask.masked_rows == "uniform":
-                raise Unsupported(
-                    "masked-rows", "fully masked rows average over all keys in the source, which a window cannot see",
-                    "export with a boolean or -inf mask",
-                )  # fmt: skip
+                _check_uniform(site.mask, padding)
             if padding.source is None:
                 raise Unsupported("mask", "no graph value holds the padding")
         nq, nk = site.query_length, site.key_length
@@ -276,6 +276,20 @@ def _window(mask: MaskFacts) -> tuple[int, int] | Verdict:
         reason = "causal without a window: half of the keys" if right == 0 else "a window with one side unlimited"
         return Verdict.no("nothing-to-skip", f"{reason} cannot be skipped in blocks worth having")
     return left, right
+
+
+def _check_uniform(mask: MaskFacts, padding: MaskPart) -> None:
+    """Rows without a visible key average all values only where every hidden score is the same huge number.
+
+    Raises:
+        Unsupported: masks that are added up hide some keys twice, a small number does not hide, and an additive input
+            may hold anything.
+    """
+    if padding.additive or len(mask.fills) != 1 or mask.fills[0] > UNIFORM_FILL:
+        raise Unsupported(
+            "masked-rows", "what fully masked rows give in the source depends on the scores or on several masks",
+            "export with one boolean or -inf mask",
+        )  # fmt: skip
 
 
 def _words(left: int, right: int) -> str:

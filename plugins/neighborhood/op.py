@@ -113,8 +113,8 @@ class Neighborhood:
             raise _bad(
                 f"border {self.border!r}, shape {self.shape!r}", "border is truncate or clamp, shape box or ball"
             )
-        if self.masked_rows not in ("zero", "nan"):
-            raise _bad(f"masked_rows {self.masked_rows!r}", "masked_rows is zero or nan")
+        if self.masked_rows not in ("zero", "uniform", "nan"):
+            raise _bad(f"masked_rows {self.masked_rows!r}", "masked_rows is zero, uniform or nan")
         for k, left, causal in zip(self.kernel_size, self.left, self.causal, strict=True):
             if not 0 <= left < k or (causal and left != k - 1):
                 raise _bad(f"left {left} with kernel_size {k}", "0 <= left < kernel_size; kernel_size - 1 when causal")
@@ -189,7 +189,11 @@ def schema() -> OpSchema:
             number("prefix", 0, "tokens before the grid"),
             number("suffix", 0, "tokens after the grid"),
             OpSchema.Attribute("scale", attr.FLOAT, "factor of query x key; default 1 / sqrt(D)", required=False),
-            text("masked_rows", "zero", "what a query without any visible key gives: zero | nan"),
+            text(
+                "masked_rows",
+                "zero",
+                "what a query without any visible key gives: zero | uniform (the mean of all values) | nan",
+            ),
             *(text(f"{x}_layout", "BNHD", "BNHD | BHND") for x in "qkvo"),
             # For TensorRT's parser; they mean nothing elsewhere.
             OpSchema.Attribute("plugin_namespace", attr.STRING, "TensorRT plugin namespace", required=False),

@@ -6,6 +6,8 @@ W keys per tile, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from attncompile.core.site import Layout
@@ -54,16 +56,18 @@ def probabilities(body: Body, call: Call, query: str, key: str, mask: str | None
     return body.op("Cast", result, to=float_type(call.dtype)[0]) if wide else result
 
 
-def guarded(body: Body, call: Call, result: str, mask: str | None, masked_rows: str) -> str:
-    """Zero in the rows of ``result`` whose keys are all masked; without a key mask there are none.
+def guarded(body: Body, call: Call, result: str, mask: str | None, masked_rows: str, mean: Callable[[], str]) -> str:
+    """What the source gives in the rows of ``result`` whose keys are all masked; without a key mask there are none.
 
-    Decided from the mask and not from NaN in ``result``: a NaN of the operands must stay visible.
+    ``mean`` writes the mean of all values, for rows where the source's softmax saw only equal scores. Decided from the
+    mask and not from NaN in ``result``: a NaN of the operands must stay visible.
     """
-    if masked_rows != "zero" or not call.key_mask or mask is None:
+    if masked_rows == "nan" or not call.key_mask or mask is None:
         return result
     best = body.op("ReduceMax", mask, body.ints(-1), keepdims=1)
     dead = body.op("Less", best, body.constant(np.array(-1.0, float_type(softmax_type(call))[1])))
-    return body.op("Where", dead, body.constant(np.array(0.0, float_type(call.dtype)[1])), result)
+    instead = body.constant(np.array(0.0, float_type(call.dtype)[1])) if masked_rows == "zero" else mean()
+    return body.op("Where", dead, instead, result)
 
 
 def key_mask_4d(body: Body, value: str) -> str:
@@ -110,7 +114,8 @@ def dense(body: Body, call: Call, query: str, key: str, value: str, visible: str
         visible = body.op("Unsqueeze", visible, body.ints(1)) if visible is not None else None
     mask = additive(body, call, visible) if visible is not None else None
     result = body.op("MatMul", probabilities(body, call, query, key, mask, transpose), value)
-    result = guarded(body, call, result, mask, masked_rows)
+    # value is [B, G, Nk, D], or [B, G, 1, Nk, D] beside rows that are grouped
+    result = guarded(body, call, result, mask, masked_rows, lambda: body.op("ReduceMean", value, body.ints(-2)))
     return body.op("Reshape", result, body.ints(0, call.heads, -1, call.value_dim)) if call.group > 1 else result
 
 

@@ -83,7 +83,8 @@ def reference(
             for h in range(heads):
                 g = h // (heads // kv_heads)
                 if not seen:
-                    out[b, i, h] = 0.0 if parameters.get("masked_rows", "zero") == "zero" else np.nan
+                    rule = parameters.get("masked_rows", "zero")
+                    out[b, i, h] = {"zero": 0.0, "uniform": v[b, :, g].mean(axis=0), "nan": np.nan}[rule]
                     continue
                 scores = scale * (k[b, seen, g] @ q[b, i, h])
                 weights = np.exp(scores - scores.max())

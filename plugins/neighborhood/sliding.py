@@ -135,7 +135,10 @@ def _blocked(body: Body, hood: Neighborhood, call: Call, lengths: _Lengths, oper
         body, call, tiles, body.op("Gather", key, index, axis=2), mask, [0, 1, 2, 4, 3]
     )  # [B, G, T, R, W]
     result = body.op("MatMul", weights, body.op("Gather", value, index, axis=2))
-    result = parts.guarded(body, call, result, mask, hood.masked_rows)
+    result = parts.guarded(
+        body, call, result, mask, hood.masked_rows,
+        lambda: body.op("ReduceMean", body.op("Unsqueeze", value, body.ints(2)), body.ints(-2)),
+    )  # fmt: skip
     result = parts.untile(body, call, result, block, call.layouts[3])
     out_axis = parts.sequence_axis(call.layouts[3])
     if hood.suffix or (hood.prefix and not hood.causal[0]):  # a causal prefix needs no more than its window

@@ -11,6 +11,10 @@ FLOPS_PER_ELEMENT = 40.0
 """A score element costs as much as this many flops of a matrix product: it is written and read by the mask, by the
 softmax and by the second product. Measured with tools/bench_site.py on 2 CPU cores."""
 
+FLOPS_PER_GUARD = 260.0
+"""What a NaN guard (IsNaN, Where) costs a score element; ONNX Runtime's CPU kernels of both are slow. Measured as
+FLOPS_PER_ELEMENT."""
+
 
 def dense_cost(site: AttentionSite, shape: Shape) -> Cost:
     """Work of the site as it is: every query meets every key."""
@@ -21,7 +25,8 @@ def dense_cost(site: AttentionSite, shape: Shape) -> Cost:
 def predicted_gain(site: AttentionSite, cost: Cost, shape: Shape) -> float:
     """Time of the site as it is over the time of ``cost``."""
     before = dense_cost(site, shape)
-    return _time(before) / max(_time(cost), 1.0)
+    guard = FLOPS_PER_GUARD * before.elements if site.mask.guarded and site.form != "attention-op" else 0.0
+    return (_time(before) + guard) / max(_time(cost), 1.0)
 
 
 def _time(cost: Cost) -> float:
@@ -36,9 +41,11 @@ def shape_of(site: AttentionSite, binding: Mapping[str, int]) -> Shape:
 
 
 def _bind(dim: Dim, binding: Mapping[str, int]) -> int:
-    """A dimension such as ``2*seq + 1`` in numbers."""
+    """A dimension such as ``2*seq + 1`` in numbers; of ``f(h,w)=196..784`` only the usual size is known."""
     if isinstance(dim, int):
         return dim
+    if dim.startswith("f("):
+        return int(dim.rpartition("=")[2].partition("..")[0])
     total = 0
     for term in dim.split(" + "):
         factor, _, symbol = term.rpartition("*")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import onnx
+from onnx import ModelProto
 
 from attncompile import report as reports
-from attncompile import verify
+from attncompile import report_html, verify
 from attncompile.core import plan_toml
 from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
 from attncompile.core.plan import Plan
@@ -81,17 +81,17 @@ class Built:
 
 
 def build(
-    found: Inspection, options: Options, target: Target, folder: Path, feeds: Sequence[Feed], progress: Progress
-) -> Built:
-    """Builds the engine of ``target`` from the written ``model.onnx``, which is a target of its own and stays whatever
-    happens here.
+    found: Inspection, options: Options, target: Target, proto: ModelProto, folder: Path, feeds: Sequence[Feed],
+    progress: Progress,
+) -> Built:  # fmt: skip
+    """Builds the engine of ``target`` from ``proto``. ``model.onnx`` is a target of its own and stays whatever happens
+    here.
     """
     portable = TargetReport("onnx", tuple(_file(folder, p) for p in _model_files(found, folder)), 0.0)
     if target.name == "onnx":
         return Built((portable,))
     progress.stage(f"build {target.name}")
     try:
-        proto = onnx.load(folder / "model.onnx", load_external_data=False)
         precision = cast("Precision | None", options.precision)
         lowered = target.lower(proto, found.model, precision)
         result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
@@ -142,6 +142,7 @@ def _file(folder: Path, path: Path) -> TargetFile:
 
 
 def write(folder: Path, report: Report, plan: Plan) -> None:
-    """``report.json`` and ``plan.toml``."""
+    """``plan.toml``, ``report.json`` and ``report.html``."""
     (folder / "plan.toml").write_text(plan_toml.dumps(plan), encoding="utf-8")
     (folder / "report.json").write_text(reports.dumps(report.to_json()), encoding="utf-8")
+    (folder / "report.html").write_text(report_html.render(report), encoding="utf-8")

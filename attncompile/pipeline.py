@@ -12,7 +12,7 @@ from attncompile import outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
 from attncompile.core.errors import BadArguments, Unsupported
-from attncompile.core.mechanism import Mechanism
+from attncompile.core.mechanism import Candidate, Mechanism
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
 from attncompile.core.policy import Policy
@@ -29,7 +29,7 @@ from attncompile.passes.load import load
 from attncompile.passes.normalise import normalise
 from attncompile.passes.symbols import profile_for
 from attncompile.plugins import mechanisms
-from attncompile.policy import candidates, decide, load_policy
+from attncompile.policy import decide, load_policy
 from attncompile.report import Explanation, Report, SiteReport, TargetReport, model_info
 
 
@@ -177,7 +177,9 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
         run = whole.Run(found, options, feeds, kept, results, registry, worlds, checker, progress, folder)
         outcome = run.finish(chosen)
         clock.lap("verify the model")
-        built = outputs.build(found, options, target, folder, run.evidence(), progress)
+        built = outputs.build(
+            found, options, target, run.proto_for(target.fuses_dense), folder, run.evidence(), progress
+        )
         # A target that was asked for and cannot be had is a failure; one that was tried by default is a warning.
         failures, warned = (built.problems, ()) if options.target else ((), built.problems)
         clock.lap("build")
@@ -213,12 +215,13 @@ def _decide(
     if only and site.id not in only:
         return Decision(site.id, "keep", "not among the sites given by --site")
     by_name = {m.name: m for m in registry}
-    gains: dict[int, float] = {}
-    for at, candidate in enumerate(candidates(policy, site, registry)[0]):
+
+    def gain_of(candidate: Candidate) -> float:
         shapes = [shape_of(site, binding) for _, binding in found.profile.bindings()]
         costs = [by_name[candidate.mechanism].cost(site, candidate.parameters, s) for s in shapes]
-        gains[at] = max(predicted_gain(site, c, s) for c, s in zip(costs, shapes, strict=True))
-    return decide(policy, site, registry, gains)
+        return max(predicted_gain(site, c, s) for c, s in zip(costs, shapes, strict=True))
+
+    return decide(policy, site, registry, found.normal.opset, gain_of)
 
 
 def _read_plan(path: Path, found: Inspection) -> Plan:

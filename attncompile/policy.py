@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.resources
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from attncompile.core.errors import BadArguments
+from attncompile.core.errors import BadArguments, Unsupported
 from attncompile.core.mechanism import Candidate, Mechanism
 from attncompile.core.plan import Decision, Refusal
 from attncompile.core.policy import Policy
@@ -82,18 +82,23 @@ def _parse(name: str, data: Mapping[str, Any], known: set[str]) -> Policy:
 
 
 def candidates(
-    policy: Policy, site: AttentionSite, mechanisms: Sequence[Mechanism]
+    policy: Policy, site: AttentionSite, mechanisms: Sequence[Mechanism], opset: int
 ) -> tuple[list[Candidate], list[Refusal]]:
-    """Exact ways to replace ``site`` in the policy's order, and why others do not apply."""
+    """Exact ways to replace ``site`` that can be lowered, in the policy's order; and why others do not apply."""
     found: list[Candidate] = []
     refused: list[Refusal] = []
     by_name = {m.name: m for m in mechanisms}
     for name in policy.exact:
-        for answer in by_name[name].exact_candidates(site):
+        mechanism = by_name[name]
+        for answer in mechanism.exact_candidates(site):
             if isinstance(answer, Verdict):
                 refused.append(Refusal(name, answer.code, answer.reason))
                 continue
-            exact = by_name[name].is_exact_for(site, answer.parameters)
+            exact = mechanism.is_exact_for(site, answer.parameters)
+            try:
+                mechanism.lower(site, answer.parameters, opset)
+            except Unsupported as error:
+                exact = Verdict.of(error)
             if exact.ok:
                 found.append(answer)
             else:
@@ -102,19 +107,19 @@ def candidates(
 
 
 def decide(
-    policy: Policy, site: AttentionSite, mechanisms: Sequence[Mechanism], gains: Mapping[int, float]
-) -> Decision:
-    """The first exact candidate whose predicted gain (``gains`` by position, else 1) is worth it; else keep."""
-    found, refused = candidates(policy, site, mechanisms)
-    refusals = list(refused)
-    for at, candidate in enumerate(found):
-        gain = gains.get(at, 1.0)
-        if gain < policy.min_gain:
-            reason = f"predicted gain {gain:.2f} is below {policy.min_gain:g}"
-            refusals.append(Refusal(candidate.mechanism, "no-gain", reason))
-            continue
-        return Decision(
-            site.id, candidate.mechanism, candidate.reason, True, candidate.parameters, gain, tuple(refusals)
-        )
-    reason = refusals[0].reason if refusals else "no mechanism of this policy applies"
-    return Decision(site.id, "keep", reason, refusals=tuple(refusals))
+    policy: Policy, site: AttentionSite, mechanisms: Sequence[Mechanism], opset: int,
+    gain_of: Callable[[Candidate], float],
+) -> Decision:  # fmt: skip
+    """The exact candidate with the largest predicted gain (the policy's order breaks ties) if it is worth it."""
+    found, refusals = candidates(policy, site, mechanisms, opset)
+    ranked = sorted(((gain_of(c), c) for c in found), key=lambda x: -x[0])
+    best = ranked[0] if ranked and ranked[0][0] >= policy.min_gain else None
+    for gain, candidate in ranked:
+        if best is None or candidate is not best[1]:
+            bound = f"below {policy.min_gain:g}" if best is None else f"that of {best[1].mechanism} {best[0]:.2f}"
+            refusals.append(Refusal(candidate.mechanism, "gain", f"predicted gain {gain:.2f}, {bound}"))
+    if best is None:
+        reason = refusals[0].reason if refusals else "no mechanism of this policy applies"
+        return Decision(site.id, "keep", reason, refusals=tuple(refusals))
+    gain, chosen = best
+    return Decision(site.id, chosen.mechanism, chosen.reason, True, chosen.parameters, gain, tuple(refusals))

@@ -107,6 +107,22 @@ class Run:
         """The user's inputs, or seeded ones at the shapes at which the original runs."""
         return list(self._feeds) or [s.feed for s in self._shaped()]
 
+    def proto_for(self, fuses_dense: bool) -> ModelProto:
+        """The model for one target, from the decisions in force. One that fuses dense attention keeps its dense sites
+        and gets the others without run-time branches.
+        """
+        if not fuses_dense:
+            return self._proto(self._edits) if self._edits else self._found.model.proto
+        by_name = {m.name: m for m in self._registry}
+        opset = self._found.index.model.opset
+        edits = []
+        for edit in self._edits:
+            mechanism = by_name[edit.decision.mechanism]
+            if mechanism.skips_keys:
+                parameters = mechanism.without_branches(edit.decision.parameters)
+                edits.append(replace(edit, lowering=mechanism.lower(edit.site, parameters, opset)))
+        return self._proto(edits) if edits else self._found.model.proto
+
     # Approximations.
 
     def _may_approximate(self) -> bool:

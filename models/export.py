@@ -55,7 +55,7 @@ def export(name: str, out: str | Path, **options: Any) -> Exported:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
             whole = Path(folder) / out.name
             try:
-                _run_exporter(built, chosen, whole)
+                export_built(built, chosen, whole)
             except Exception as error:  # torch raises dozens of types; each becomes one line here
                 raise ExportFailed(
                     f"{name}: the {chosen.exporter} exporter failed at opset {chosen.opset}: {_first_line(error)}",
@@ -107,10 +107,11 @@ def build(name: str, options: Options) -> Built:
         ) from error
     # The wrapper too: TorchScript's exporter gives every submodule the outermost one's mode back when it is done.
     built.module.eval()
-    return _cast(built, options)
+    return cast(built, options)
 
 
-def _cast(built: Built, options: Options) -> Built:
+def cast(built: Built, options: Options) -> Built:
+    """``built`` in the element type that ``options`` ask for."""
     import torch
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
@@ -120,7 +121,8 @@ def _cast(built: Built, options: Options) -> Built:
     return replace(built, module=built.module.to(dtype), inputs=inputs)
 
 
-def _run_exporter(built: Built, options: Options, out: Path) -> None:
+def export_built(built: Built, options: Options, out: Path) -> None:
+    """Runs the exporter; its exceptions pass through. ``options.opset`` must be set."""
     import torch
 
     axes = {

@@ -22,17 +22,23 @@ from attncompile.passes.detect.softmax import MaskFactor, MaskQuery
 from attncompile.passes.evaluate import GraphIndex, World
 
 _PRIME = 127
+_SEVERAL = 3
+"""Lengths that a window must have been seen at to be believed for others."""
+
 _MAX_WINDOWS = 2
 """Window widths taken from the mask's own constants, whose neighbouring lengths are tested too."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Leaf:
-    """A factor that cannot be separated further. ``visible``: bool, True = seen; else added to the scores."""
+    """A factor that cannot be separated further. ``visible``: bool, True = seen; else added to the scores, which are
+    then multiplied by ``factor``.
+    """
 
     value: str
     visible: bool
     negated: bool = False
+    factor: float = 1.0
 
 
 class MaskAnalyser:
@@ -57,7 +63,7 @@ class MaskAnalyser:
         return self._worlds[key]
 
     def __call__(self, query: MaskQuery) -> MaskFacts:
-        key = (query.factors, query.guarded, query.query_length, query.key_length)
+        key = (query.factors, query.guarded, query.stable, query.query_length, query.key_length)
         if key not in self._facts:
             self._facts[key] = self._analyse(query)
         return self._facts[key]
@@ -79,8 +85,12 @@ class MaskAnalyser:
         if static:
             parts += self._from_shapes(static, query, fills)
         rows: MaskedRows = "uniform"
-        if any(isinf(f) for f in fills):
+        if any(not leaf.visible for leaf in leaves if leaf not in static):
+            pass  # an additive input may hold anything: no claim beyond the weakest
+        elif fills and all(isinf(f) for f in fills):  # with others among them a row may still have a largest score
             rows = "zero" if query.guarded else "nan"
+        elif not query.stable and fills:
+            rows = "nan"  # exp of a finite fill is 0 without the maximum taken off: 0 / 0
         return MaskFacts(tuple(parts), rows, tuple(fills), query.guarded)
 
     def _all_zero(self, factor: MaskFactor) -> bool:
@@ -100,7 +110,10 @@ class MaskAnalyser:
     def _separate(self, factor: MaskFactor, leaves: list[_Leaf], fills: list[float]) -> None:
         """Splits conjunctions of bools and sums of biases into leaves whose axes still mean the scores' axes."""
         if factor.kind != "add":
-            fills.append(factor.fill)
+            fill = _scaled(factor.fill, factor.factor)
+            if not fill <= HIDDEN:
+                raise Unsupported("mask-scale", f"scores filled with {factor.fill} are multiplied by {factor.factor}")
+            fills.append(fill)
             self._split_bool(factor.value, factor.kind == "hidden", leaves)
             return
         self._split_sum(factor.value, leaves, fills, factor.factor)
@@ -116,13 +129,13 @@ class MaskAnalyser:
             return self._split_sum(node.input[1], leaves, fills, factor)
         elif node is not None and op == "Where":
             on, off = (self.world.scalar(i) for i in node.input[1:])
-            if on == 0.0 and off is not None and off * factor <= HIDDEN:
-                fills.append(off)
+            if on == 0.0 and off is not None and _scaled(off, factor) <= HIDDEN:
+                fills.append(_scaled(off, factor))
                 return self._split_bool(node.input[0], False, leaves)
-            if off == 0.0 and on is not None and on * factor <= HIDDEN:
-                fills.append(on)
+            if off == 0.0 and on is not None and _scaled(on, factor) <= HIDDEN:
+                fills.append(_scaled(on, factor))
                 return self._split_bool(node.input[0], True, leaves)
-        leaves.append(_Leaf(value, visible=False))
+        leaves.append(_Leaf(value, visible=False, factor=factor))
         return None
 
     def _split_bool(self, value: str, negated: bool, leaves: list[_Leaf]) -> None:
@@ -147,6 +160,9 @@ class MaskAnalyser:
         shapes = [shape] + ([other.shapes.get(leaf.value)] if other is not None else [])
         # Sizes of 1 at two bindings, one of them with more than one query, mean "the same for every query".
         broadcast = all(s is not None and (len(s) < 2 or s[-2] == 1) and (len(s) < 3 or s[-3] == 1) for s in shapes)
+        if leaf.factor != 1.0:
+            detail = f"depends on the data of input {inputs} and is scaled by {leaf.factor} after it is added"
+            return MaskPart("opaque", Certificate("structure", detail), source=leaf.value, additive=True)
         if broadcast and query.query_length > 1 and not leaf.negated:
             detail = f"from input {inputs}; the same for every query and head, since those axes have size 1"
             return MaskPart("padding", Certificate("structure", detail, general=True), source=leaf.value,
@@ -170,7 +186,7 @@ class MaskAnalyser:
                 masks.append(leaf)
                 continue
             try:
-                values = self.world.value(leaf.value)
+                values = self.world.value(leaf.value).astype(np.float64) * leaf.factor
             except Unsupported as error:
                 parts.append(
                     MaskPart("opaque", Certificate("evaluated", error.message), source=leaf.value, additive=True)
@@ -179,11 +195,14 @@ class MaskAnalyser:
             lowest = float(values.min()) if values.size else 0.0
             if bool(np.all((values == 0) | (values <= HIDDEN))):
                 if lowest < 0:
-                    fills.append(lowest)
+                    fills.append(_scaled(lowest, 1.0))
                 masks.append(leaf)
             else:
                 detail = f"{list(values.shape)} values from {values.min():.3g} to {values.max():.3g}"
-                parts.append(MaskPart("bias", Certificate("evaluated", detail), source=leaf.value, additive=True))
+                kind: MaskKind = "bias"
+                if leaf.factor != 1.0:
+                    kind, detail = "opaque", f"{detail}, the scores being multiplied by {leaf.factor} after it is added"
+                parts.append(MaskPart(kind, Certificate("evaluated", detail), source=leaf.value, additive=True))
         if masks:
             part = self._fit(masks, query)
             if part is not None:
@@ -205,7 +224,8 @@ class MaskAnalyser:
         for window in self._seen_windows(pictures):
             for length in (window - 1, window, window + 1, 2 * window + 1):
                 self._add_picture(pictures, leaves, query, dynamic, length)
-        return self._conclude(pictures, "evaluated", len(dynamic) == 1, source)
+        general = len(dynamic) == 1 and len(pictures) >= _SEVERAL
+        return self._conclude(pictures, "evaluated", general, source)
 
     def _driving_symbols(self, query: MaskQuery) -> list[str]:
         """The symbols that the query or key length depends on."""
@@ -266,16 +286,20 @@ class MaskAnalyser:
 
     def _picture(self, leaves: list[_Leaf], world: World, query: MaskQuery) -> _Picture:
         visible: np.ndarray = np.ones((1, 1), dtype=bool)
+        shape = (query.query_length, query.key_length)
         for leaf in leaves:
             array = world.value(leaf.value)
-            seen = (array.astype(bool) ^ leaf.negated) if leaf.visible else array > HIDDEN
+            seen = (array.astype(bool) ^ leaf.negated) if leaf.visible else array.astype(np.float64) * leaf.factor > HIDDEN
             while seen.ndim > 2:
                 if seen.shape[0] > 1 and not bool(np.all(seen == seen[:1])):
                     raise Unsupported("per-head-mask", f"mask '{leaf.value}' differs between heads or batch entries")
                 seen = seen[0]
-            visible = visible & seen
-        shape = (query.query_length, query.key_length)
-        return _Picture.of(np.broadcast_to(visible, np.broadcast_shapes(visible.shape, shape)), shape)
+            try:
+                visible = np.broadcast_to(visible & seen, np.broadcast_shapes(visible.shape, seen.shape, shape))
+            except ValueError:
+                sizes = f"{list(seen.shape)}, the scores {list(shape)}"
+                raise Unsupported("mask-shape", f"mask '{leaf.value}' has shape {sizes}") from None
+        return _Picture.of(visible, shape)
 
     def _conclude(
         self, pictures: Mapping[tuple[int, int], _Picture], method: str, general: bool, source: str | None
@@ -297,6 +321,12 @@ class MaskAnalyser:
             return None
         kind: MaskKind = "causal" if (left, right) == (-1, 0) else "window"
         return MaskPart(kind, certificate, left=left, right=right)
+
+
+def _scaled(fill: float, factor: float) -> float:
+    """The fill after a multiplication in float32, where the lowest number times 8 is -inf."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(fill) * np.float32(factor))
 
 
 @dataclass(frozen=True, slots=True)

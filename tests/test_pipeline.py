@@ -37,7 +37,12 @@ def test_every_recipe(tmp_path: Path, name: str) -> None:
     result = pipeline.compile(path, Options(policy="sparse", target="onnx", out=out))
     assert result.exit_code == 0 and result.sites
     jsonschema.validate(json.loads((out / "report.json").read_text()), report.schema())
-    assert sorted(p.name for p in out.iterdir() if p.name != "polygraphy") == ["model.onnx", "plan.toml", "report.json"]
+    assert sorted(p.name for p in out.iterdir() if p.name != "polygraphy") == [
+        "model.onnx",
+        "plan.toml",
+        "report.html",
+        "report.json",
+    ]
     if not result.replaced:
         assert (out / "model.onnx").read_bytes() == path.read_bytes()
         assert all(s.decision.reason or s.rolled_back for s in result.sites)

@@ -62,6 +62,8 @@ class Mechanism(Protocol):
     """Mathematics and parameters of one kind of attention."""
 
     name: str
+    skips_keys: bool
+    """Whether a query meets fewer keys. A target that fuses dense attention takes only such replacements."""
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         """Ways to replace ``site`` that change nothing but rounding, and why others do not apply."""
@@ -87,6 +89,12 @@ class Mechanism(Protocol):
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, parameters: Parameters, **extra: Any
     ) -> np.ndarray:
         """Naive definition in float64. q [B, Nq, H, D], k [B, Nk, Hkv, D], v [B, Nk, Hkv, Dv] -> [B, Nq, H, Dv]."""
+        ...
+
+    def without_branches(self, parameters: Parameters) -> Parameters:
+        """The same replacement for a target that compiles the graph as a whole, where run-time branches cost copies
+        between host and device.
+        """
         ...
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:

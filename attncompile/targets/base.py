@@ -79,6 +79,8 @@ class Target(Protocol):
     """Something that a model is deployed as."""
 
     name: str
+    fuses_dense: bool
+    """Whether it fuses dense attention itself, so that only replacements which skip keys may be faster there."""
 
     def available(self) -> Verdict:
         """Whether this target can be built here; the hint says what to install."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from attncompile.targets import graph as g
 
@@ -28,6 +28,21 @@ def drop_unit_axes(proto: ModelProto) -> int:
             if first is None or last is None or uses[transpose.input[0]] != 1 or uses[transpose.output[0]] != 1:
                 continue
             changed += _drop(graph, first, transpose, last, constants)
+    return changed
+
+
+def allow_split_attention(proto: ModelProto) -> bool:
+    """Let TensorRT-RTX split an ``Attention`` that it has no fused kernel for (fp32, head size 8, 257 ...), in place.
+
+    Without ``TRT_decomposable`` the build fails there; with it the others are fused as before (seen in the log).
+    onnx.checker and ONNX Runtime refuse the attribute, so it is set on what the parser reads, not in a file.
+    """
+    changed = False
+    for graph in g.graphs(proto.graph):
+        for node in graph.node:
+            if node.op_type == "Attention" and not any(a.name == "TRT_decomposable" for a in node.attribute):
+                node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
+                changed = True
     return changed
 
 

@@ -65,6 +65,7 @@ class Onnx:
     """The target ``onnx``: always available, takes everything, needs no build."""
 
     name = "onnx"
+    fuses_dense = False
 
     def available(self) -> Verdict:
         return Verdict.yes("always written; needs nothing")

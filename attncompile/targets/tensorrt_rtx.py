@@ -45,6 +45,7 @@ class TensorRTRTX:
     """The target ``tensorrt-rtx``."""
 
     name = "tensorrt-rtx"
+    fuses_dense = True
 
     def available(self) -> Verdict:
         """Judged without importing it."""
@@ -102,7 +103,7 @@ class TensorRTRTX:
         if not verdict.ok:
             raise TargetError(verdict.reason, verdict.hint)
         source = folder / LOWERED
-        files = save(_decomposable(lowered), source)
+        files = save(lowered, source)
         engine = folder / ENGINE
         result = run_worker(source, engine, shapes(lowered, profile), timeout)
         layers = fusion.parse_layers(result["dump"])
@@ -250,23 +251,6 @@ def _tail(done: subprocess.CompletedProcess[str]) -> str:
 
 def _convert(lowered: ModelProto, folder: Path, wanted: Precision) -> ModelProto:
     return precision.convert(lowered, folder, wanted)
-
-
-def _decomposable(lowered: ModelProto) -> ModelProto:
-    """Let TensorRT-RTX split an ``Attention`` that it has no fused kernel for (fp32, head size 8, 257 ...).
-
-    Without it the build fails there; with it the others are fused as before (seen in the log, 1.7.1). onnx.checker does
-    not know the attribute, so it is in the file that the parser reads and not in the model that others verify.
-    """
-    if not any(n.op_type == "Attention" for graph in g.graphs(lowered.graph) for n in graph.node):
-        return lowered
-    marked = ModelProto()
-    marked.CopyFrom(lowered)
-    for graph in g.graphs(marked.graph):
-        for node in graph.node:
-            if node.op_type == "Attention" and not any(a.name == "TRT_decomposable" for a in node.attribute):
-                node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
-    return marked
 
 
 def _is_half(proto: ModelProto) -> bool:

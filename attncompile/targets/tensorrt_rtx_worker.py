@@ -12,6 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx
+
+from attncompile.targets.legalise import allow_split_attention
+
 
 def main(request_file: str) -> int:
     request: dict[str, Any] = json.loads(Path(request_file).read_text(encoding="utf-8"))
@@ -30,7 +34,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     parser = trt.OnnxParser(network, log)
     model = Path(request["model"])
     # The path lets the parser find external data, which lies beside the model.
-    if not parser.parse(model.read_bytes(), str(model)):
+    if not parser.parse(_contents(model), str(model)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         found = [{"node": e.node_name(), "op": e.node_operator(), "message": e.desc().strip()} for e in errors]
         return {
@@ -55,6 +59,11 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     with Path(request["engine"]).open("wb") as file:
         file.write(engine)
     return {"ok": True, "seconds": seconds, "dump": log.dump, "warnings": log.warnings, "version": trt.__version__}
+
+
+def _contents(model: Path) -> bytes:
+    proto = onnx.load(model, load_external_data=False)
+    return proto.SerializeToString() if allow_split_attention(proto) else model.read_bytes()
 
 
 def _logger(trt: Any) -> Any:

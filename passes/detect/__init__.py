@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnx import GraphProto, NodeProto
+from onnx import NodeProto
 
 from attncompile.core.errors import BadArguments, Unsupported
 from attncompile.core.grid import TokenGrid
@@ -23,12 +23,28 @@ from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.grid import infer_grid
 from attncompile.passes.masks import MaskAnalyser
 
-Lift = Callable[[GraphIndex, World, NodeProto, MaskAnalysis], AttentionSite]
+Lift = Callable[[GraphIndex, World, NodeProto, MaskAnalysis], AttentionSite | None]
 
 FORMS: Mapping[str, tuple[str, Lift]] = {
     "Softmax": ("matmul-softmax-matmul", softmax.lift),
+    "Div": ("matmul-written-out-softmax-matmul", softmax.lift_written_out),
+    "Exp": ("matmul-written-out-softmax-matmul", softmax.lift_written_out),
     "Attention": ("attention-op", standard.lift),
 }
+
+_SAYS_ATTENTION = frozenset({"Softmax", "Attention"})
+"""Operators that are reported even where they cannot be looked at: in bodies of control flow and local functions."""
+
+_FUSED = {
+    "com.microsoft": frozenset({
+        "Attention", "MultiHeadAttention", "GroupQueryAttention", "SparseAttention", "PagedAttention", "QAttention",
+        "PackedAttention", "PackedMultiHeadAttention", "LongformerAttention", "DecoderAttention", "QOrderedAttention",
+        "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention",
+    }),
+    "": frozenset({"LinearAttention", "FlexAttention"}),
+    "ai.onnx.preview": frozenset({"FlexAttention"}),
+}  # fmt: skip
+"""Whole attention in one operator that no form here reads."""
 
 
 def detection_binding(profile: ShapeProfile) -> dict[str, int]:
@@ -50,10 +66,11 @@ def detect(
     world = World(index, detection_binding(profile))
     analyser = MaskAnalyser(index, world, profile)
     varied = {s: analyser.world_at({**world.binding, s: world.binding[s] + 1}) for s in profile.ranges}
+    largest = analyser.world_at(profile.maximum())
     sites: list[AttentionSite] = []
     misses: list[NearMiss] = []
     for node in index.order:
-        misses += [_inside(node, attribute.g) for attribute in node.attribute if _has_softmax(attribute.g)]
+        misses += [*_inside_bodies(node, node), *_inside_function(model, node), *_fused(node)]
         if node.domain not in ("", "ai.onnx") or node.op_type not in FORMS:
             continue
         form, lift = FORMS[node.op_type]
@@ -62,7 +79,9 @@ def detect(
         except Unsupported as error:
             misses.append(NearMiss(node_name(node), error.message, form, error.code))
             continue
-        names = _names(index, world, varied, site)
+        if site is None:
+            continue
+        names = _names(world, varied, largest, site)
         sites.append(
             replace(site, id=f"site{len(sites)}", grid=infer_grid(index, world, site, grid), **names)
         )  # fmt: skip
@@ -76,18 +95,32 @@ def detect(
     return Detection(tuple(sites), tuple(misses))
 
 
-def _names(index: GraphIndex, world: World, varied: Mapping[str, World | None], site: AttentionSite) -> dict[str, Any]:
-    """Batch and lengths as the graph's symbols where they follow one."""
+def _names(
+    world: World, varied: Mapping[str, World | None], largest: World | None, site: AttentionSite
+) -> dict[str, Any]:
+    """Batch and lengths as the graph's symbols where they follow them: ``2*n + 1``, or ``f(h,w)=196..784`` (at the usual
+    and the largest sizes) where the sizes that were tried do not lie on a line. A number is the same at all of them.
+    """
 
     def name(value: str, axis: int, number: Dim) -> Dim:
-        terms: list[str] = []
-        rest = int(number)
-        for symbol, other in varied.items():
+        def size(other: World | None) -> int | None:
             shape = other.shapes.get(value) if other is not None else None
-            slope = shape[axis] - world.shapes[value][axis] if shape is not None else 0
+            return shape[axis] if shape is not None else None
+
+        terms: list[str] = []
+        rest, expected = int(number), int(number)
+        linear = size(largest) is not None
+        for symbol, other in varied.items():
+            varied_size = size(other)
+            slope = varied_size - int(number) if varied_size is not None else 0
+            linear &= varied_size is not None
             if slope:
                 terms.append(symbol if slope == 1 else f"{slope}*{symbol}")
                 rest -= slope * world.binding[symbol]
+            if largest is not None:
+                expected += slope * (largest.binding[symbol] - world.binding[symbol])
+        if not linear or size(largest) != expected:
+            return f"f({','.join(varied)})={number}..{size(largest) or '?'}"
         if not terms:
             return number
         return " + ".join([*terms, *([str(rest)] if rest else [])])
@@ -100,11 +133,36 @@ def _names(index: GraphIndex, world: World, varied: Mapping[str, World | None], 
     }
 
 
-def _has_softmax(graph: GraphProto) -> bool:
-    return any(n.op_type in FORMS for n in graph.node)
+def _inside_bodies(outer: NodeProto, node: NodeProto) -> list[NearMiss]:
+    """Softmax and Attention nodes in the bodies of an If, Loop or Scan, at any depth."""
+    found: list[NearMiss] = []
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                if inner.op_type in _SAYS_ATTENTION and inner.domain in ("", "ai.onnx"):
+                    body = f"{attribute.name} of {node.op_type} '{node_name(node)}'"
+                    inside = f", itself inside {outer.op_type} '{node_name(outer)}'" if outer is not node else ""
+                    reason = f"it lies inside the {body}{inside}: bodies of control flow are not rewritten"
+                    found.append(NearMiss(node_name(inner), reason, FORMS[inner.op_type][0], "subgraph"))
+                found += _inside_bodies(outer, inner)
+    return found
 
 
-def _inside(node: NodeProto, graph: GraphProto) -> NearMiss:
-    inner = next(n for n in graph.node if n.op_type in FORMS)
-    reason = f"a softmax inside the body of {node.op_type} '{node_name(node)}' is not looked at yet"
-    return NearMiss(node_name(inner), reason, FORMS[inner.op_type][0], "subgraph")
+def _inside_function(model: Model, node: NodeProto) -> list[NearMiss]:
+    """Softmax and Attention nodes of a model-local function that ``node`` calls and that was not inlined."""
+    found = []
+    for function in model.proto.functions:
+        if (function.domain, function.name, function.overload) != (node.domain, node.op_type, node.overload):
+            continue
+        for inner in function.node:
+            if inner.op_type in _SAYS_ATTENTION and inner.domain in ("", "ai.onnx"):
+                reason = f"it lies inside the local function {node.op_type} called by '{node_name(node)}', not inlined"
+                found.append(NearMiss(node_name(inner), reason, FORMS[inner.op_type][0], "function"))
+    return found
+
+
+def _fused(node: NodeProto) -> list[NearMiss]:
+    if node.op_type not in _FUSED.get("" if node.domain == "ai.onnx" else node.domain, ()):
+        return []
+    reason = f"the operator {node.domain + '.' if node.domain else ''}{node.op_type} is kept as it is"
+    return [NearMiss(node_name(node), reason, "attention-op", "fused-op")]

@@ -23,6 +23,8 @@ class Contraction:
     left_labels: tuple[str, ...]
     right_labels: tuple[str, ...]
     out_labels: tuple[str, ...]
+    factor: float = 1.0
+    """What the product is multiplied by (Gemm's alpha)."""
 
     @property
     def summed(self) -> frozenset[str]:
@@ -40,8 +42,10 @@ def contraction(world: World, node: NodeProto) -> Contraction | None:
     Raises:
         Unsupported: a product whose axes cannot be named (unknown rank, an ellipsis, a vector operand).
     """
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Einsum"):
+    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Einsum", "Gemm"):
         return None
+    if node.op_type == "Gemm":
+        return _gemm(node)
     if len(node.input) != 2:
         if node.op_type == "Einsum":
             raise Unsupported("einsum", f"Einsum '{node.output[0]}' has {len(node.input)} operands")
@@ -67,3 +71,13 @@ def contraction(world: World, node: NodeProto) -> Contraction | None:
     if len(set(first)) < len(first) or len(set(second)) < len(second):
         raise Unsupported("einsum", f"Einsum equation '{equation}' takes a diagonal")
     return Contraction(node, left, right, tuple(first), tuple(second), tuple(out))
+
+
+def _gemm(node: NodeProto) -> Contraction:
+    if len(node.input) > 2 and node.input[2]:
+        raise Unsupported("gemm-addend", f"Gemm '{node.output[0]}' adds a third operand: a linear layer")
+    attributes = {a.name: a for a in node.attribute}
+    turned = [name in attributes and bool(attributes[name].i) for name in ("transA", "transB")]
+    factor = attributes["alpha"].f if "alpha" in attributes else 1.0
+    left, right = ("c", "m") if turned[0] else ("m", "c"), ("n", "c") if turned[1] else ("c", "n")
+    return Contraction(node, node.input[0], node.input[1], left, right, ("m", "n"), factor)

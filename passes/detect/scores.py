@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite, prod
 from typing import Literal
 
 from onnx import NodeProto, TensorProto
@@ -61,6 +62,8 @@ def trace(index: GraphIndex, world: World, value: str, depth: int = 0) -> Path:
         raise Unsupported("custom-op", f"'{value}' comes from custom operator {node.domain}.{node.op_type}")
     step, source = _step(index, world, node, depth)
     before = trace(index, world, source, depth + 1)
+    if step.kind == "softcap" and any(s.kind == "softcap" for s in before.steps):
+        raise Unsupported("softcap", f"the scores pass through two softcaps before '{value}'")
     return Path(before.product, (*before.steps, step))
 
 
@@ -81,8 +84,14 @@ def _step(index: GraphIndex, world: World, node: NodeProto, depth: int) -> tuple
         for scores, fill, kind in ((node.input[1], node.input[2], "visible"), (node.input[2], node.input[1], "hidden")):
             number = world.scalar(fill)
             if number is not None and number <= HIDDEN:
+                if world.shapes.get(scores) != world.shapes.get(node.output[0]):
+                    raise Unsupported("broadcast-scores", f"the mask of Where '{node.output[0]}' repeats the scores")
                 return Step(node, "visible" if kind == "visible" else "hidden", node.input[0], fill=number), scores
         raise Unsupported("where", f"Where '{node.output[0]}' does not fill with a large negative constant")
+    if op == "Concat":
+        raise _joined(world, node)
+    if op in ("DequantizeLinear", "QuantizeLinear"):
+        raise Unsupported("quantised", f"quantised: kept ({op} '{node.output[0]}' stands before the softmax)")
     raise Unsupported(
         "unknown-op", f"{op} '{node.output[0]}' stands between the softmax and the product of queries and keys"
     )
@@ -96,6 +105,8 @@ def _scale(index: GraphIndex, world: World, node: NodeProto) -> tuple[Step, str]
         factor = world.scalar(other)
         if factor is None or world.shapes.get(source) != world.shapes.get(node.output[0]):
             continue
+        if factor == 0.0 or not isfinite(factor):
+            raise Unsupported("zero-scale", f"'{node.output[0]}' multiplies or divides the scores by {factor}")
         inner = index.producer.get(source)
         if node.op_type == "Mul" and inner is not None and inner.op_type == "Tanh":
             return _softcap(index, world, node, inner, factor)
@@ -108,8 +119,8 @@ def _softcap(index: GraphIndex, world: World, node: NodeProto, tanh: NodeProto, 
     if divide is None or divide.op_type not in ("Div", "Mul"):
         raise Unsupported("softcap", f"Tanh '{tanh.output[0]}' is not fed by scores divided by the cap")
     factor = world.scalar(divide.input[1])
-    if factor is None:
-        raise Unsupported("softcap", f"'{divide.output[0]}' does not divide by a number")
+    if factor is None or not 0.0 < factor < inf or world.shapes.get(divide.input[0]) != world.shapes.get(tanh.input[0]):
+        raise Unsupported("softcap", f"'{divide.output[0]}' does not divide by a positive number")
     inverse = factor if divide.op_type == "Div" else 1.0 / factor
     if abs(inverse - cap) > 1e-4 * abs(cap):
         raise Unsupported(
@@ -127,10 +138,25 @@ def _scores_of(index: GraphIndex, world: World, node: NodeProto, sides: tuple[st
         if world.shapes.get(scores) != shape or not index.data_inputs(scores):
             continue
         try:
-            lengths.append((len(trace(index, world, scores, depth + 1).steps), scores, mask))
+            path = trace(index, world, scores, depth + 1)
+            if prod(world.shapes[path.product.node.output[0]]) != prod(shape or ()):
+                # A decomposed position bias is a product too, but one that is spread over the scores.
+                raise Unsupported("no-product", f"the product before '{scores}' has fewer elements than the scores")
+            lengths.append((len(path.steps), scores, mask))
         except Unsupported as error:
             reasons.append(error)
     if lengths:
         _, scores, mask = min(lengths, key=lambda x: x[0])
         return scores, mask
     raise reasons[0] if reasons else Unsupported("no-product", f"no side of Add '{node.output[0]}' holds scores")
+
+
+def _joined(world: World, node: NodeProto) -> Unsupported:
+    """Why scores that are one operand of a Concat are not taken."""
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+    shapes = [world.shapes.get(v, ()) for v in node.input]
+    last = all(shapes) and axis % len(shapes[0]) == len(shapes[0]) - 1
+    if last and len(node.input) == 2 and any(s[-1] == 1 for s in shapes):
+        return Unsupported("sinks", f"'{node.output[0]}' joins one more logit to the keys' (an attention sink), which "
+                           "an attention site cannot say yet")  # fmt: skip
+    return Unsupported("joined-scores", f"'{node.output[0]}' joins the scores with other logits before the softmax")

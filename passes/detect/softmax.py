@@ -12,8 +12,9 @@ from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts
 from attncompile.core.site import AttentionSite, Layout, Operand
 from attncompile.passes.detect.contraction import Contraction, contraction
+from attncompile.passes.detect.normaliser import Normaliser, softmax_operator, written_out
 from attncompile.passes.detect.scores import FLOATS, Path, Step, trace
-from attncompile.passes.detect.views import VIEW_OPS, Atoms, Axes, Axis, backward, forward
+from attncompile.passes.detect.views import REPEAT_OPS, VIEW_OPS, Atoms, Axes, Axis, backward, forward
 from attncompile.passes.evaluate import GraphIndex, World
 
 
@@ -43,12 +44,20 @@ class MaskQuery:
     key_axis: int
     query_length: int
     key_length: int
+    stable: bool = True
 
 
 _DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
     TensorProto.DOUBLE: "float64",
 }  # fmt: skip
+
+_BYTES = {
+    int(TensorProto.FLOAT16): 2,
+    int(TensorProto.BFLOAT16): 2,
+    int(TensorProto.FLOAT): 4,
+    int(TensorProto.DOUBLE): 8,
+}
 
 MaskAnalysis = Callable[[MaskQuery], MaskFacts]
 
@@ -59,6 +68,7 @@ class _Stage:
 
     value: str
     axes: Axes
+    dtype: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +84,38 @@ def node_name(node: NodeProto) -> str:
     return node.name or f"{node.op_type}:{node.output[0]}"
 
 
-def softmax_axis_is_last(node: NodeProto, rank: int, opset: int, shape: tuple[int, ...]) -> bool:
-    """Whether this Softmax normalises the last axis (before opset 13 it flattened from ``axis`` on)."""
-    axis = next((a.i for a in node.attribute if a.name == "axis"), -1 if opset >= 13 else 1)
-    axis = axis + rank if axis < 0 else axis
-    return axis == rank - 1 or (opset < 13 and prod(shape[axis:-1]) == 1)
-
-
 def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
-    """The site around ``softmax``; lengths are the world's numbers and the id is empty.
+    """The site around the ``Softmax`` node.
 
     Raises:
         Unsupported: this softmax is not attention, or a form of it that is not understood.
     """
-    scores_value, weights = softmax.input[0], softmax.output[0]
+    return lift_around(index, world, softmax_operator(index, world, softmax), analyse)
+
+
+def lift_written_out(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis) -> AttentionSite | None:
+    """The site around a softmax in several nodes that ends in ``node``; None where ``node`` ends none.
+
+    Raises:
+        Unsupported: it is a softmax, but not attention, or a form of it that is not understood.
+    """
+    normaliser = written_out(index, world, node)
+    return None if normaliser is None else lift_around(index, world, normaliser, analyse)
+
+
+def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: MaskAnalysis) -> AttentionSite:
+    """The site around ``norm``; lengths are the world's numbers and the id is empty.
+
+    Raises:
+        Unsupported: this softmax is not attention, or a form of it that is not understood.
+    """
+    scores_value, weights = norm.scores, norm.weights
     shape = world.shapes.get(scores_value)
     if shape is None:
         raise Unsupported("shape-unknown", f"the shape of '{scores_value}' is not known")
-    if not softmax_axis_is_last(softmax, len(shape), index.model.opset, shape):
-        raise Unsupported("softmax-axis", "the softmax does not run over the last axis of the scores")
     path = trace(index, world, scores_value)
     product, query_label, key_label = _roles(path, shape, world)
-    interior_nodes: list[NodeProto] = [product.node, *(n for s in path.steps for n in (*s.extra, s.node)), softmax]
+    interior_nodes: list[NodeProto] = [product.node, *(n for s in path.steps for n in (*s.extra, s.node)), *norm.nodes]
 
     atoms = Atoms()
     out_shape = world.shapes[product.node.output[0]]
@@ -121,6 +141,8 @@ def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnaly
         (second.left_labels, second.right_labels) if left_is_weights else (second.right_labels, second.left_labels)
     )
     value_name = second.right if left_is_weights else second.left
+    if second.factor != 1.0:
+        raise Unsupported("value-product", f"the product with the values is multiplied by {second.factor}")
     if len(second.summed) != 1:
         raise Unsupported("value-product", "the weights and the values are contracted over more than one axis")
     (summed,) = second.summed
@@ -131,6 +153,8 @@ def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnaly
     for label, size in zip(value_labels, value_shape, strict=True):
         if label not in second_axis:
             second_axis[label] = atoms.new(size)
+        elif size not in (1, world.shapes[weights][weight_labels.index(label)]):
+            raise Unsupported("value-product", "one set of weights serves several batch entries or heads of the values")
     dim_labels = [x for x in second.out_labels if x not in weight_labels]
     if len(dim_labels) != 1:
         raise Unsupported("value-product", "the values have no, or more than one, axis of their own")
@@ -158,21 +182,14 @@ def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnaly
 
     batch, heads = _batch_and_heads(atoms, product, label_axis, scores_axes, query_axis, label_axis[key_label])
     dim, keys = label_axis[contracted], label_axis[key_label]
-    query, query_at = _home(atoms, query_walk.stages, batch, [heads], query_axis, dim, "query")
-    kv_choices = [heads[:n] for n in range(len(heads) + 1)]
-    key, key_at = _home(atoms, key_walk.stages, batch, kv_choices, keys, dim, "key")
-    value, value_at = _home(atoms, value_walk.stages, batch, kv_choices, keys, value_dim, "value")
-    kv_heads = [_heads_of(atoms, w.stages[at].axes, o.layout) for w, at, o in (
-        (key_walk, key_at, key), (value_walk, value_at, value))]  # fmt: skip
-    if kv_heads[0] != kv_heads[1]:
-        # One of them is shared among more heads than the other: take both where they have all heads.
-        key, key_at = _home(atoms, key_walk.stages, batch, [heads], keys, dim, "key")
-        value, value_at = _home(atoms, value_walk.stages, batch, [heads], keys, value_dim, "value")
-        kv_heads = [heads, heads]
-    output, output_at = _output_home(atoms, out_stages, batch, heads, query_axis, value_dim)
+    homes = _homes(
+        atoms, (query_walk, key_walk, value_walk), out_stages, batch, heads, (query_axis, keys), (dim, value_dim)
+    )  # fmt: skip
+    query, key, value, output = homes.operands
+    query_at, key_at, value_at, output_at = homes.at
 
     scale = prod(query_walk.scales[query_at:]) * prod(key_walk.scales[key_at:])
-    scale *= prod(s.factor for s in path.steps if s.kind == "scale" and not _after_softcap(path, s))
+    scale *= product.factor * prod(s.factor for s in path.steps if s.kind == "scale" and not _after_softcap(path, s))
     if any(s.kind == "scale" and _after_softcap(path, s) for s in path.steps):
         raise Unsupported("softcap", "the scores are scaled again after the softcap")
     operand_nodes = [
@@ -184,6 +201,7 @@ def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnaly
         MaskQuery(
             factors=_factors(atoms, path, checkpoints, batch, heads, query_axis, keys),
             guarded=guarded,
+            stable=norm.stable,
             query=query.value,
             key=key.value,
             query_axis=_sequence_axis(query),
@@ -194,9 +212,9 @@ def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnaly
     )
     return AttentionSite(
         id="",
-        form=_form(product, second, path, guarded, query_walk, key_walk, kv_heads[0] != heads),
+        form=_form(product, second, path, norm, guarded, query_walk, key_walk, homes.kv_heads != heads),
         query=query, key=key, value=value, output=output,
-        batch=atoms.size(batch), heads=atoms.size(heads), kv_heads=atoms.size(kv_heads[0]),
+        batch=atoms.size(batch), heads=atoms.size(heads), kv_heads=atoms.size(homes.kv_heads),
         head_dim=atoms.size(dim), value_dim=atoms.size(value_dim),
         query_length=atoms.size(query_axis), key_length=atoms.size(keys),
         scale=scale, mask=facts,
@@ -254,7 +272,7 @@ def _operand_axes(world: World, value: str, labels: tuple[str, ...], known: dict
 
 def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes, scaled: bool) -> _Operand:
     """From the product back over views (and scalings): stages deepest first; ``nodes[i:]`` lead from stage i on."""
-    stages = [_Stage(value, axes)]
+    stages = [_Stage(value, axes, world.types[value])]
     nodes: list[NodeProto] = []
     scales: list[float] = []
     views: list[bool] = []
@@ -263,11 +281,13 @@ def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes,
         if node is None or node.domain not in ("", "ai.onnx"):
             break
         factor = 1.0
-        if node.op_type in VIEW_OPS:
+        if node.op_type in VIEW_OPS | REPEAT_OPS:
             try:
                 axes = backward(world, atoms, node, axes)
             except Unsupported:
                 break
+            source = node.input[0]
+        elif _widens(world, node):
             source = node.input[0]
         elif scaled and node.op_type in ("Mul", "Div") and (found := _scalar_factor(world, node)) is not None:
             source, factor = found
@@ -277,8 +297,14 @@ def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes,
         scales.append(factor)
         views.append(node.op_type in VIEW_OPS)
         value = source
-        stages.append(_Stage(value, axes))
+        stages.append(_Stage(value, axes, world.types[value]))
     return _Operand(tuple(stages[::-1]), tuple(nodes[::-1]), tuple(scales[::-1]), tuple(views[::-1]))
+
+
+def _widens(world: World, node: NodeProto) -> bool:
+    """Whether ``node`` casts to a wider float: no information is lost, so the operand may be taken before it."""
+    sizes = [_BYTES.get(world.types.get(v, 0), 0) for v in (node.input[0], node.output[0])]
+    return node.op_type == "Cast" and 0 < sizes[0] < sizes[1]
 
 
 def _scalar_factor(world: World, node: NodeProto) -> tuple[str, float] | None:
@@ -295,20 +321,24 @@ def _scalar_factor(world: World, node: NodeProto) -> tuple[str, float] | None:
 def _walk_output(
     index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes
 ) -> tuple[list[_Stage], list[NodeProto]]:
-    stages, nodes = [_Stage(value, axes)], []
+    """From the product with the values on over views, and over one cast to a narrower float."""
+    stages, nodes = [_Stage(value, axes, world.types[value])], []
     while value not in index.outputs:
         readers = index.consumers.get(value, [])
-        if len(readers) != 1 or readers[0].op_type not in VIEW_OPS or readers[0].domain not in ("", "ai.onnx"):
+        if len(readers) != 1 or readers[0].domain not in ("", "ai.onnx"):
             break
-        if readers[0].op_type == "Expand" or readers[0].input[0] != value:
+        (node,) = readers
+        narrows = node.op_type == "Cast" and 0 < _BYTES.get(world.types[node.output[0]], 0) < _BYTES[world.types[value]]
+        if not narrows and (node.op_type not in VIEW_OPS or node.op_type == "Expand" or node.input[0] != value):
             break
-        try:
-            axes = forward(world, atoms, readers[0], axes)
-        except Unsupported:
-            break
-        nodes.append(readers[0])
-        value = readers[0].output[0]
-        stages.append(_Stage(value, axes))
+        if not narrows:
+            try:
+                axes = forward(world, atoms, node, axes)
+            except Unsupported:
+                break
+        nodes.append(node)
+        value = node.output[0]
+        stages.append(_Stage(value, axes, world.types[value]))
     return stages, nodes
 
 
@@ -325,7 +355,8 @@ def _after_softmax(
             isnan, where = sorted(readers, key=lambda n: n.op_type)
             if list(where.input[:1]) == list(isnan.output) and where.input[2] == value:
                 fill = world.scalar(where.input[1])
-                if fill == 0.0 and len(index.consumers.get(isnan.output[0], [])) == 1:
+                same = world.shapes.get(where.output[0]) == world.shapes.get(value)
+                if fill == 0.0 and same and len(index.consumers.get(isnan.output[0], [])) == 1:
                     nodes += [isnan, where]
                     value, guarded = where.output[0], True
                     continue
@@ -335,10 +366,19 @@ def _after_softmax(
         (node,) = readers
         if node.op_type in VIEW_OPS and node.op_type != "Expand" and node.input[0] == value:
             axes = forward(world, atoms, node, axes)
-        elif not (node.op_type == "Cast" and world.types.get(node.output[0]) in FLOATS):
+        elif not _is_idle_dropout(index, world, node) and not (
+            node.op_type == "Cast" and world.types.get(node.output[0]) in FLOATS
+        ):
             return value, axes, nodes, guarded
         nodes.append(node)
         value = node.output[0]
+
+
+def _is_idle_dropout(index: GraphIndex, world: World, node: NodeProto) -> bool:
+    """A Dropout that passes its input through: not in training mode, its mask unread."""
+    if node.op_type != "Dropout" or any(index.consumers.get(o) or o in index.outputs for o in node.output[1:] if o):
+        return False
+    return len(node.input) < 3 or not node.input[2] or world.scalar(node.input[2]) == 0.0
 
 
 def _second_product(index: GraphIndex, world: World, weights: str) -> Contraction:
@@ -388,20 +428,65 @@ def _heads_of(atoms: Atoms, axes: Axes, layout: Layout) -> Axis:
     return atoms.leaves(axes[layout.index("H")])
 
 
+@dataclass(frozen=True, slots=True)
+class _Homes:
+    """Query, key, value and output, and where each lies among its stages."""
+
+    operands: tuple[Operand, Operand, Operand, Operand]
+    at: tuple[int, int, int, int]
+    kv_heads: Axis
+
+
+def _homes(
+    atoms: Atoms, walks: tuple[_Operand, _Operand, _Operand], out: list[_Stage], batch: Axis, heads: Axis,
+    sequences: tuple[Axis, Axis], dims: tuple[Axis, Axis],
+) -> _Homes:  # fmt: skip
+    """The homes of one element type for all four: the narrowest there is, so that casts around the core go too.
+
+    Raises:
+        Unsupported: no type at which query, key, value and output each have batch, heads, sequence and dim apart.
+    """
+    reasons: list[Unsupported] = []
+    kinds = {s.dtype for w in walks for s in w.stages} | {s.dtype for s in out}
+    for kind in sorted(kinds, key=lambda k: _BYTES.get(k, 0)):
+        try:
+            return _homes_of(kind, atoms, walks, out, batch, heads, sequences, dims)
+        except Unsupported as error:
+            reasons.append(error)
+    raise reasons[-1]
+
+
+def _homes_of(
+    kind: int, atoms: Atoms, walks: tuple[_Operand, _Operand, _Operand], out: list[_Stage], batch: Axis, heads: Axis,
+    sequences: tuple[Axis, Axis], dims: tuple[Axis, Axis],
+) -> _Homes:  # fmt: skip
+    (queries, keys), (dim, value_dim) = sequences, dims
+    query_walk, key_walk, value_walk = (w.stages for w in walks)
+    query, query_at = _home(atoms, query_walk, batch, [heads], queries, dim, "query", kind)
+    choices = [heads[:n] for n in range(len(heads) + 1)]
+    key, key_at = _home(atoms, key_walk, batch, choices, keys, dim, "key", kind)
+    value, value_at = _home(atoms, value_walk, batch, choices, keys, value_dim, "value", kind)
+    shared = [_heads_of(atoms, stages[at].axes, o.layout) for stages, at, o in (
+        (key_walk, key_at, key), (value_walk, value_at, value))]  # fmt: skip
+    if shared[0] != shared[1]:
+        # One of them is shared among more heads than the other: take both where they have all heads.
+        key, key_at = _home(atoms, key_walk, batch, [heads], keys, dim, "key", kind)
+        value, value_at = _home(atoms, value_walk, batch, [heads], keys, value_dim, "value", kind)
+        shared = [heads, heads]
+    output, back = _home(atoms, tuple(out[::-1]), batch, [heads], queries, value_dim, "output", kind)
+    # The latest stage of the output, so that the transposes after the site disappear.
+    return _Homes((query, key, value, output), (query_at, key_at, value_at, len(out) - 1 - back), shared[0])
+
+
 def _home(
-    atoms: Atoms,
-    stages: tuple[_Stage, ...],
-    batch: Axis,
-    heads_choices: list[Axis],
-    sequence: Axis,
-    dim: Axis,
-    name: str,
-) -> tuple[Operand, int]:
-    """The earliest stage that is [batch, sequence, heads, dim] or [batch, heads, sequence, dim]."""
+    atoms: Atoms, stages: tuple[_Stage, ...], batch: Axis, heads_choices: list[Axis], sequence: Axis, dim: Axis,
+    name: str, kind: int,
+) -> tuple[Operand, int]:  # fmt: skip
+    """The earliest stage of element type ``kind`` that is [batch, sequence, heads, dim] or its transpose."""
     b, s, d = atoms.leaves(batch), atoms.leaves(sequence), atoms.leaves(dim)
     for at, stage in enumerate(stages):
         leaves = tuple(atoms.leaves(a) for a in stage.axes)
-        for heads in heads_choices[::-1]:
+        for heads in heads_choices[::-1] if stage.dtype == kind else ():
             h = atoms.leaves(heads)
             if leaves == (b, h, s, d):
                 return Operand(stage.value, "BHND"), at
@@ -410,15 +495,6 @@ def _home(
     raise Unsupported(
         "layout", f"no rank-4 value with batch, heads, sequence and head dim as separate axes holds the {name}",
     )  # fmt: skip
-
-
-def _output_home(
-    atoms: Atoms, stages: list[_Stage], batch: Axis, heads: Axis, sequence: Axis, dim: Axis
-) -> tuple[Operand, int]:
-    """The latest such stage of the output, so that the transposes after the site disappear."""
-    backwards = tuple(stages[::-1])
-    operand, at = _home(atoms, backwards, batch, [heads], sequence, dim, "output")
-    return operand, len(stages) - 1 - at
 
 
 def _after_softcap(path: Path, step: Step) -> bool:
@@ -461,11 +537,12 @@ def _check_private(
 
 
 def _form(
-    product: Contraction, second: Contraction, path: Path, guarded: bool, query: _Operand, key: _Operand, shared: bool
-) -> str:
-    words = [f"{product.node.op_type.lower()}-softmax-{second.node.op_type.lower()}"]
+    product: Contraction, second: Contraction, path: Path, norm: Normaliser, guarded: bool, query: _Operand,
+    key: _Operand, shared: bool,
+) -> str:  # fmt: skip
+    words = [f"{product.node.op_type.lower()}-{norm.word}-{second.node.op_type.lower()}"]
     where = [n for n, w in (("query", query), ("key", key)) if any(s != 1.0 for s in w.scales)]
-    where += ["scores"] * any(s.kind == "scale" for s in path.steps)
+    where += ["scores"] * (product.factor != 1.0 or any(s.kind == "scale" for s in path.steps))
     words.append("scale:" + ("+".join(where) or "none"))
     words += [f"mask:{s.kind}" for s in path.steps if s.kind in ("add", "visible", "hidden")]
     words += ["softcap"] * any(s.kind == "softcap" for s in path.steps)

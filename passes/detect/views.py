@@ -16,6 +16,9 @@ from onnx import NodeProto
 from attncompile.core.errors import Unsupported
 from attncompile.passes.evaluate import World
 
+REPEAT_OPS = frozenset({"Tile", "Gather", "Concat"})
+"""Operators that may write one operand several times along an axis, as grouped-query exports do."""
+
 Axis = tuple[int, ...]
 Axes = tuple[Axis, ...]
 
@@ -125,7 +128,44 @@ def backward(world: World, atoms: Atoms, node: NodeProto, axes: Axes) -> Axes:
             out[source] = axes[position]
         return tuple(out)
     before = _shape(world, node.input[0])
+    if node.op_type in REPEAT_OPS:
+        return _before_repeat(atoms, axes, before, _repeats(world, node))
     if node.op_type == "Expand":
         kept = axes[len(axes) - len(before) :]
         return tuple(() if size == 1 else axis for axis, size in zip(kept, before, strict=True))
     return atoms.regroup(axes, before)
+
+
+def _repeats(world: World, node: NodeProto) -> list[tuple[int, int, bool]]:
+    """(axis, times, inner) for each axis that ``node`` writes several times; ``inner``: element by element.
+
+    Raises:
+        Unsupported: ``node`` does anything else.
+    """
+    shape = _shape(world, node.input[0])
+    if node.op_type == "Tile":
+        counts = [int(n) for n in world.value(node.input[1]).reshape(-1)]
+        return [(axis, n, False) for axis, n in enumerate(counts) if n != 1]
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0) % len(shape)
+    if node.op_type == "Concat" and len(set(node.input)) == 1:
+        return [(axis, len(node.input), False)]
+    if node.op_type == "Gather" and len(world.shapes.get(node.input[1], ())) == 1:
+        indices, size = [int(i) % shape[axis] for i in world.value(node.input[1])], shape[axis]
+        times, rest = divmod(len(indices), size)
+        if not rest and times > 0:
+            if indices == [i for i in range(size) for _ in range(times)]:
+                return [(axis, times, True)]
+            if indices == [i for _ in range(times) for i in range(size)]:
+                return [(axis, times, False)]
+    raise Unsupported("view", f"{node.op_type} '{node.output[0]}' does more than repeat its input")
+
+
+def _before_repeat(
+    atoms: Atoms, axes: Axes, before: tuple[int, ...], repeats: list[tuple[int, int, bool]]
+) -> Axes:  # fmt: skip
+    out = list(axes)
+    for axis, times, inner in repeats:
+        sizes = (before[axis], times) if inner else (times, before[axis])
+        pair = atoms.regroup((axes[axis],), sizes)
+        out[axis] = pair[0] if inner else pair[1]
+    return tuple(out)

@@ -20,6 +20,7 @@ class Attention:
     """Parameters: ``causal`` (bool)."""
 
     name = OP_TYPE
+    skips_keys = False
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         if site.form == "attention-op":
@@ -66,6 +67,9 @@ class Attention:
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, parameters: Parameters, **extra: Any
     ) -> np.ndarray:
         return reference(q, k, v, parameters, **extra)
+
+    def without_branches(self, parameters: Parameters) -> Parameters:
+        return parameters
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` below opset 23 and where ``supports`` says no."""

@@ -18,7 +18,8 @@ def reference(
     key_mask: np.ndarray | None = None,
 ) -> np.ndarray:
     """q [B, Nq, H, D], k [B, Nk, G, D], v [B, Nk, G, Dv], key_mask bool broadcastable to [B, 1, 1, Nk] or None
-    -> [B, Nq, H, Dv] in float64. ``parameters``: ``causal`` (bool). A query without any visible key gives zero.
+    -> [B, Nq, H, Dv] in float64. ``parameters``: ``causal`` (bool), ``masked_rows``: what a query
+    without any visible key gives, zero (default), uniform (the mean of all values) or nan.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, queries, heads, dim = q.shape
@@ -33,8 +34,11 @@ def reference(
             g = h // (heads // k.shape[2])
             for i in range(queries):
                 seen = [j for j in range(keys) if open_keys[b, j] and (not parameters.get("causal") or j <= i)]
-                if seen:
-                    scores = scale * (k[b, seen, g] @ q[b, i, h])
-                    weights = np.exp(scores - scores.max())
-                    out[b, i, h] = (weights / weights.sum()) @ v[b, seen, g]
+                if not seen:
+                    rule = parameters.get("masked_rows", "zero")
+                    out[b, i, h] = {"zero": 0.0, "uniform": v[b, :, g].mean(axis=0), "nan": np.nan}[rule]
+                    continue
+                scores = scale * (k[b, seen, g] @ q[b, i, h])
+                weights = np.exp(scores - scores.max())
+                out[b, i, h] = (weights / weights.sum()) @ v[b, seen, g]
     return out

@@ -53,6 +53,7 @@ class NeighborhoodAttention:
     """
 
     name = OP_TYPE
+    skips_keys = True
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         window = _window(site.mask)
@@ -153,6 +154,9 @@ class NeighborhoodAttention:
     ) -> np.ndarray:
         return reference(q, k, v, parameters, **extra)
 
+    def without_branches(self, parameters: Parameters) -> Parameters:
+        return {**parameters, "dense_below": 0}
+
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` where ``supports`` says no, or for an opset without a body."""
         register()
@@ -163,9 +167,8 @@ class NeighborhoodAttention:
         nodes: list[NodeProto] = []
         inputs = [site.query.value, site.key.value, site.value.value]
         initializers = []
-        padding = site.mask.part("padding")
-        if padding is not None:
-            mask, extra_nodes, extra_initializers = _key_mask(site, padding)
+        mask, extra_nodes, extra_initializers = key_mask_of(site)
+        if mask:
             inputs.append(mask)
             nodes += extra_nodes
             initializers += extra_initializers
@@ -187,7 +190,7 @@ class NeighborhoodAttention:
         padding = site.mask.part("padding")
         if padding is not None:
             if site.mask.masked_rows == "uniform":
-                _check_uniform(site.mask, padding)
+                check_uniform(site.mask, padding)
             if padding.source is None:
                 raise Unsupported("mask", "no graph value holds the padding")
         nq, nk = site.query_length, site.key_length
@@ -278,7 +281,7 @@ def _window(mask: MaskFacts) -> tuple[int, int] | Verdict:
     return left, right
 
 
-def _check_uniform(mask: MaskFacts, padding: MaskPart) -> None:
+def check_uniform(mask: MaskFacts, padding: MaskPart) -> None:
     """Rows without a visible key average all values only where every hidden score is the same huge number.
 
     Raises:
@@ -317,11 +320,14 @@ def _static_shape(site: AttentionSite, fallback: int) -> Shape:
     return Shape(batch, queries, keys)
 
 
-def _key_mask(site: AttentionSite, padding: MaskPart) -> tuple[str, list[NodeProto], list[Any]]:
-    """The padding factor as a boolean graph value, with the nodes that make it.
+def key_mask_of(site: AttentionSite) -> tuple[str, list[NodeProto], list[Any]]:
+    """The padding factor as a boolean graph value, with the nodes that make it; an empty name without padding.
 
     An additive one holds 0 and -inf here (``masked_rows`` is not uniform), so any threshold between separates them.
     """
+    padding = site.mask.part("padding")
+    if padding is None:
+        return "", [], []
     assert padding.source is not None
     if not padding.additive:
         return padding.source, [], []

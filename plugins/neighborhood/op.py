@@ -201,11 +201,11 @@ def schema() -> OpSchema:
             OpSchema.Attribute("aot", attr.INT, "1: TensorRT takes the ahead-of-time plugin", required=False),
         ],
     )
-    result.set_type_and_shape_inference_function(_infer)
+    result.set_type_and_shape_inference_function(infer_output)
     return result
 
 
-def _infer(context: Any) -> None:
+def infer_output(context: Any) -> None:
     """Output: query's type and sizes, with the last axis from value."""
     query = context.get_input_type(0)
     out = onnx.TypeProto()

@@ -92,8 +92,9 @@ def tiles_of_queries(body: Body, call: Call, query: str, size: int, layout: Layo
 def untile(body: Body, call: Call, value: str, size: int, layout: Layout) -> str:
     """[B, G, T, g * size, Dv] -> T * size tokens in ``layout``."""
     heads, group, dim = call.kv_heads, call.group, call.value_dim
-    if layout == "BHND" and group == 1:
-        return body.op("Reshape", value, body.ints(0, heads, -1, dim))
+    if group == 1:  # merging the tiles before the transpose: TensorRT-RTX fails on the transpose of all axes
+        merged = body.op("Reshape", value, body.ints(0, heads, -1, dim))
+        return merged if layout == "BHND" else body.op("Transpose", merged, perm=[0, 2, 1, 3])
     value = body.op("Reshape", value, body.ints(0, heads, -1, group, size, dim))
     if layout == "BHND":
         value = body.op("Transpose", value, perm=[0, 1, 3, 2, 4, 5])
@@ -106,21 +107,18 @@ def dense(body: Body, call: Call, query: str, key: str, value: str, visible: str
     """Exact attention of few queries with all keys. query [B, H, n, D] scaled, key and value [B, G, Nk, D],
     visible broadcastable to [B, 1, n, Nk] -> [B, H, n, Dv].
     """
-    transpose = [0, 1, 3, 2]
-    if call.group > 1:  # [B, G, g, n, D] x [B, G, 1, D, Nk]
-        query = body.op("Reshape", query, body.ints(0, call.kv_heads, call.group, -1, call.head_dim))
-        key, value = (body.op("Unsqueeze", x, body.ints(2)) for x in (key, value))
-        transpose = [0, 1, 2, 4, 3]
-        visible = body.op("Unsqueeze", visible, body.ints(1)) if visible is not None else None
+    if call.group > 1:  # a product that broadcasts heads is not fused by TensorRT-RTX; copied keys are
+        key = _repeat_heads(body, call, key, call.head_dim)
+        value = _repeat_heads(body, call, value, call.value_dim)
     mask = additive(body, call, visible) if visible is not None else None
-    result = body.op("MatMul", probabilities(body, call, query, key, mask, transpose), value)
-    # value is [B, G, Nk, D], or [B, G, 1, Nk, D] beside rows that are grouped
-    result = guarded(body, call, result, mask, masked_rows, lambda: body.op("ReduceMean", value, body.ints(-2)))
-    return body.op("Reshape", result, body.ints(0, call.heads, -1, call.value_dim)) if call.group > 1 else result
+    result = body.op("MatMul", probabilities(body, call, query, key, mask, [0, 1, 3, 2]), value)
+    return guarded(body, call, result, mask, masked_rows, lambda: body.op("ReduceMean", value, body.ints(-2)))
 
 
-def _dim(call: Call) -> int:
-    return call.head_dim
+def _repeat_heads(body: Body, call: Call, value: str, dim: int) -> str:
+    """[B, G, N, dim] -> [B, H, N, dim], each head g times in a row."""
+    wide = body.op("Expand", body.op("Unsqueeze", value, body.ints(2)), body.ints(1, 1, call.group, 1, 1))
+    return body.op("Reshape", wide, body.ints(0, call.heads, -1, dim))
 
 
 def with_extra_queries(

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from attncompile.core.mechanism import Lowering
 from attncompile.core.profile import Range
@@ -44,7 +44,7 @@ def run_site(site: AttentionSite, world: World, seed: int, pad: bool) -> tuple[n
             mask = rng.random(shape) < 0.7 if pad else np.ones(shape, bool)
             feed[name] = mask
         else:
-            feed[name] = rng.standard_normal(shape).astype(np.float32)
+            feed[name] = rng.standard_normal(shape).astype(helper.tensor_dtype_to_np_dtype(kind))
     session = ort.InferenceSession(alone.original.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, feed)[0], read_site(site, feed, world)
 

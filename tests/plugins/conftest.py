@@ -45,6 +45,7 @@ class Case:
     key_mask: np.ndarray | None = None
     additive: bool = False
     masked_rows: str = "zero"
+    fills: tuple[float, ...] = ()
     causal: bool = False
     seed: int = 0
 
@@ -65,7 +66,8 @@ class Case:
             batch=self.batch if self.static else "B", heads=self.heads, kv_heads=self.kv_heads,
             head_dim=self.head_dim, value_dim=self.value_dim, query_length=self.queries if self.static else "N",
             key_length=self.key_length if self.static else ("N" if same else "M"), scale=self.scale,
-            mask=MaskFacts(tuple(parts), self.masked_rows), dtype=self.dtype, softmax_dtype=self.softmax_dtype,
+            mask=MaskFacts(tuple(parts), self.masked_rows, self.fills),
+            dtype=self.dtype, softmax_dtype=self.softmax_dtype,
             nodes=(), interior=(),
         )  # fmt: skip
         return replace(made, **changes)

@@ -29,6 +29,12 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "prefix and suffix, dense below": {"kernel_size": [9], "prefix": 2, "suffix": 3, "dense_below": 100},
     },
     "Attention": {"none": {"causal": False}, "causal": {"causal": True}},
+    "DenseAttention": {
+        "none": {"causal": False},
+        "causal": {"causal": True},
+        "causal, 3 chunks": {"causal": True, "chunks": 3},
+        "causal, 8 chunks": {"causal": True, "chunks": 8},
+    },
 }
 GRIDS: dict[str, dict[str, Any]] = {
     "2-D clamp": {"kernel_size": [3, 3], "grid": [7, 5], "border": "clamp", "block": 12},
@@ -60,7 +66,7 @@ def first_opset(name: str) -> int:
 
 def prepared(case: Any, name: str, parameters: dict[str, Any], **changes: Any) -> Any:
     """A case whose site has the mask that the mechanism's parameters speak of."""
-    causal = bool(parameters.get("causal")) if name == "Attention" else False
+    causal = bool(parameters.get("causal")) if name != "NeighborhoodAttention" else False
     return replace(case(opset=first_opset(name), causal=causal), **changes)
 
 
@@ -139,18 +145,40 @@ def masks(batch: int, keys: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["scattered", "holes", "left", "empty", "rank 1"])
-@pytest.mark.parametrize("masked_rows", ["zero", "nan"])
+@pytest.mark.parametrize("masked_rows", ["zero", "uniform", "nan"])
 @pytest.mark.parametrize("parameters", [*list(PARAMETERS["NeighborhoodAttention"].values())[:5], GRIDS["2-D clamp"]])
 def test_key_masks(parameters, masked_rows, kind, case, error, tolerance) -> None:
     keys = 35
     at = case(
-        batch=2, queries=keys, static="grid" in parameters, key_mask=masks(2, keys)[kind], masked_rows=masked_rows
-    )
+        batch=2, queries=keys, static="grid" in parameters, key_mask=masks(2, keys)[kind], masked_rows=masked_rows,
+        fills=(-3e38,),
+    )  # fmt: skip
     given = {**parameters, "masked_rows": masked_rows}
     want = at.expected(mechanism("NeighborhoodAttention"), given)
     if kind == "empty":  # the test is about rows that see nothing: they must be there
-        assert np.isnan(want).any() if masked_rows == "nan" else (want[-1] == 0).all()
+        assert np.isnan(want).any() if masked_rows == "nan" else (want[-1] == 0).all() == (masked_rows == "zero")
     assert error(at, mechanism("NeighborhoodAttention"), given) < tolerance["float32"]
+
+
+@pytest.mark.parametrize("kind", ["scattered", "left", "empty"])
+@pytest.mark.parametrize(
+    ("masked_rows", "causal", "chunks"),
+    [
+        ("zero", False, 1),
+        ("uniform", False, 1),
+        ("nan", False, 1),
+        ("uniform", True, 1),
+        ("zero", True, 3),
+        ("nan", True, 3),
+    ],
+)
+@pytest.mark.parametrize("static", [True, False])
+def test_key_masks_of_dense_attention(masked_rows, causal, chunks, static, kind, case, error, tolerance) -> None:
+    keys = 300 if not static else 35  # a dynamic sequence is cut from 257 tokens on
+    at = case(batch=2, queries=keys, heads=2, static=static, causal=causal, key_mask=masks(2, keys)[kind],
+              masked_rows=masked_rows, fills=(-3e38,))  # fmt: skip
+    given = {"causal": causal, "masked_rows": masked_rows, "chunks": chunks}
+    assert error(at, mechanism("DenseAttention"), given) < tolerance["float32"]
 
 
 def test_additive_key_mask(case, error, tolerance) -> None:

@@ -164,9 +164,36 @@ def test_tables_of_tiles_say_what_the_definition_says(parameters) -> None:
 
 
 def test_registry() -> None:
-    assert [m.name for m in mechanisms()] == ["NeighborhoodAttention", "Attention"]
+    assert [m.name for m in mechanisms()] == ["NeighborhoodAttention", "DenseAttention", "Attention"]
     with pytest.raises(AttncompileError, match="no mechanism"):
         mechanism("nothing")
+
+
+def guarded(*parts, rows="uniform", fills=(), on=True):
+    return MaskFacts(tuple(parts), rows, fills, on)
+
+
+def test_dense_attention_says_where_it_wins(case) -> None:
+    subject = mechanism("DenseAttention")
+    causal = MaskPart("causal", GENERAL, -1, 0)
+    padding = MaskPart("padding", GENERAL, source="m")
+
+    def answer(facts, **changes):
+        return only(subject.exact_candidates(case(queries=1024, static=True).site(mask=facts, **changes)))
+
+    assert answer(guarded(on=False)).code == "nothing-to-skip"
+    assert answer(guarded()).parameters["chunks"] == 1
+    assert answer(guarded(causal, on=False)).parameters == {"causal": True, "masked_rows": "nan", "chunks": 8}
+    # A finite mask over two factors, or a small one, gives fully masked rows something that depends on the scores.
+    assert answer(guarded(padding, fills=(-3e38,))).parameters["masked_rows"] == "uniform"
+    for fills in ((), (-3e38, -3e38), (-1e4,)):
+        assert answer(guarded(padding, fills=fills)).code == "masked-rows"
+    assert answer(guarded(causal, padding, rows="zero")).parameters["chunks"] == 8
+    assert answer(guarded(causal, padding, fills=(-3e38,))).parameters["chunks"] == 1
+    assert answer(guarded(), dtype="float16", softmax_dtype="float16").code == "guard"
+    assert answer(guarded(), form="attention-op").code == "nothing-to-skip"
+    once = replace(causal, certificate=ONCE)
+    assert only(subject.exact_candidates(case().site(mask=guarded(once)))).code == "certificate"
 
 
 def test_attention_says_where_it_applies(case) -> None:

@@ -111,7 +111,7 @@ def test_sinks_stay_causal() -> None:
         {"kernel_size": [4], "shape": "ball"},
         {"kernel_size": [3], "dilation": [0]},
         {"kernel_size": [3], "causal": [1], "suffix": 1},
-        {"kernel_size": [3], "masked_rows": "uniform"},
+        {"kernel_size": [3], "masked_rows": "mean"},
         {"kernel_size": ["3"]},
         {"kernel_size": 3},
     ],

@@ -89,6 +89,7 @@ def test_standard_attention_op(as_model: AsModel, tmp_path: Path, dtype: type, f
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     result = _build(proto, as_model, tmp_path / "out")
     assert (result.attention_layers, result.attention_fused) == (1, fused)
+    onnx.checker.check_model(onnx.load(tmp_path / "out" / "model.tensorrt-rtx.onnx"), full_check=True)
 
 
 def _window_tail(as_output: str) -> ModelProto:

@@ -1,0 +1,404 @@
+"""Hand-built graphs, one for each way of writing attention: facts, and the site read in NumPy equal to the run.
+
+Every lifted form is built from the same projections of x [2, 11, 24]; every refused one says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from attncompile.core.site import Detection
+from attncompile.passes.detect import detect
+from attncompile.passes.evaluate import GraphIndex, World
+from attncompile.passes.load import load
+from attncompile.passes.normalise import normalise
+from attncompile.passes.symbols import profile_for
+from tests.passes.attention_graphs import Builder, save
+from tests.passes.test_lifter_properties import run_site
+
+B, N, H, KV, D = 2, 11, 4, 2, 6
+W = H * D
+F32 = np.float32
+SCALE = F32(0.4)
+
+
+class Graph(Builder):
+    """The projections that the forms share; ``x`` is the input."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(seed)
+
+    def number(self, value: float, kind: type = F32) -> str:
+        return self.const(np.array(value, kind))
+
+    def linear(self, x: str, columns: int, kind: type = F32) -> str:
+        return self.op("MatMul", x, self.const((self.rng.standard_normal((W, columns)) / np.sqrt(W)).astype(kind)))
+
+    def heads(self, count: int = H, transposed: bool = False, x: str = "x", kind: type = F32) -> str:
+        """[B, count, N, D], or [B, count, D, N]."""
+        split = self.op("Reshape", self.linear(x, count * D, kind), self.const([B, N, count, D]))
+        return self.op("Transpose", split, perm=[0, 2, 3, 1] if transposed else [0, 2, 1, 3])
+
+    def scores(self) -> str:
+        return self.op("Mul", self.op("MatMul", self.heads(), self.heads(transposed=True)), self.number(0.4))
+
+    def merge(self, out: str) -> str:
+        return self.op("Reshape", self.op("Transpose", out, perm=[0, 2, 1, 3]), self.const([B, N, W]))
+
+    def mask(self) -> np.ndarray:
+        """[1, 1, N, N]: causal, with one huge negative number."""
+        return np.where(np.tril(np.ones((N, N), bool)), F32(0), np.finfo(F32).min)[None, None]
+
+
+def model_of(b: Graph, out: str, opset: int, kind: int, others: tuple[str, ...] = ()) -> onnx.ModelProto:
+    outputs = [onnx.ValueInfoProto(name=v) for v in (b.op("Identity", out), *others)]
+    graph = helper.make_graph(b.nodes, "g", [helper.make_tensor_value_info("x", kind, [B, N, W])], outputs, b.stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def look(model: onnx.ModelProto, folder: Path) -> tuple[Detection, GraphIndex]:
+    loaded = load(save(model, folder))
+    before = loaded.proto.SerializeToString()
+    index = GraphIndex(loaded)
+    found = detect(loaded, profile_for(loaded, {}), index=index)
+    assert loaded.proto.SerializeToString() == before, "detection changed the model"
+    return found, index
+
+
+Form = Callable[[Graph], str]
+
+
+def softmax(b: Graph) -> str:
+    return b.merge(b.op("MatMul", b.op("Softmax", b.scores(), axis=-1), b.heads()))
+
+
+def written_out(b: Graph, maximum: bool = True, masked: bool = False) -> str:
+    s = b.scores()
+    if masked:
+        s = b.op("Add", s, b.const(b.mask()))
+    if maximum:
+        s = b.op("Sub", s, b.op("ReduceMax", s, b.const([-1]), keepdims=1))
+    e = b.op("Exp", s)
+    return b.merge(b.op("MatMul", b.op("Div", e, b.op("ReduceSum", e, b.const([-1]), keepdims=1)), b.heads()))
+
+
+def exp_log_softmax(b: Graph) -> str:
+    return b.merge(b.op("MatMul", b.op("Exp", b.op("LogSoftmax", b.scores(), axis=-1)), b.heads()))
+
+
+def exp_log_sum_exp(b: Graph) -> str:
+    s = b.scores()
+    weights = b.op("Exp", b.op("Sub", s, b.op("ReduceLogSumExp", s, b.const([3]), keepdims=1)))
+    return b.merge(b.op("MatMul", weights, b.heads()))
+
+
+def maximum_before_softmax(b: Graph) -> str:
+    s = b.op("Add", b.scores(), b.const(b.mask()))
+    s = b.op("Sub", s, b.op("ReduceMax", s, b.const([-1]), keepdims=1))
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), b.heads()))
+
+
+def where(b: Graph, hidden: bool) -> str:
+    seen = b.const(np.tril(np.ones((1, 1, N, N), bool)) ^ hidden)
+    fill = b.number(np.finfo(F32).min)
+    s = b.scores()
+    s = b.op("Where", seen, fill, s) if hidden else b.op("Where", seen, s, fill)
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), b.heads()))
+
+
+def softcap(b: Graph, masked: bool = False) -> str:
+    s = b.op("Mul", b.op("Tanh", b.op("Div", b.scores(), b.number(5.0))), b.number(5.0))
+    if masked:
+        s = b.op("Add", s, b.const(b.mask()))
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), b.heads()))
+
+
+def grouped(b: Graph, how: str) -> str:
+    """Keys and values of KV heads, written to all heads in one of the ways that exporters have."""
+
+    def spread(x: str) -> str:
+        if how == "gather":
+            return b.op("Gather", x, b.const([0, 0, 1, 1]), axis=1)
+        x = b.op("Unsqueeze", x, b.const([2]))
+        x = b.op("Tile", x, b.const([1, 1, 2, 1, 1])) if how == "tile" else b.op("Concat", x, x, axis=2)
+        return b.op("Reshape", x, b.const([B, H, N, D]))
+
+    key, value = spread(b.heads(KV)), spread(b.heads(KV))
+    s = b.op("MatMul", b.op("Mul", b.heads(), b.number(0.4)), b.op("Transpose", key, perm=[0, 1, 3, 2]))
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), value))
+
+
+def interleaved_groups(b: Graph) -> str:
+    """Head h reads key head h mod KV: no grouping that a site can say, so keys are taken where all heads are."""
+    times = b.const([1, 2, 1, 1])
+    key, value = b.op("Tile", b.heads(KV), times), b.op("Tile", b.heads(KV), times)
+    s = b.op("MatMul", b.op("Mul", b.heads(), b.number(0.4)), b.op("Transpose", key, perm=[0, 1, 3, 2]))
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), value))
+
+
+def five_axes(b: Graph) -> str:
+    """[B, KV, H / KV, N, D] against [B, KV, 1, N, D]."""
+    query = b.op("Reshape", b.heads(), b.const([B, KV, H // KV, N, D]))
+    key = b.op("Unsqueeze", b.heads(KV, transposed=True), b.const([2]))
+    value = b.op("Unsqueeze", b.heads(KV), b.const([2]))
+    s = b.op("Mul", b.op("MatMul", query, key), b.number(0.4))
+    out = b.op("MatMul", b.op("Softmax", s, axis=-1), value)
+    return b.merge(b.op("Reshape", out, b.const([B, H, N, D])))
+
+
+def three_axes(b: Graph) -> str:
+    """[B * H, N, D] around the products, with four axes before and after."""
+    flat = b.const([B * H, N, D])
+    query, key, value = (b.op("Reshape", b.heads(), flat) for _ in range(3))
+    s = b.op("MatMul", b.op("Mul", query, b.number(0.4)), b.op("Transpose", key, perm=[0, 2, 1]))
+    out = b.op("MatMul", b.op("Softmax", s, axis=-1), value)
+    return b.merge(b.op("Reshape", out, b.const([B, H, N, D])))
+
+
+def fused_projection(b: Graph, how: str) -> str:
+    """One product for Q, K and V, cut in three."""
+    x = b.op("Reshape", b.linear("x", 3 * W), b.const([B, N, 3, H, D]))
+    x = b.op("Transpose", x, perm=[2, 0, 3, 1, 4])
+    if how == "gather":
+        q, k, v = (b.op("Gather", x, b.const(np.array(i)), axis=0) for i in range(3))
+    elif how == "slice":
+        q, k, v = (b.op("Squeeze", b.op("Slice", x, b.const([i]), b.const([i + 1]), b.const([0])), b.const([0]))
+                   for i in range(3))  # fmt: skip
+    else:
+        names = [f"part{i}" for i in range(3)]
+        b.nodes.append(helper.make_node("Split", [x], names, axis=0, num_outputs=3))
+        q, k, v = (b.op("Squeeze", n, b.const([0])) for n in names)
+    s = b.op("MatMul", b.op("Mul", q, b.number(0.4)), b.op("Transpose", k, perm=[0, 1, 3, 2]))
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), v))
+
+
+def half(b: Graph, cast: str) -> str:
+    """fp16 projections; fp32 for the softmax only, for the scores, or for everything inside."""
+
+    def up(x: str) -> str:
+        return b.op("Cast", x, to=TensorProto.FLOAT)
+
+    def down(x: str) -> str:
+        return b.op("Cast", x, to=TensorProto.FLOAT16)
+
+    q, k, v = b.heads(kind=np.float16), b.heads(transposed=True, kind=np.float16), b.heads(kind=np.float16)
+    if cast != "softmax":
+        q, k = up(q), up(k)
+    s = b.op("MatMul", q, k)
+    s = up(s) if cast == "softmax" else s
+    weights = b.op("Softmax", b.op("Mul", s, b.number(0.4)), axis=-1)
+    if cast == "all":
+        return b.merge(down(b.op("MatMul", weights, up(v))))
+    return b.merge(b.op("MatMul", down(weights), v))
+
+
+def dropout(b: Graph) -> str:
+    weights = b.op("Dropout", b.op("Softmax", b.scores(), axis=-1), b.number(0.5))
+    return b.merge(b.op("MatMul", weights, b.heads()))
+
+
+def position_bias_of_two_products(b: Graph) -> str:
+    """SAM: attention over a 1 x N grid, with two biases that are products of the query with tables."""
+    query = b.heads()
+    s = b.op("MatMul", b.op("Mul", query, b.number(0.4)), b.heads(transposed=True))
+    table = b.const(b.rng.standard_normal((N, D)).astype(F32))
+    row = b.const(b.rng.standard_normal((N, N, D)).astype(F32))
+    rel = b.op("Einsum", query, row, equation="bhqd,qkd->bhqk")
+    other = b.op("Unsqueeze", b.op("Einsum", query, table, equation="bhqd,qd->bhq"), b.const([3]))
+    s = b.op("Add", b.op("Add", other, rel), s)
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), b.heads()))
+
+
+LIFTED: dict[str, tuple[Form, dict[str, object]]] = {
+    "softmax": (softmax, {}),
+    "written-out": (written_out, {}),
+    "written-out-without-maximum": (lambda b: written_out(b, maximum=False), {}),
+    "written-out-masked": (lambda b: written_out(b, masked=True), {"kind": "causal", "masked_rows": "uniform"}),
+    "written-out-masked-without-maximum": (
+        lambda b: written_out(b, maximum=False, masked=True), {"kind": "causal", "masked_rows": "nan"}),
+    "exp-log-softmax": (exp_log_softmax, {}),
+    "exp-log-sum-exp": (exp_log_sum_exp, {}),
+    "maximum-before-softmax": (maximum_before_softmax, {"kind": "causal"}),
+    "where-visible": (lambda b: where(b, False), {"kind": "causal"}),
+    "where-hidden": (lambda b: where(b, True), {"kind": "causal"}),
+    "softcap": (softcap, {"softcap": 5.0}),
+    "softcap-masked": (lambda b: softcap(b, True), {"softcap": 5.0, "kind": "causal"}),
+    "grouped-tile": (lambda b: grouped(b, "tile"), {"kv_heads": KV}),
+    "grouped-concat": (lambda b: grouped(b, "concat"), {"kv_heads": KV}),
+    "grouped-gather": (lambda b: grouped(b, "gather"), {"kv_heads": KV}),
+    "interleaved-groups": (interleaved_groups, {"kv_heads": H}),
+    "five-axes": (five_axes, {"kv_heads": KV}),
+    "three-axes": (three_axes, {}),
+    "fused-gather": (lambda b: fused_projection(b, "gather"), {}),
+    "fused-slice": (lambda b: fused_projection(b, "slice"), {}),
+    "fused-split": (lambda b: fused_projection(b, "split"), {}),
+    "half-softmax": (lambda b: half(b, "softmax"), {"dtype": "float16", "softmax_dtype": "float32"}),
+    "half-scores": (lambda b: half(b, "scores"), {"dtype": "float16", "softmax_dtype": "float32"}),
+    "half-all": (lambda b: half(b, "all"), {"dtype": "float16", "softmax_dtype": "float32"}),
+    "dropout": (dropout, {}),
+    "position-bias-of-two-products": (position_bias_of_two_products, {"kind": "opaque"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIFTED)
+def test_lifted(name: str, tmp_path: Path) -> None:
+    form, facts = LIFTED[name]
+    b = Graph()
+    out = form(b)
+    kind = TensorProto.FLOAT16 if name.startswith("half") else TensorProto.FLOAT
+    found, index = look(model_of(b, out, 18, kind), tmp_path)
+    assert [m.reason for m in found.near_misses] == []
+    (site,) = found.sites
+    assert (site.batch, site.heads, site.query_length, site.key_length) == (B, H, N, N)
+    assert (site.head_dim, site.value_dim) == (D, D)
+    assert site.scale == pytest.approx(SCALE, rel=1e-3)
+    assert site.kv_heads == facts.get("kv_heads", H)
+    assert site.mask.kind == facts.get("kind", "none")
+    assert site.softcap == facts.get("softcap", 0.0)
+    assert site.dtype == facts.get("dtype", "float32")
+    assert site.softmax_dtype == facts.get("softmax_dtype", site.dtype)
+    if "masked_rows" in facts:
+        assert site.mask.masked_rows == facts["masked_rows"]
+    # The transposes and the reshapes around the core are inside the site: it starts and ends at [B, N, H, D].
+    if not name.startswith("fused") and name != "interleaved-groups":
+        assert {o.layout for o in (site.query, site.key, site.value, site.output)} == {"BNHD"}
+    actual, read = run_site(site, World(index, {}), 0, pad=False)
+    tolerance = 2e-2 if site.dtype == "float16" else 2e-5
+    np.testing.assert_allclose(actual, read, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_in_a_local_function_is_inlined(tmp_path: Path) -> None:
+    """And named where it is not."""
+    b = Graph()
+    q, k, v = b.heads(), b.heads(transposed=True), b.heads()
+    body = [helper.make_node("MatMul", ["q", "k"], ["s"]), helper.make_node("Softmax", ["s"], ["p"], axis=-1),
+            helper.make_node("MatMul", ["p", "v"], ["o"])]  # fmt: skip
+    b.nodes.append(helper.make_node("Inner", [q, k, v], ["made"], domain="local"))
+    model = model_of(b, b.merge("made"), 18, TensorProto.FLOAT)
+    opsets = [helper.make_opsetid("", 18)]
+    model.functions.append(helper.make_function("local", "Inner", ["q", "k", "v"], ["o"], body, opsets))
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    found, _ = look(model, tmp_path)
+    assert not found.sites
+    assert [m.code for m in found.near_misses] == ["function"] and "Inner" in found.near_misses[0].reason
+    inlined = normalise(load(save(model, tmp_path)))
+    (site,) = detect(inlined, profile_for(inlined, {})).sites
+    assert (site.heads, site.head_dim) == (H, D)
+
+
+def test_attention_in_a_branch_is_named(tmp_path: Path) -> None:
+    b = Graph()
+    q, k, v = b.heads(), b.heads(transposed=True), b.heads()
+    body = [helper.make_node("MatMul", [q, k], ["s"]), helper.make_node("Softmax", ["s"], ["p"], axis=-1),
+            helper.make_node("MatMul", ["p", v], ["o"])]  # fmt: skip
+    result = [onnx.ValueInfoProto(name="o")]
+    yes = helper.make_graph(body, "yes", [], result)
+    no = helper.make_graph([helper.make_node("Identity", [q], ["o2"])], "no", [], [onnx.ValueInfoProto(name="o2")])
+    inner = helper.make_node("If", ["flag"], ["made"], then_branch=yes, else_branch=no, name="cached")
+    b.stored.append(helper.make_tensor("flag", TensorProto.BOOL, [], [True]))
+    b.nodes.append(inner)
+    found, _ = look(model_of(b, b.merge("made"), 18, TensorProto.FLOAT), tmp_path)
+    assert not found.sites
+    (miss,) = found.near_misses
+    assert miss.code == "subgraph" and "then_branch of If 'cached'" in miss.reason
+
+
+def sinks(b: Graph) -> str:
+    sink = b.op("Expand", b.const(b.rng.standard_normal((1, H, 1, 1)).astype(F32)), b.const([B, H, N, 1]))
+    weights = b.op("Softmax", b.op("Concat", b.scores(), sink, axis=-1), axis=-1)
+    weights = b.op("Slice", weights, b.const([0]), b.const([-1]), b.const([-1]))
+    return b.merge(b.op("MatMul", weights, b.heads()))
+
+
+def cosine(b: Graph) -> str:
+    def unit(x: str, axis: int) -> str:
+        return b.op("Div", x, b.op("Clip", b.op("ReduceL2", x, b.const([axis]), keepdims=1), b.number(1e-6)))
+
+    s = b.op("MatMul", unit(b.heads(), 3), unit(b.heads(transposed=True), 2))
+    s = b.op("Mul", s, b.const(b.rng.random((H, 1, 1)).astype(F32)))
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), b.heads()))
+
+
+def wrong_axis(b: Graph) -> str:
+    return b.merge(b.op("MatMul", b.op("Softmax", b.scores(), axis=2), b.heads()))
+
+
+def sum_with_a_constant(b: Graph) -> str:
+    e = b.op("Exp", b.scores())
+    total = b.op("Add", b.op("ReduceSum", e, b.const([-1]), keepdims=1), b.number(1.0))
+    return b.merge(b.op("MatMul", b.op("Div", e, total), b.heads()))
+
+
+def sum_over_queries(b: Graph) -> str:
+    e = b.op("Exp", b.scores())
+    return b.merge(b.op("MatMul", b.op("Div", e, b.op("ReduceSum", e, b.const([2]), keepdims=1)), b.heads()))
+
+
+def router(b: Graph) -> str:
+    return b.op(
+        "MatMul", b.op("Softmax", b.linear("x", 5), axis=-1), b.const(b.rng.standard_normal((5, W)).astype(F32))
+    )
+
+
+def quantised(b: Graph) -> str:
+    s = b.op("QuantizeLinear", b.scores(), b.number(0.1), b.const(np.array(0, np.int8)))
+    s = b.op("DequantizeLinear", s, b.number(0.1), b.const(np.array(0, np.int8)))
+    return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), b.heads()))
+
+
+def attention_of_three_axes(b: Graph) -> str:
+    return b.op("Attention", *(b.linear("x", W) for _ in range(3)), q_num_heads=H, kv_num_heads=H)
+
+
+REFUSED: dict[str, tuple[Form, str]] = {
+    "sinks": (sinks, "sinks"),
+    "cosine": (cosine, "tensor-scale"),
+    "wrong-axis": (wrong_axis, "softmax-axis"),
+    "router": (router, "constant-values"),
+    "quantised": (quantised, "quantised"),
+    "attention-of-three-axes": (attention_of_three_axes, "layout"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_reason(name: str, tmp_path: Path) -> None:
+    form, code = REFUSED[name]
+    b = Graph()
+    out = form(b)
+    found, _ = look(model_of(b, out, 23 if "attention" in name else 18, TensorProto.FLOAT), tmp_path)
+    assert not found.sites
+    (miss,) = found.near_misses
+    assert miss.code == code and len(miss.reason) > 20
+
+
+@pytest.mark.parametrize("form", [sum_with_a_constant, sum_over_queries])
+def test_quotients_that_are_no_softmax(form: Form, tmp_path: Path) -> None:
+    b = Graph()
+    found, _ = look(model_of(b, form(b), 18, TensorProto.FLOAT), tmp_path)
+    assert found == Detection()
+
+
+@pytest.mark.parametrize("name", ["scores", "weights", "log-sum-exp"])
+def test_inner_values_that_are_outputs(name: str, tmp_path: Path) -> None:
+    """Averaged weights of nn.MultiheadAttention and flash attention's log-sum-exp: the core must stay."""
+    b = Graph()
+    s = b.scores()
+    weights = b.op("Softmax", s, axis=-1)
+    out = b.merge(b.op("MatMul", weights, b.heads()))
+    if name == "scores":
+        other = s
+    elif name == "weights":
+        other = b.op("ReduceMean", weights, b.const([1]), keepdims=0)
+    else:
+        other = b.op("ReduceLogSumExp", s, b.const([-1]), keepdims=0)
+    found, _ = look(model_of(b, out, 18, TensorProto.FLOAT, (other,)), tmp_path)
+    assert not found.sites
+    (miss,) = found.near_misses
+    assert miss.code in ("weights-used", "scores-used")

@@ -74,7 +74,7 @@ def _compile(
     inputs: opt.Inputs = None,
     profile: opt.Profile = [],  # noqa: B006 - Typer makes a fresh list of each call's options
     max_error: opt.MaxError = None,
-    metric: opt.Metric = "relative_l2",
+    metric: opt.Metric = None,
     plan: opt.PlanFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write plan.toml only, like `plan`.")] = False,
     require_sites: opt.RequireSites = None,
@@ -183,7 +183,7 @@ def _plan(
     inputs: opt.Inputs = None,
     profile: opt.Profile = [],  # noqa: B006
     max_error: opt.MaxError = None,
-    metric: opt.Metric = "relative_l2",
+    metric: opt.Metric = None,
     require_sites: opt.RequireSites = None,
     grid: opt.Grid = None,
     site: opt.Sites = [],  # noqa: B006
@@ -209,7 +209,7 @@ def _verify(
     inputs: opt.Inputs = None,
     profile: opt.Profile = [],  # noqa: B006
     max_error: opt.MaxError = None,
-    metric: opt.Metric = "relative_l2",
+    metric: opt.Metric = None,
     seed: opt.Seed = 0,
     format: opt.Format = "table",
     quiet: opt.Quiet = False,
@@ -225,7 +225,7 @@ def _verify(
 
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         feeds = _feeds(model, options, seed)
-        found = compare.compare(model, other, feeds, progress, budget=max_error, metric=metric)
+        found = compare.compare(model, other, feeds, progress, budget=max_error, metric=metric or "relative_l2")
     if as_json:
         _print_json(found.to_json())
     else:
@@ -339,7 +339,7 @@ def _options(**given: Any) -> Options:
     known = dict(given)
     if known.get("target") is not None:
         opt.choice(known["target"], opt.TARGETS, "--target")
-    if "metric" in known:
+    if known.get("metric") is not None:
         opt.choice(known["metric"], opt.METRICS, "--metric")
     if known.get("max_error") is not None and not known["max_error"] >= 0:
         raise BadArguments(f"--max-error {known['max_error']} is not an error", "give a number of 0 or more")
@@ -375,7 +375,7 @@ def _write_plan(model: Path, options: Options, out: Path | None, as_json: bool, 
     path = _plan_path(model, out)
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         found = pipeline.inspect(model, options)
-        plan = pipeline.plan(model, options, progress)
+        plan = pipeline.plan(found, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when whole: an edited plan is never half-overwritten.
     part = path.with_name(path.name + ".part")

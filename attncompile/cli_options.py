@@ -53,7 +53,13 @@ MaxError = Annotated[
     float | None,
     typer.Option("--max-error", metavar="E", show_default=False, help="Budget at the outputs. Default: the policy's."),
 ]
-Metric = Annotated[str, typer.Option("--metric", metavar="M", help="What --max-error is measured in.")]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", metavar="M", show_default=False,
+        help="What --max-error is measured in. Default: the policy's, or relative_l2.",
+    ),
+]  # fmt: skip
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", show_default=False, help="Apply this (edited) plan.toml.")
 ]

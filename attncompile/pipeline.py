@@ -45,7 +45,7 @@ class Options:
     inputs: Path | None = None
     profile: Mapping[str, Range] = field(default_factory=dict)
     max_error: float | None = None
-    metric: str = "relative_l2"
+    metric: str | None = None
     dry_run: bool = False
     plan: Path | None = None
     require_sites: int | None = None
@@ -101,10 +101,8 @@ def inspect(path: Path, options: Options) -> Inspection:
     return Inspection(model, normal, profile, index, detection, time.perf_counter() - start)
 
 
-def plan(path: Path, options: Options, progress: Progress) -> Plan:
+def plan(found: Inspection, options: Options) -> Plan:
     """One decision a site, by the policy; nothing is measured."""
-    progress.stage("detect")
-    found = inspect(path, options)
     return _plan(found, options, mechanisms())
 
 
@@ -203,7 +201,8 @@ def _plan(found: Inspection, options: Options, registry: Sequence[Mechanism]) ->
         notes.append(f"assumed sizes of dynamic dimensions: {ranges} (set them with --profile)")
     if policy.approximate and options.inputs is None:
         notes.append(f"policy {policy.name}: exact replacements only, because no --inputs were given")
-    settings = {"max_error": options.max_error or policy.max_error, "metric": options.metric}
+    budget = policy.max_error if options.max_error is None else options.max_error
+    settings = {"max_error": budget, "metric": options.metric or policy.metric}
     return Plan(found.model.hash, policy.name, decisions, settings if policy.approximate else {}, tuple(notes))
 
 

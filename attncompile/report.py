@@ -64,8 +64,8 @@ class ShapeTiming:
 class Exactness:
     """The rewritten site against the original subgraph on random and adversarial inputs.
 
-    ``rmse_ratio`` is the worst case's error against float64, ours / original's own; ``relative_l2`` the worst case's
-    distance between the two. ``label`` says what was compared where it was not the model's own precision (the fp32
+    ``rmse_ratio`` is the worst case's error against float64, ours / original's own; ``relative_l2`` the worst
+    case's error of ours against float64, relative to it. ``label`` says what was compared where it was not the model's own precision (the fp32
     twin of a bf16 site). ``reason`` says what failed.
     """
 

@@ -73,6 +73,7 @@ class Run:
         self._checker = checker
         self._progress = progress
         self._folder = folder
+        self._baseline = verify.Baseline(found.model.path)
         self._warnings: list[str] = []
         self._fidelity: dict[str, SiteFidelity] = {}
         self._policy = load_policy(options.policy, registry)
@@ -84,7 +85,7 @@ class Run:
         if not self._edits:
             self._write(())
             shutil.rmtree(self._folder / _SCRATCH, ignore_errors=True)
-            evidence = Parity(True, self._options.metric, self._budget(), 0.0, "none",
+            evidence = Parity(True, "relative_l2", self._budget(), 0.0, "none",
                               reason="nothing was replaced: the output is the input")  # fmt: skip
             return Outcome(plan, self._results, self._fidelity, evidence, (), tuple(self._warnings))
         self._progress.stage("verify the model")
@@ -183,7 +184,7 @@ class Run:
         return replace(plan, decisions=tuple(decisions[d.site] for d in plan.decisions))
 
     def _metric(self) -> str:
-        return self._options.metric
+        return self._options.metric or self._policy.metric
 
     def _binding(self, feed: Feed) -> dict[str, int]:
         """The sizes of the dynamic dimensions in a feed that was checked against the model."""
@@ -203,7 +204,7 @@ class Run:
         if not edits:
             return 0.0
         path = self._write_scratch(self._proto(edits))
-        found = verify.compare_models(self._found.model.path, path, feeds, budget=self._limit(), metric=self._metric())
+        found = verify.compare_models(self._baseline, path, feeds, budget=self._limit(), metric=self._metric())
         if found.passed:
             return 0.0 if self._metric() != "relative_l2" else found.error
         return float("inf")
@@ -242,7 +243,7 @@ class Run:
         feeds = [s.feed for s in self._evidence(shaped)]
         for edit in list(self._edits):
             path = self._write_scratch(self._proto([edit]))
-            alone = verify.compare_models(self._found.model.path, path, feeds, budget=self._budget())
+            alone = verify.compare_models(self._baseline, path, feeds, budget=self._budget())
             if not alone.passed:
                 self._undo([edit], f"the model's outputs change: {alone.verdict.reason}")
         if self._edits:
@@ -263,16 +264,15 @@ class Run:
         exact = all(e.decision.exact for e in self._edits)
         metric = "relative_l2" if exact else self._metric()
         found = verify.compare_models(
-            self._found.model.path, self._folder / "model.onnx", [s.feed for s in evidence], budget=self._budget(),
+            self._baseline, self._folder / "model.onnx", [s.feed for s in evidence], budget=self._budget(),
             metric=metric, folder=folder,
         )  # fmt: skip
         rows = tuple(
-            OutputComparison(o.name, evidence[o.iteration].label, o.metrics)
+            OutputComparison(o.name, evidence[o.iteration].label, o.metrics, o.verdict.ok, o.verdict.reason)
             for o in found.outputs
-            if o.metrics is not None
         )
         source = "inputs" if any(s.label == "inputs" for s in evidence) else "seeded"
-        return Parity(found.passed, metric, found.budget, found.error, source, rows, found.verdict.reason)  # type: ignore[arg-type]
+        return Parity(found.passed, metric, found.budget, found.worst, source, rows, found.verdict.reason)  # type: ignore[arg-type]
 
     def _never_slower(self, shaped: Sequence[_Shaped]) -> tuple[ShapeTiming, ...]:
         """Times the whole model at every shape; where it is slower, undoes the sites that are slower there."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx
@@ -278,9 +279,7 @@ class World:
         if node.op_type in _GROWING and self._output_elements(node) > SMALL:
             return False
         try:
-            results = ReferenceEvaluator(node, opsets=self._opsets).run(
-                None, {i: self._known[i] for i in node.input if i}
-            )
+            results = self._reference(node)
         except Exception:
             return False
         arrays = [np.asarray(r) for r in results]
@@ -288,6 +287,17 @@ class World:
             return False
         self._known.update(zip(node.output, arrays, strict=False))
         return all(o in self._known for o in node.output)
+
+    def _reference(self, node: NodeProto) -> list[Any]:
+        """The node's outputs. The evaluator reads a lone node as one of the newest operator set, hence the model."""
+        given = {i: self._known[i] for i in node.input if i}
+        infos = [
+            helper.make_tensor_value_info(i, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+            for i, x in given.items()
+        ]
+        outputs = [onnx.ValueInfoProto(name=o) for o in node.output if o]
+        model = helper.make_model(helper.make_graph([node], "node", infos, outputs), opset_imports=self._opset_ids)
+        return list(ReferenceEvaluator(model).run(None, given))
 
     def _output_elements(self, node: NodeProto) -> float:
         values = [self._known[i] for i in node.input if i]

@@ -217,6 +217,10 @@ class MaskAnalyser:
             pictures = {p.lengths: p for p in [self._picture(leaves, self.world, query)]}
         except Unsupported as error:
             return MaskPart("opaque", Certificate("evaluated", error.message), source=source)
+        symbol = self._moved_by(leaves, query, dynamic, next(iter(pictures.values())))
+        if symbol is not None:
+            detail = f"changes with '{symbol}', which is not a length of this site"
+            return MaskPart("opaque", Certificate("evaluated", detail), source=source)
         if stored:
             return self._conclude(pictures, "constant", False, source)
         for length in self._first_lengths(leaves):
@@ -238,6 +242,25 @@ class MaskAnalyser:
             if lengths is not None and lengths != (query.query_length, query.key_length):
                 driving.append(symbol)
         return driving
+
+    def _moved_by(self, leaves: list[_Leaf], query: MaskQuery, dynamic: list[str], picture: _Picture) -> str | None:
+        """A symbol that changes the mask though it changes neither length (the size of another input)."""
+        shapes = {n.input[0] for leaf in leaves for n in self.index.slice_nodes(leaf.value)
+                  if n.op_type in ("Shape", "Size")}  # fmt: skip
+        for symbol, sizes in self.profile.ranges.items():
+            if symbol in dynamic or not shapes:
+                continue
+            for size in sorted({sizes.minimum, self.world.binding[symbol] + 1, sizes.maximum}):
+                world = self.world_at({**self.world.binding, symbol: size})
+                if world is None or all(world.shapes.get(v) == self.world.shapes.get(v) for v in shapes):
+                    continue
+                try:
+                    other = self._picture(leaves, world, query)
+                except Unsupported:
+                    return symbol
+                if other.window != picture.window:
+                    return symbol
+        return None
 
     def _lengths(self, world: World, query: MaskQuery) -> tuple[int, int] | None:
         q, k = world.shapes.get(query.query), world.shapes.get(query.key)
@@ -289,7 +312,9 @@ class MaskAnalyser:
         shape = (query.query_length, query.key_length)
         for leaf in leaves:
             array = world.value(leaf.value)
-            seen = (array.astype(bool) ^ leaf.negated) if leaf.visible else array.astype(np.float64) * leaf.factor > HIDDEN
+            seen = (
+                (array.astype(bool) ^ leaf.negated) if leaf.visible else array.astype(np.float64) * leaf.factor > HIDDEN
+            )
             while seen.ndim > 2:
                 if seen.shape[0] > 1 and not bool(np.all(seen == seen[:1])):
                     raise Unsupported("per-head-mask", f"mask '{leaf.value}' differs between heads or batch entries")

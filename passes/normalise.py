@@ -9,6 +9,8 @@ from onnx import ModelProto, inliner, version_converter
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.model import Model
+from attncompile.passes.evaluate import GraphIndex, World
+from attncompile.passes.symbols import symbols
 
 OLDEST = 18
 """The oldest opset that function bodies are written for."""
@@ -32,7 +34,7 @@ def normalise(model: Model) -> Model:
         notes.append(f"{len(model.proto.functions)} model-local functions were inlined")
     opset = model.opset
     if 0 < opset < OLDEST:
-        proto = _convert(proto, opset)
+        proto = _convert(model, proto)
         notes.append(f"converted from opset {opset} to {OLDEST}, the oldest that function bodies are written for")
         opset = OLDEST
     if proto is model.proto:
@@ -40,9 +42,10 @@ def normalise(model: Model) -> Model:
     return replace(model, proto=proto, opset=opset, notes=tuple(notes))
 
 
-def _convert(proto: ModelProto, opset: int) -> ModelProto:
+def _convert(model: Model, proto: ModelProto) -> ModelProto:
+    opset = model.opset
     try:
-        converted = version_converter.convert_version(proto, OLDEST)
+        converted = version_converter.convert_version(_last_axis(model, proto), OLDEST)
     except Exception as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
         raise Unsupported("opset", f"the conversion from opset {opset} to {OLDEST} failed: {reason}",
@@ -52,3 +55,18 @@ def _convert(proto: ModelProto, opset: int) -> ModelProto:
     for name in ("producer_name", "producer_version", "domain", "doc_string", "model_version"):
         setattr(converted, name, getattr(proto, name))
     return converted
+
+
+def _last_axis(model: Model, proto: ModelProto) -> ModelProto:
+    """Softmax over the last axis, named -1: elsewhere the converter puts Flatten and Reshape around it (opset 13)."""
+    if model.opset >= 13:
+        return proto
+    world = World(GraphIndex(replace(model, proto=proto)), dict.fromkeys(symbols(model), 8))
+    result = ModelProto()
+    result.CopyFrom(proto)
+    for node in result.graph.node:
+        rank = len(world.shapes.get(node.input[0], ())) if node.op_type in ("Softmax", "LogSoftmax") else 0
+        for attribute in node.attribute:
+            if rank and attribute.name == "axis" and attribute.i == rank - 1:
+                attribute.i = -1
+    return result

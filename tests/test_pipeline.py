@@ -106,7 +106,7 @@ def test_a_slower_mechanism_is_rolled_back(tmp_path: Path, monkeypatch: pytest.M
     """A plan can ask for what does not pay; it is undone unless --keep-slower."""
     spec = Spec(batch=1, heads=2, kv_heads=2, length=40, head_dim=16, mask="window", left=30, right=0)
     path, out, plan_file = windowed(tmp_path, spec), tmp_path / "out", tmp_path / "plan.toml"
-    plan = pipeline.plan(path, Options(), outputs_progress())
+    plan = pipeline.plan(pipeline.inspect(path, Options()), Options())
     assert plan.decisions[0].kept
     forced = plan_toml.dumps(plan).replace('mechanism = "keep"', 'mechanism = "NeighborhoodAttention"')
     parameters = '[site.parameters]\nkernel_size = [31]\nleft = [30]\ncausal = [1]\nborder = "truncate"\ngrid = [-1]\n'
@@ -117,15 +117,9 @@ def test_a_slower_mechanism_is_rolled_back(tmp_path: Path, monkeypatch: pytest.M
     assert kept.outcome == "replaced" and kept.parity is not None and kept.parity.passed
 
 
-def outputs_progress():  # type: ignore[no-untyped-def]
-    from attncompile.console import SilentProgress
-
-    return SilentProgress()
-
-
 def test_plan_round_trip_and_wrong_plans(tmp_path: Path) -> None:
     path, out = windowed(tmp_path), tmp_path / "out"
-    plan = pipeline.plan(path, Options(), outputs_progress())
+    plan = pipeline.plan(pipeline.inspect(path, Options()), Options())
     text = plan_toml.dumps(plan)
     plan_file = tmp_path / "plan.toml"
 
@@ -198,7 +192,7 @@ def test_an_opset_that_cannot_be_converted_replaces_nothing(tmp_path: Path) -> N
     path.write_bytes(proto.SerializeToString())
     found = pipeline.inspect(path, Options())
     assert not isinstance(found.normal, type(found.model)) and "conversion" in found.normal.message
-    assert pipeline.plan(path, Options(), outputs_progress()).decisions[0].kept
+    assert pipeline.plan(pipeline.inspect(path, Options()), Options()).decisions[0].kept
 
 
 def test_target_errors_leave_the_portable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

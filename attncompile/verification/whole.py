@@ -76,6 +76,15 @@ class ModelComparison:
         values = [o.metrics.relative_l2 for o in self.outputs if o.metrics is not None]
         return math.nan if not values or any(math.isnan(v) for v in values) else max(values)
 
+    @property
+    def worst(self) -> float:
+        """The worst value of ``metric``; NaN if nothing was compared."""
+        values = [getattr(o.metrics, self.metric) for o in self.outputs if o.metrics is not None]
+        found = [float(v) for v in values if v is not None]
+        if not found or any(math.isnan(v) for v in found):
+            return math.nan
+        return min(found) if self.metric in HIGHER_IS_BETTER else max(found)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "passed": self.verdict.ok, "code": self.verdict.code, "reason": self.verdict.reason,

@@ -164,7 +164,6 @@ _LAYERS: tuple[Entry, ...] = tuple(
     for kind in ("encoder", "decoder", "weights", "no-weights")
     for entry in _twice(Entry(
         f"torch-{kind}", _PLAIN + "torch_layer", "plain", options={"kind": kind},
-        modules=("MultiheadAttention",) if kind == "weights" else (),
         refused={"weights-used": 1} if kind == "weights" else {},
     ))
 )  # fmt: skip

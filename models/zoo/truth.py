@@ -27,6 +27,7 @@ def calls_of(built: Built, modules: tuple[str, ...] = ()) -> list[Call]:
         stack.enter_context(_eager_functions(recorder))
         stack.enter_context(_diffusers_scores(recorder))
         stack.enter_context(_named_modules(recorder, built.module, modules))
+        stack.enter_context(_multi_head(recorder))
         stack.enter_context(_sdpa(recorder))
         built.module(*built.inputs.values())
     return recorder.calls
@@ -45,6 +46,31 @@ class _Recorder:
         count = heads or (int(query.shape[-3]) if query.ndim > 3 else 1)
         kind = "causal" if causal and lengths[0] > 1 else _kind_of(mask, lengths)
         self.calls.append(Call(count, int(query.shape[-1]), *lengths, kind, how))
+
+
+@contextlib.contextmanager
+def _multi_head(recorder: _Recorder) -> Iterator[None]:
+    """Wraps the function behind ``nn.MultiheadAttention``; its tensors are [length, batch, width]."""
+    functional = torch.nn.functional
+    original = functional.multi_head_attention_forward
+
+    def wrapped(query: Any, key: Any, value: Any, width: int, heads: int, *rest: Any, **more: Any) -> Any:
+        mask, causal = more.get("attn_mask"), bool(more.get("is_causal"))
+        if more.get("key_padding_mask") is not None:
+            raise NotImplementedError("a key padding mask is not recorded")
+        split = [t.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for t in (query, key)]
+        recorder.note(*split, mask, causal, "nn.MultiheadAttention")
+        recorder.inside += 1
+        try:
+            return original(query, key, value, width, heads, *rest, **more)
+        finally:
+            recorder.inside -= 1
+
+    functional.multi_head_attention_forward = wrapped
+    try:
+        yield
+    finally:
+        functional.multi_head_attention_forward = original
 
 
 @contextlib.contextmanager

@@ -98,8 +98,8 @@ def detect(
 def _names(
     world: World, varied: Mapping[str, World | None], largest: World | None, site: AttentionSite
 ) -> dict[str, Any]:
-    """Batch and lengths as the graph's symbols where they follow them: ``2*n + 1``, or ``f(h,w)=196..784`` (at the usual
-    and the largest sizes) where the sizes that were tried do not lie on a line. A number is the same at all of them.
+    """Batch and lengths in the graph's symbols: ``2*n + 1``, or ``f(h,w)=196..784`` (at the usual and the largest
+    sizes) where the sizes that were tried do not lie on a line. A number is the same at all of them.
     """
 
     def name(value: str, axis: int, number: Dim) -> Dim:

@@ -10,8 +10,9 @@ from onnx import NodeProto, TensorProto
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts
-from attncompile.core.site import AttentionSite, Layout, Operand
+from attncompile.core.site import AttentionSite, Operand
 from attncompile.passes.detect.contraction import Contraction, contraction
+from attncompile.passes.detect.homes import BYTES, Stage, Walk, find_homes
 from attncompile.passes.detect.normaliser import Normaliser, softmax_operator, written_out
 from attncompile.passes.detect.scores import FLOATS, Path, Step, trace
 from attncompile.passes.detect.views import REPEAT_OPS, VIEW_OPS, Atoms, Axes, Axis, backward, forward
@@ -52,31 +53,10 @@ _DTYPES: dict[int, str] = {
     TensorProto.DOUBLE: "float64",
 }  # fmt: skip
 
-_BYTES = {
-    int(TensorProto.FLOAT16): 2,
-    int(TensorProto.BFLOAT16): 2,
-    int(TensorProto.FLOAT): 4,
-    int(TensorProto.DOUBLE): 8,
-}
+_OF_SHAPES = frozenset({"Gather", "Slice", "Concat", "Unsqueeze", "Squeeze", "Cast"})
+"""What exporters compute a Reshape's shape with, after Shape."""
 
 MaskAnalysis = Callable[[MaskQuery], MaskFacts]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """A value on an operand's way from its home to the product, with its axes and the node that reads on."""
-
-    value: str
-    axes: Axes
-    dtype: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Operand:
-    stages: tuple[_Stage, ...]
-    nodes: tuple[NodeProto, ...]
-    scales: tuple[float, ...]
-    views: tuple[bool, ...]
 
 
 def node_name(node: NodeProto) -> str:
@@ -182,7 +162,7 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
 
     batch, heads = _batch_and_heads(atoms, product, label_axis, scores_axes, query_axis, label_axis[key_label])
     dim, keys = label_axis[contracted], label_axis[key_label]
-    homes = _homes(
+    homes = find_homes(
         atoms, (query_walk, key_walk, value_walk), out_stages, batch, heads, (query_axis, keys), (dim, value_dim)
     )  # fmt: skip
     query, key, value, output = homes.operands
@@ -270,12 +250,11 @@ def _operand_axes(world: World, value: str, labels: tuple[str, ...], known: dict
     return tuple(() if size == 1 else known[label] for label, size in zip(labels, sizes, strict=True))
 
 
-def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes, scaled: bool) -> _Operand:
+def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes, scaled: bool, reader: str) -> Walk:
     """From the product back over views (and scalings): stages deepest first; ``nodes[i:]`` lead from stage i on."""
-    stages = [_Stage(value, axes, world.types[value])]
+    stages = [Stage(value, axes, world.types[value])]
     nodes: list[NodeProto] = []
     scales: list[float] = []
-    views: list[bool] = []
     while True:
         node = index.producer.get(value)
         if node is None or node.domain not in ("", "ai.onnx"):
@@ -295,15 +274,14 @@ def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes,
             break
         nodes.append(node)
         scales.append(factor)
-        views.append(node.op_type in VIEW_OPS)
         value = source
-        stages.append(_Stage(value, axes, world.types[value]))
-    return _Operand(tuple(stages[::-1]), tuple(nodes[::-1]), tuple(scales[::-1]), tuple(views[::-1]))
+        stages.append(Stage(value, axes, world.types[value]))
+    return Walk(tuple(stages[::-1]), tuple(nodes[::-1]), tuple(scales[::-1]), reader)
 
 
 def _widens(world: World, node: NodeProto) -> bool:
     """Whether ``node`` casts to a wider float: no information is lost, so the operand may be taken before it."""
-    sizes = [_BYTES.get(world.types.get(v, 0), 0) for v in (node.input[0], node.output[0])]
+    sizes = [BYTES.get(world.types.get(v, 0), 0) for v in (node.input[0], node.output[0])]
     return node.op_type == "Cast" and 0 < sizes[0] < sizes[1]
 
 
@@ -320,15 +298,15 @@ def _scalar_factor(world: World, node: NodeProto) -> tuple[str, float] | None:
 
 def _walk_output(
     index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes
-) -> tuple[list[_Stage], list[NodeProto]]:
+) -> tuple[list[Stage], list[NodeProto]]:
     """From the product with the values on over views, and over one cast to a narrower float."""
-    stages, nodes = [_Stage(value, axes, world.types[value])], []
+    stages, nodes = [Stage(value, axes, world.types[value])], []
     while value not in index.outputs:
         readers = index.consumers.get(value, [])
         if len(readers) != 1 or readers[0].domain not in ("", "ai.onnx"):
             break
         (node,) = readers
-        narrows = node.op_type == "Cast" and 0 < _BYTES.get(world.types[node.output[0]], 0) < _BYTES[world.types[value]]
+        narrows = node.op_type == "Cast" and 0 < BYTES.get(world.types[node.output[0]], 0) < BYTES[world.types[value]]
         if not narrows and (node.op_type not in VIEW_OPS or node.op_type == "Expand" or node.input[0] != value):
             break
         if not narrows:
@@ -338,7 +316,7 @@ def _walk_output(
                 break
         nodes.append(node)
         value = node.output[0]
-        stages.append(_Stage(value, axes, world.types[value]))
+        stages.append(Stage(value, axes, world.types[value]))
     return stages, nodes
 
 
@@ -349,7 +327,7 @@ def _after_softmax(
     nodes: list[NodeProto] = []
     guarded = False
     while True:
-        readers = index.consumers.get(value, [])
+        readers = _readers(index, value)
         kinds = sorted(n.op_type for n in readers)
         if kinds == ["IsNaN", "Where"]:
             isnan, where = sorted(readers, key=lambda n: n.op_type)
@@ -374,6 +352,11 @@ def _after_softmax(
         value = node.output[0]
 
 
+def _readers(index: GraphIndex, value: str) -> list[NodeProto]:
+    """Who reads the elements of ``value``; readers of its shape are looked at when the site is whole."""
+    return [n for n in index.consumers.get(value, []) if n.op_type != "Shape"]
+
+
 def _is_idle_dropout(index: GraphIndex, world: World, node: NodeProto) -> bool:
     """A Dropout that passes its input through: not in training mode, its mask unread."""
     if node.op_type != "Dropout" or any(index.consumers.get(o) or o in index.outputs for o in node.output[1:] if o):
@@ -382,7 +365,7 @@ def _is_idle_dropout(index: GraphIndex, world: World, node: NodeProto) -> bool:
 
 
 def _second_product(index: GraphIndex, world: World, weights: str) -> Contraction:
-    readers = index.consumers.get(weights, [])
+    readers = _readers(index, weights)
     if weights in index.outputs:
         raise Unsupported("weights-used", f"the attention weights '{weights}' are an output of the model")
     if len(readers) != 1:
@@ -424,79 +407,6 @@ def _batch_and_heads(
     return (merged[:-1], merged[-1:]) if merged else ((), ())
 
 
-def _heads_of(atoms: Atoms, axes: Axes, layout: Layout) -> Axis:
-    return atoms.leaves(axes[layout.index("H")])
-
-
-@dataclass(frozen=True, slots=True)
-class _Homes:
-    """Query, key, value and output, and where each lies among its stages."""
-
-    operands: tuple[Operand, Operand, Operand, Operand]
-    at: tuple[int, int, int, int]
-    kv_heads: Axis
-
-
-def _homes(
-    atoms: Atoms, walks: tuple[_Operand, _Operand, _Operand], out: list[_Stage], batch: Axis, heads: Axis,
-    sequences: tuple[Axis, Axis], dims: tuple[Axis, Axis],
-) -> _Homes:  # fmt: skip
-    """The homes of one element type for all four: the narrowest there is, so that casts around the core go too.
-
-    Raises:
-        Unsupported: no type at which query, key, value and output each have batch, heads, sequence and dim apart.
-    """
-    reasons: list[Unsupported] = []
-    kinds = {s.dtype for w in walks for s in w.stages} | {s.dtype for s in out}
-    for kind in sorted(kinds, key=lambda k: _BYTES.get(k, 0)):
-        try:
-            return _homes_of(kind, atoms, walks, out, batch, heads, sequences, dims)
-        except Unsupported as error:
-            reasons.append(error)
-    raise reasons[-1]
-
-
-def _homes_of(
-    kind: int, atoms: Atoms, walks: tuple[_Operand, _Operand, _Operand], out: list[_Stage], batch: Axis, heads: Axis,
-    sequences: tuple[Axis, Axis], dims: tuple[Axis, Axis],
-) -> _Homes:  # fmt: skip
-    (queries, keys), (dim, value_dim) = sequences, dims
-    query_walk, key_walk, value_walk = (w.stages for w in walks)
-    query, query_at = _home(atoms, query_walk, batch, [heads], queries, dim, "query", kind)
-    choices = [heads[:n] for n in range(len(heads) + 1)]
-    key, key_at = _home(atoms, key_walk, batch, choices, keys, dim, "key", kind)
-    value, value_at = _home(atoms, value_walk, batch, choices, keys, value_dim, "value", kind)
-    shared = [_heads_of(atoms, stages[at].axes, o.layout) for stages, at, o in (
-        (key_walk, key_at, key), (value_walk, value_at, value))]  # fmt: skip
-    if shared[0] != shared[1]:
-        # One of them is shared among more heads than the other: take both where they have all heads.
-        key, key_at = _home(atoms, key_walk, batch, [heads], keys, dim, "key", kind)
-        value, value_at = _home(atoms, value_walk, batch, [heads], keys, value_dim, "value", kind)
-        shared = [heads, heads]
-    output, back = _home(atoms, tuple(out[::-1]), batch, [heads], queries, value_dim, "output", kind)
-    # The latest stage of the output, so that the transposes after the site disappear.
-    return _Homes((query, key, value, output), (query_at, key_at, value_at, len(out) - 1 - back), shared[0])
-
-
-def _home(
-    atoms: Atoms, stages: tuple[_Stage, ...], batch: Axis, heads_choices: list[Axis], sequence: Axis, dim: Axis,
-    name: str, kind: int,
-) -> tuple[Operand, int]:  # fmt: skip
-    """The earliest stage of element type ``kind`` that is [batch, sequence, heads, dim] or its transpose."""
-    b, s, d = atoms.leaves(batch), atoms.leaves(sequence), atoms.leaves(dim)
-    for at, stage in enumerate(stages):
-        leaves = tuple(atoms.leaves(a) for a in stage.axes)
-        for heads in heads_choices[::-1] if stage.dtype == kind else ():
-            h = atoms.leaves(heads)
-            if leaves == (b, h, s, d):
-                return Operand(stage.value, "BHND"), at
-            if leaves == (b, s, h, d):
-                return Operand(stage.value, "BNHD"), at
-    raise Unsupported(
-        "layout", f"no rank-4 value with batch, heads, sequence and head dim as separate axes holds the {name}",
-    )  # fmt: skip
-
-
 def _after_softcap(path: Path, step: Step) -> bool:
     kinds = [s.kind for s in path.steps[: path.steps.index(step)]]
     return "softcap" in kinds
@@ -518,6 +428,16 @@ def _factors(
     return tuple(factors)
 
 
+def _dies(index: GraphIndex, node: NodeProto, removed: set[int]) -> bool:
+    """Whether ``node`` goes with ``removed``: it is among them, or reads only a shape, and only for them."""
+    if id(node) in removed:
+        return True
+    if node.op_type not in ("Shape", *_OF_SHAPES) or any(o in index.outputs for o in node.output):
+        return False
+    readers = [n for o in node.output for n in index.consumers.get(o, [])]
+    return bool(readers) and all(_dies(index, n, removed) for n in readers)
+
+
 def _check_private(
     index: GraphIndex, core: list[NodeProto], allowed: list[NodeProto], out_value: str, product: Contraction
 ) -> None:
@@ -529,7 +449,7 @@ def _check_private(
                 continue
             if output in index.outputs:
                 raise Unsupported("scores-used", f"the scores or weights '{output}' are an output of the model")
-            outside = [n for n in index.consumers.get(output, []) if id(n) not in ids]
+            outside = [n for n in index.consumers.get(output, []) if not _dies(index, n, ids)]
             if outside:
                 raise Unsupported(
                     "scores-used", f"the scores or weights '{output}' are also read by '{node_name(outside[0])}'"
@@ -537,8 +457,8 @@ def _check_private(
 
 
 def _form(
-    product: Contraction, second: Contraction, path: Path, norm: Normaliser, guarded: bool, query: _Operand,
-    key: _Operand, shared: bool,
+    product: Contraction, second: Contraction, path: Path, norm: Normaliser, guarded: bool, query: Walk,
+    key: Walk, shared: bool,
 ) -> str:  # fmt: skip
     words = [f"{product.node.op_type.lower()}-{norm.word}-{second.node.op_type.lower()}"]
     where = [n for n, w in (("query", query), ("key", key)) if any(s != 1.0 for s in w.scales)]

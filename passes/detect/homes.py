@@ -1,0 +1,197 @@
+"""Where an attention core begins and ends: the values that hold query, key, value and output with their axes apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onnx import NodeProto, TensorProto
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.site import Layout, Operand
+from attncompile.passes.detect.views import Atoms, Axes, Axis
+
+BYTES = {
+    int(TensorProto.FLOAT16): 2, int(TensorProto.BFLOAT16): 2, int(TensorProto.FLOAT): 4, int(TensorProto.DOUBLE): 8,
+}  # fmt: skip
+"""Sizes of the element types that attention is computed in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A value on an operand's way from its home to the product, with its axes and its element type."""
+
+    value: str
+    axes: Axes
+    dtype: int
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """An operand's stages, the deepest first; ``nodes[i]`` leads from stage i to stage i + 1, and the node whose first
+    output is ``reader`` reads the last one.
+    """
+
+    stages: tuple[Stage, ...]
+    nodes: tuple[NodeProto, ...]
+    scales: tuple[float, ...]
+    reader: str
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Query, key, value and output, and where each lies among its stages."""
+
+    operands: tuple[Operand, Operand, Operand, Operand]
+    at: tuple[int, int, int, int]
+    kv_heads: Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Separation:
+    """``value`` holds an operand (or the output) in another rank: its elements, in order, are those of ``layout``.
+
+    ``reader`` is the first output of the node that reads it on the way to the core, empty for the output.
+    ``groups`` are the axes that an output of more than four has in place of its heads.
+    """
+
+    value: str
+    reader: str
+    layout: Layout
+    heads: int
+    dim: int
+    form: Literal["outer", "inner"]
+    groups: tuple[int, ...] = ()
+
+
+class NotSeparate(Unsupported):
+    """Operands or the output have no rank-4 value. ``separations``, if any, would give each one."""
+
+    def __init__(self, reason: str, separations: tuple[Separation, ...] = ()) -> None:
+        super().__init__("layout", reason)
+        self.separations = separations
+
+
+def find_homes(
+    atoms: Atoms, walks: tuple[Walk, Walk, Walk], out: list[Stage], batch: Axis, heads: Axis,
+    sequences: tuple[Axis, Axis], dims: tuple[Axis, Axis],
+) -> Homes:  # fmt: skip
+    """The homes of one element type for all four: the narrowest there is, so that casts around the core go too.
+
+    Raises:
+        NotSeparate: no type at which query, key, value and output each have batch, heads, sequence and dim apart.
+    """
+    reasons: list[NotSeparate] = []
+    kinds = {s.dtype for w in walks for s in w.stages} | {s.dtype for s in out}
+    for kind in sorted(kinds, key=lambda k: BYTES.get(k, 0)):
+        try:
+            return _homes_of(_Search(atoms, kind, batch, heads), walks, out, sequences, dims)
+        except NotSeparate as error:
+            reasons.append(error)
+    raise next((r for r in reasons if r.separations), reasons[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    atoms: Atoms
+    kind: int
+    batch: Axis
+    heads: Axis
+
+    def home(self, stages: tuple[Stage, ...], choices: list[Axis], sequence: Axis, dim: Axis) -> _Found | None:
+        """The earliest stage of the wanted type that is [batch, sequence, heads, dim] or its transpose."""
+        b, s, d = (self.atoms.leaves(a) for a in (self.batch, sequence, dim))
+        for at, stage in enumerate(stages):
+            leaves = tuple(self.atoms.leaves(a) for a in stage.axes)
+            for heads in choices[::-1] if stage.dtype == self.kind else ():
+                h = self.atoms.leaves(heads)
+                if leaves == (b, h, s, d):
+                    return _Found(Operand(stage.value, "BHND"), at, h)
+                if leaves == (b, s, h, d):
+                    return _Found(Operand(stage.value, "BNHD"), at, h)
+        return None
+
+    def separation(self, walk: Walk, choices: list[Axis], sequence: Axis, dim: Axis) -> tuple[Separation, Axis] | None:
+        """The earliest stage that a Reshape would make a home, with the heads that it holds."""
+        readers = [*(n.output[0] for n in walk.nodes), walk.reader]
+        for stage, reader in zip(walk.stages, readers, strict=True):
+            for heads in choices[::-1] if stage.dtype == self.kind else ():
+                made = self._reshaped(stage, heads, sequence, dim, reader)
+                if made is not None:
+                    return made, self.atoms.leaves(heads)
+        return None
+
+    def output_separation(self, stages: list[Stage], sequence: Axis, dim: Axis) -> Separation | None:
+        for stage in stages[::-1]:
+            made = self._reshaped(stage, self.heads, sequence, dim, "") if stage.dtype == self.kind else None
+            if made is not None:
+                return made
+        return None
+
+    def _reshaped(self, stage: Stage, heads: Axis, sequence: Axis, dim: Axis, reader: str) -> Separation | None:
+        b, s, d, h = (self.atoms.leaves(a) for a in (self.batch, sequence, dim, heads))
+        axes = tuple(self.atoms.leaves(a) for a in stage.axes)
+        flat = tuple(x for axis in axes for x in axis)
+        sizes = self.atoms.size(h), self.atoms.size(d)
+        groups = tuple(self.atoms.size(a) for a in axes)
+        if flat == (*b, *s, *h, *d) and len(axes) > 2 and axes[:2] == (b, s):
+            return Separation(stage.value, reader, "BNHD", *sizes, "outer", groups[2:])
+        if flat == (*b, *h, *s, *d) and len(axes) > 2 and axes[-2:] == (s, d):
+            # The number of batch entries is what is left, so every other axis before the sequence must be known.
+            inner = () if len(axes) == 3 else groups[1:-2]
+            if len(axes) == 3 or axes[0] == b:
+                return Separation(stage.value, reader, "BHND", *sizes, "inner", inner)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    operand: Operand
+    at: int
+    heads: Axis
+
+
+def _homes_of(
+    search: _Search, walks: tuple[Walk, Walk, Walk], out: list[Stage], sequences: tuple[Axis, Axis],
+    dims: tuple[Axis, Axis],
+) -> Homes:  # fmt: skip
+    (queries, keys), (dim, value_dim) = sequences, dims
+    heads, every = search.heads, [search.heads]
+    shared = [heads[:n] for n in range(len(heads) + 1)]
+    wanted = [("query", walks[0], every, queries, dim), ("key", walks[1], shared, keys, dim),
+              ("value", walks[2], shared, keys, value_dim)]  # fmt: skip
+    found = [search.home(w.stages, choices, s, d) for _, w, choices, s, d in wanted]
+    # The latest stage of the output, so that the transposes after the site disappear.
+    end = search.home(tuple(out[::-1]), every, queries, value_dim)
+    if found[1] is not None and found[2] is not None and found[1].heads != found[2].heads:
+        # One of them is shared among more heads than the other: take both where they have all heads.
+        found[1] = search.home(walks[1].stages, every, keys, dim)
+        found[2] = search.home(walks[2].stages, every, keys, value_dim)
+    query, key, value = found
+    if query is None or key is None or value is None or end is None:
+        raise _not_separate(search, wanted, found, out, end, queries, value_dim)
+    return Homes(
+        (query.operand, key.operand, value.operand, end.operand),
+        (query.at, key.at, value.at, len(out) - 1 - end.at), key.heads,
+    )  # fmt: skip
+
+
+def _not_separate(
+    search: _Search, wanted: list[tuple[str, Walk, list[Axis], Axis, Axis]], found: list[_Found | None],
+    out: list[Stage], end: _Found | None, queries: Axis, value_dim: Axis,
+) -> NotSeparate:  # fmt: skip
+    missing = [name for (name, *_), f in zip(wanted, found, strict=True) if f is None] + ["output"] * (end is None)
+    reason = f"no rank-4 value with batch, heads, sequence and head dim as separate axes holds the {missing[0]}"
+    made: list[Separation] = []
+    for (_, walk, choices, sequence, dim), f in zip(wanted, found, strict=True):
+        if f is None:
+            separation = search.separation(walk, choices, sequence, dim)
+            if separation is None:
+                return NotSeparate(reason)
+            made.append(separation[0])
+    if end is None:
+        last = search.output_separation(out, queries, value_dim)
+        if last is None:
+            return NotSeparate(reason)
+        made.append(last)
+    return NotSeparate(reason, tuple(made))

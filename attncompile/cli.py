@@ -374,6 +374,7 @@ def _write_plan(model: Path, options: Options, out: Path | None, as_json: bool, 
 
     path = _plan_path(model, out)
     with console.progress(quiet) as progress, console.stdout_to_stderr():
+        progress.stage("detect")
         found = pipeline.inspect(model, options)
         plan = pipeline.plan(found, options)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import ModelProto, NodeProto
 
 from attncompile import measure, verify
 from attncompile.core.errors import AttncompileError, Unsupported
-from attncompile.core.mechanism import Lowering
+from attncompile.core.mechanism import Lowering, Mechanism
 from attncompile.core.plan import Decision
 from attncompile.core.site import AttentionSite
 from attncompile.passes.evaluate import World
@@ -22,11 +22,24 @@ from attncompile.report import Exactness, ShapeTiming
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A site with the decision to replace it and what it would be replaced by."""
+    """A site with the decision to replace it and what it would be replaced by.
+
+    ``twin`` is the lowering in float32 of a site that the CPU cannot run (bfloat16): what is checked and timed.
+    """
 
     site: AttentionSite
     decision: Decision
     lowering: Lowering
+    twin: Lowering | None = None
+
+    @staticmethod
+    def of(site: AttentionSite, decision: Decision, mechanism: Mechanism, opset: int) -> Edit:
+        """Raises ``Unsupported`` where the mechanism has no lowering."""
+        lowering = mechanism.lower(site, decision.parameters, opset)
+        if site.dtype != "bfloat16":
+            return Edit(site, decision, lowering)
+        wide = replace(site, dtype="float32", softmax_dtype="float32")
+        return Edit(site, decision, lowering, mechanism.lower(wide, decision.parameters, opset))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +75,7 @@ class SiteGate:
         for label, binding in self._bindings:
             world = self._world_at(binding)
             try:
-                models.append((label, binding, extract_site(world, edit.site, edit.lowering)))
+                models.append((label, binding, extract_site(world, edit.site, edit.twin or edit.lowering)))
             except Unsupported as error:
                 return SiteResult(rolled_back=f"cannot be checked at {label} shapes: {error.message}")
         key = _digest([m for _, _, m in models], edit.decision.exact)
@@ -107,7 +120,11 @@ class SiteGate:
 
     def _time(self, label: str, binding: Mapping[str, int], model: SiteModel) -> ShapeTiming:
         feed = verify.cases(model.inputs, model.fixed, model.roles, self._seed)[0].feed
-        pair = [measure.open_session(m.SerializeToString(), self._threads) for m in (model.original, model.replaced)]
+        protos = [model.original, model.replaced]
+        if verify.uses_bfloat16(model.original):  # the CPU provider has no kernels for it
+            protos = [verify.retype(p, verify.TO_TWIN) for p in protos]
+            feed = verify.convert_feed(feed, protos[0])
+        pair = [measure.open_session(p.SerializeToString(), self._threads) for p in protos]
         timing = measure.paired_conclusive(pair[0], pair[1], feed, budget_seconds=self._seconds, threads=self._threads)
         return ShapeTiming(label, binding, timing)
 

@@ -262,8 +262,7 @@ def _edits(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> li
         if not verdict.ok:
             raise BadArguments(f"{decision.mechanism} cannot replace {site.id}: {verdict.reason}", verdict.hint)
         exact = mechanism.is_exact_for(site, decision.parameters).ok
-        lowering = mechanism.lower(site, decision.parameters, found.normal.opset)
-        edits.append(Edit(site, replace(decision, exact=exact), lowering))
+        edits.append(Edit.of(site, replace(decision, exact=exact), mechanism, found.normal.opset))
     return edits
 
 

@@ -74,7 +74,7 @@ def options_for(
             if gain < policy.min_gain:
                 continue
             decision = Decision(site.id, mechanism.name, candidate.reason, False, candidate.parameters, gain)
-            found.append((candidate, Edit(site, decision, mechanism.lower(site, candidate.parameters, opset))))
+            found.append((candidate, Edit.of(site, decision, mechanism, opset)))
     return found
 
 

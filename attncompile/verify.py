@@ -8,7 +8,7 @@ from __future__ import annotations
 from attncompile.verification.cases import Case, cases
 from attncompile.verification.inputs import InputSpec, check_feed, input_specs, load_inputs, make_inputs
 from attncompile.verification.judge import CaseCheck, compare_output, compare_patterns
-from attncompile.verification.retype import retype
+from attncompile.verification.retype import TO_TWIN, convert_feed, retype, uses_bfloat16
 from attncompile.verification.runners import Baseline
 from attncompile.verification.site import MEMORY_CAP, SiteCheck, check_site
 from attncompile.verification.whole import (
@@ -20,7 +20,7 @@ from attncompile.verification.whole import (
 )
 
 __all__ = [
-    "MEMORY_CAP", "METRICS", "Baseline", "Case", "CaseCheck", "InputSpec", "ModelComparison", "OutputComparison",
-    "SiteCheck", "cases", "check_feed", "check_site", "compare_models", "compare_output", "compare_patterns",
-    "exact_budget", "input_specs", "load_inputs", "make_inputs", "retype",
+    "MEMORY_CAP", "METRICS", "TO_TWIN", "Baseline", "Case", "CaseCheck", "InputSpec", "ModelComparison", "OutputComparison",
+    "SiteCheck", "cases", "check_feed", "check_site", "compare_models", "compare_output", "compare_patterns", "convert_feed",
+    "exact_budget", "input_specs", "load_inputs", "make_inputs", "retype", "uses_bfloat16",
 ]  # fmt: skip

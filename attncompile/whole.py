@@ -74,6 +74,7 @@ class Run:
         self._progress = progress
         self._folder = folder
         self._baseline = verify.Baseline(found.model.path)
+        self._bfloat16 = verify.uses_bfloat16(found.model.proto)
         self._warnings: list[str] = []
         self._fidelity: dict[str, SiteFidelity] = {}
         self._policy = load_policy(options.policy, registry)
@@ -98,7 +99,7 @@ class Run:
             self._write(())
             parity = replace(parity, evidence="none", passed=True, value=0.0, comparisons=(),
                              reason="every replacement was undone: the output is the input")  # fmt: skip
-        elif len(timings) and parity.passed:
+        elif parity.passed:
             parity = self._compare(shaped, self._folder / "polygraphy")
         shutil.rmtree(self._folder / _SCRATCH, ignore_errors=True)
         failures = () if parity.passed else (f"parity: {parity.reason}",)
@@ -121,13 +122,18 @@ class Run:
             mechanism = by_name[edit.decision.mechanism]
             if mechanism.skips_keys:
                 parameters = mechanism.without_branches(edit.decision.parameters)
-                edits.append(replace(edit, lowering=mechanism.lower(edit.site, parameters, opset)))
+                edits.append(Edit.of(edit.site, replace(edit.decision, parameters=parameters), mechanism, opset))
         return self._proto(edits) if edits else self._found.model.proto
 
     # Approximations.
 
     def _may_approximate(self) -> bool:
         given = bool(self._policy.approximate) and self._options.plan is None
+        if given and self._feeds and self._bfloat16:
+            self._warnings.append(
+                "nothing is approximated in a bfloat16 model: ONNX Runtime's CPU provider cannot run it"
+            )
+            return False
         return given and bool(self._feeds) and self._limit() > 0 and not isinstance(self._found.normal, Unsupported)
 
     def _limit(self) -> float:
@@ -214,11 +220,12 @@ class Run:
     def _shaped(self) -> list[_Shaped]:
         """Seeded inputs at every shape at which the original runs, and the user's."""
         found: list[_Shaped] = []
-        session = measure.open_session(self._found.model.path, self._options.threads)
+        session = None if self._bfloat16 else measure.open_session(self._found.model.path, self._options.threads)
         for label, binding in self._found.profile.bindings():
             feed = verify.make_inputs(self._found.model, binding, self._options.seed)
             try:
-                measure.run_session(session, feed)
+                if session is not None:
+                    measure.run_session(session, feed)
             except AttncompileError as error:
                 sizes = ", ".join(f"{n}={v}" for n, v in binding.items())
                 self._warnings.append(
@@ -276,6 +283,10 @@ class Run:
 
     def _never_slower(self, shaped: Sequence[_Shaped]) -> tuple[ShapeTiming, ...]:
         """Times the whole model at every shape; where it is slower, undoes the sites that are slower there."""
+        if self._bfloat16:
+            self._warnings.append("sites were timed on float32 twins and the model not at all: "
+                                  "ONNX Runtime's CPU provider has no bfloat16 kernels")  # fmt: skip
+            return ()
         while True:
             timings = self._time(shaped)
             slower = [t for t in timings if t.timing.slower]

@@ -52,27 +52,54 @@ def symbol_of(value: str, axis: int, dim: TensorShapeProto.Dimension) -> str | N
     return dim.dim_param or f"{value}:{axis}"
 
 
-class GraphIndex:
-    """Producers, consumers and constants of the main graph, by value name. Built once a model, independent of sizes."""
+def _without_idle(nodes: list[NodeProto], idle: frozenset[str]) -> list[NodeProto]:
+    """The nodes, those that read an idle node's output copied so that they read its input (bodies keep their names)."""
+    source = {n.output[0]: n.input[0] for n in nodes if n.output and n.output[0] in idle}
 
-    def __init__(self, model: Model) -> None:
+    def origin(value: str) -> str:
+        while value in source:
+            value = source[value]
+        return value
+
+    result = []
+    for node in nodes:
+        if any(i in source for i in node.input):
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:] = [origin(i) for i in node.input]
+            node = copy
+        result.append(node)
+    return result
+
+
+class GraphIndex:
+    """Producers, consumers and constants of the main graph, by value name. Built once a model, independent of sizes.
+
+    ``idle`` names outputs of nodes that only pass their input on: whoever reads them is shown reading the input.
+    """
+
+    def __init__(self, model: Model, idle: frozenset[str] = frozenset()) -> None:
         graph = model.proto.graph
         self.model = model
+        self.nodes = _without_idle(list(graph.node), idle) if idle else list(graph.node)
         self.folder = model.path.parent
         self.outputs = {o.name for o in graph.output}
         self.initializers = {t.name: t for t in graph.initializer}
         self.inputs = {i.name: i for i in graph.input if i.name not in self.initializers}
-        self.producer: dict[str, NodeProto] = {o: n for n in graph.node for o in n.output if o}
+        self.producer: dict[str, NodeProto] = {o: n for n in self.nodes for o in n.output if o}
         self.consumers: dict[str, list[NodeProto]] = {}
-        for node in graph.node:
+        for node in self.nodes:
             for value in dict.fromkeys(node_inputs(node)):
                 self.consumers.setdefault(value, []).append(node)
+        for node in [n for n in self.nodes if idle and n.output[0] in idle]:
+            if node.output[0] not in self.consumers and node.output[0] not in self.outputs:
+                self.consumers[node.input[0]].remove(node)
         self._data_inputs: dict[str, frozenset[str]] = {}
 
     @cached_property
     def order(self) -> list[NodeProto]:
         """The nodes in topological order (files in the wild are not always sorted)."""
-        nodes = self.model.proto.graph.node
+        nodes = self.nodes
         position = {id(n): i for i, n in enumerate(nodes)}
         done: set[str] = set(self.inputs) | set(self.initializers)
         result: list[NodeProto] = []
@@ -165,6 +192,27 @@ class World:
         self._opset_ids = list(index.model.proto.opset_import)
         self._large: dict[str, np.ndarray] = {}
         self._sweep()
+
+    def without_idle(self) -> World:
+        """The same sizes over an index in which nodes that change nothing are stepped over: Identity, and a Cast to the
+        type that its input has.
+        """
+        idle = frozenset(n.output[0] for n in self.index.nodes if self._is_idle(n))
+        return World.over(self, GraphIndex(self.index.model, idle)) if idle else self
+
+    def _is_idle(self, node: NodeProto) -> bool:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in ("Identity", "Cast") or not node.output[0]:
+            return False
+        kind, before = self.types.get(node.output[0]), self.types.get(node.input[0])
+        return node.op_type == "Identity" or (kind is not None and kind == before)
+
+    @staticmethod
+    def over(world: World, index: GraphIndex) -> World:
+        """``world`` as seen through another index of the same model."""
+        other = object.__new__(World)
+        other.__dict__.update(world.__dict__)
+        other.index = index
+        return other
 
     def value(self, name: str) -> np.ndarray:
         """The value of ``name``, which must depend on shapes and constants only.
@@ -326,13 +374,17 @@ class World:
         if shape is not None and int(np.prod(shape)) > MAX_ELEMENTS:
             raise Unsupported("too-large", f"'{name}' has shape {list(shape)} at {self.binding}")
         model, _ = slice_model(self, [name])
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
         try:
-            options = ort.SessionOptions()
-            options.log_severity_level = 4
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             return np.asarray(session.run([name], {})[0])
-        except Exception as error:
-            raise Unsupported("not-evaluated", f"'{name}' could not be evaluated: {str(error)[:200]}") from None
+        except Exception as first:  # ONNX Runtime raises its own untyped errors, and has no kernels for bfloat16
+            try:
+                return np.asarray(list(ReferenceEvaluator(model).run([name], {}))[0])
+            except Exception:
+                reason = str(first)[:200]
+        raise Unsupported("not-evaluated", f"'{name}' could not be evaluated: {reason}")
 
     def known_initializers(self, names: set[str]) -> list[TensorProto]:
         """Initializers (weights loaded) or evaluated small values, for the names that have one."""

@@ -209,3 +209,35 @@ def test_target_errors_leave_the_portable_file(tmp_path: Path, monkeypatch: pyte
     assert asked.exit_code == 1 and any("tensorrt-rtx" in f for f in asked.failures)
     assert (out / "model.onnx").is_file() and not list(out.glob("*.engine"))
     assert outputs.target("onnx", None).name == "onnx"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision(tmp_path: Path, dtype: str) -> None:
+    """fp16 runs on the CPU; bf16 is checked on a float32 twin and the report says so."""
+    path = exported("mistral", tokens=512, window=32, dtype=dtype)
+    result = pipeline.compile(path, Options(target="onnx", out=tmp_path / "out"))
+    assert result.outcome == "replaced", result.warnings
+    assert all(s.exactness is not None and s.exactness.passed for s in result.sites)
+    assert result.parity is not None and result.parity.passed
+    twin = [s.exactness.label for s in result.sites if s.exactness is not None]
+    assert all(("twin" in label) == (dtype == "bf16") for label in twin)
+    assert bool(result.timings) == (dtype == "fp16")
+
+
+def test_padding_and_window_keep_fully_masked_rows(tmp_path: Path) -> None:
+    """Left-padded prompts, where the first rows see no key at all: the output must not change anywhere."""
+    path = exported("mistral", tokens=512, window=32, dynamic=("sequence",), padding_mask=True)
+    out = tmp_path / "out"
+    options = Options(target="onnx", out=out, profile={"sequence": Range(1, 512, 700)})
+    result = pipeline.compile(path, options)
+    assert result.outcome == "replaced", result.warnings
+    model = onnx.load(path)
+    hidden = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    sessions = [ort.InferenceSession(p) for p in (path, out / "model.onnx")]
+    for left, right in ((0, 0), (100, 0), (0, 100), (300, 50)):
+        mask = np.ones((1, 600), np.int64)
+        mask[:, :left], mask[:, 600 - right :] = 0, 0
+        x = np.random.default_rng(left).standard_normal((1, 600, hidden)).astype(np.float32)
+        names = [i.name for i in model.graph.input]
+        before, after = (s.run(None, dict(zip(names, (x, mask), strict=True)))[0] for s in sessions)
+        assert np.linalg.norm(after - before) <= 1e-5 * np.linalg.norm(before), (left, right)

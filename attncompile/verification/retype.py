@@ -45,6 +45,11 @@ def uses(model: ModelProto, elem_type: int) -> bool:
     )
 
 
+def uses_bfloat16(model: ModelProto) -> bool:
+    """Whether any tensor of ``model`` is of bfloat16, which ONNX Runtime's CPU provider cannot run."""
+    return uses(model, TensorProto.BFLOAT16)
+
+
 def convert_feed(feed: Mapping[str, np.ndarray], model: ModelProto) -> dict[str, np.ndarray]:
     """``feed`` cast to the element types that ``model`` declares for its inputs."""
     types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}

@@ -59,6 +59,7 @@ def run(entry: Entry) -> Outcome:
     from attncompile.passes.detect import detect
     from attncompile.passes.load import load
     from attncompile.passes.normalise import normalise
+    from attncompile.passes.separate import separate
     from attncompile.passes.symbols import profile_for
 
     start = time.perf_counter()
@@ -70,7 +71,10 @@ def run(entry: Entry) -> Outcome:
             options = Options(exporter=entry.exporter, opset=entry.opset, dynamic=entry.dynamic)
             export_built(built, options, path)
         model = normalise(load(path))
-        detection = detect(model, profile_for(model, {}))
+        profile = profile_for(model, {})
+        detection = detect(model, profile)
+        if any(m.code == "layout" for m in detection.near_misses):
+            detection = detect(separate(model, profile), profile)
     return compare(entry, calls, detection, len(model.proto.graph.node), time.perf_counter() - start)
 
 

@@ -62,8 +62,8 @@ def detect(
     Raises:
         BadArguments: ``grid`` was given and no self-attention site has its number of tokens.
     """
-    index = index or GraphIndex(model)
-    world = World(index, detection_binding(profile))
+    world = World(index or GraphIndex(model), detection_binding(profile)).without_idle()
+    index = world.index
     analyser = MaskAnalyser(index, world, profile)
     varied = {s: analyser.world_at({**world.binding, s: world.binding[s] + 1}) for s in profile.ranges}
     largest = analyser.world_at(profile.maximum())

@@ -82,7 +82,7 @@ def find_homes(
         NotSeparate: no type at which query, key, value and output each have batch, heads, sequence and dim apart.
     """
     reasons: list[NotSeparate] = []
-    kinds = {s.dtype for w in walks for s in w.stages} | {s.dtype for s in out}
+    kinds = {s.dtype for w in walks for s in w.stages} | {s.dtype for s in out if s.dtype}
     for kind in sorted(kinds, key=lambda k: BYTES.get(k, 0)):
         try:
             return _homes_of(_Search(atoms, kind, batch, heads), walks, out, sequences, dims)

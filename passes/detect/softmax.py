@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from onnx import NodeProto, TensorProto
@@ -12,7 +12,7 @@ from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts
 from attncompile.core.site import AttentionSite, Operand
 from attncompile.passes.detect.contraction import Contraction, contraction
-from attncompile.passes.detect.homes import BYTES, Stage, Walk, find_homes
+from attncompile.passes.detect.homes import BYTES, Homes, NotSeparate, Stage, Walk, find_homes
 from attncompile.passes.detect.normaliser import Normaliser, softmax_operator, written_out
 from attncompile.passes.detect.scores import FLOATS, Path, Step, trace
 from attncompile.passes.detect.views import REPEAT_OPS, VIEW_OPS, Atoms, Axes, Axis, backward, forward
@@ -150,11 +150,31 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
     (contracted,) = product.summed
     label_axis[contracted] = atoms.new(world.shapes[query_name][query_labels.index(contracted)])
     query_walk = _walk(
-        index, world, atoms, query_name, _operand_axes(world, query_name, query_labels, label_axis), True
+        index,
+        world,
+        atoms,
+        query_name,
+        _operand_axes(world, query_name, query_labels, label_axis),
+        True,
+        product.node.output[0],
     )
-    key_walk = _walk(index, world, atoms, key_name, _operand_axes(world, key_name, key_labels, label_axis), True)
+    key_walk = _walk(
+        index,
+        world,
+        atoms,
+        key_name,
+        _operand_axes(world, key_name, key_labels, label_axis),
+        True,
+        product.node.output[0],
+    )
     value_walk = _walk(
-        index, world, atoms, value_name, _operand_axes(world, value_name, value_labels, second_axis), False
+        index,
+        world,
+        atoms,
+        value_name,
+        _operand_axes(world, value_name, value_labels, second_axis),
+        False,
+        second.node.output[0],
     )
     out_value = second.node.output[0]
     out_axes: Axes = tuple(second_axis[label] for label in second.out_labels)
@@ -162,9 +182,8 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
 
     batch, heads = _batch_and_heads(atoms, product, label_axis, scores_axes, query_axis, label_axis[key_label])
     dim, keys = label_axis[contracted], label_axis[key_label]
-    homes = find_homes(
-        atoms, (query_walk, key_walk, value_walk), out_stages, batch, heads, (query_axis, keys), (dim, value_dim)
-    )  # fmt: skip
+    walks, sequences, dims = (query_walk, key_walk, value_walk), (query_axis, keys), (dim, value_dim)
+    homes, batch, heads = _homes_of_either(atoms, walks, out_stages, batch, heads, sequences, dims)
     query, key, value, output = homes.operands
     query_at, key_at, value_at, output_at = homes.at
 
@@ -299,10 +318,13 @@ def _scalar_factor(world: World, node: NodeProto) -> tuple[str, float] | None:
 def _walk_output(
     index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes
 ) -> tuple[list[Stage], list[NodeProto]]:
-    """From the product with the values on over views, and over one cast to a narrower float."""
+    """From the product with the values on over views, and over casts to a narrower float.
+
+    A stage where the site cannot end, because someone after it asks for the shape of a value before it, has dtype 0.
+    """
     stages, nodes = [Stage(value, axes, world.types[value])], []
     while value not in index.outputs:
-        readers = index.consumers.get(value, [])
+        readers = _readers(index, value)
         if len(readers) != 1 or readers[0].domain not in ("", "ai.onnx"):
             break
         (node,) = readers
@@ -317,6 +339,11 @@ def _walk_output(
         nodes.append(node)
         value = node.output[0]
         stages.append(Stage(value, axes, world.types[value]))
+    for end in range(1, len(stages)):
+        inside = {id(n) for n in nodes[:end]}
+        asked = [n for s in stages[:end] for n in index.consumers.get(s.value, []) if n.op_type == "Shape"]
+        if not all(_dies(index, n, inside) for n in asked):
+            stages[end] = replace(stages[end], dtype=0)
     return stages, nodes
 
 
@@ -405,6 +432,31 @@ def _batch_and_heads(
         return (), ()
     merged = rest[0]
     return (merged[:-1], merged[-1:]) if merged else ((), ())
+
+
+def _homes_of_either(
+    atoms: Atoms, walks: tuple[Walk, Walk, Walk], out: list[Stage], batch: Axis, heads: Axis,
+    sequences: tuple[Axis, Axis], dims: tuple[Axis, Axis],
+) -> tuple[Homes, Axis, Axis]:  # fmt: skip
+    """The homes, and what is batch and what heads: one axis that nobody splits can be either.
+
+    Raises:
+        NotSeparate: neither reading has homes. It holds separations for the reading that the output speaks for: heads
+            are merged with the head dim sooner or later, batch entries are not.
+    """
+    choices = [(batch, heads)]
+    single = atoms.leaves(batch) + atoms.leaves(heads)
+    if len(single) == 1:
+        dim = atoms.leaves(dims[1])
+        merged = any(atoms.leaves(axis) == single + dim for stage in out for axis in stage.axes)
+        choices = [((), single), (single, ())] if merged else [(single, ()), ((), single)]
+    failures: list[NotSeparate] = []
+    for chosen in choices:
+        try:
+            return find_homes(atoms, walks, out, *chosen, sequences, dims), *chosen
+        except NotSeparate as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def _after_softcap(path: Path, step: Step) -> bool:

@@ -185,7 +185,7 @@ def runs(proto: onnx.ModelProto) -> bool:
 
 
 def judge(proto: onnx.ModelProto, folder: Path) -> str:
-    """``invalid``, ``refused``, ``opaque`` or ``rewritten``; ``+window`` where a mechanism took a site; fails on a bug."""
+    """``invalid``, ``refused``, ``opaque`` or ``rewritten``; ``+window`` where a mechanism took one; fails on a bug."""
     if not runs(proto):
         return "invalid"
     model = normalise(load(save(proto, folder)))

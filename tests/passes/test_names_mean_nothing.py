@@ -1,4 +1,4 @@
-"""Names, node order, Identity and Cast nodes and the opset say nothing about what a graph means: same sites, same facts."""
+"""Names, node order, Identity and Cast nodes and the opset say nothing: same sites, same facts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def unsorted(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProt
 
 def with_identities(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
     """Identity nodes behind a third of all values."""
-    return with_inserted(proto, rng, lambda v, out: [helper.make_node("Identity", [v], [out])], frozenset())
+    return with_inserted(proto, rng, lambda v, out: helper.make_node("Identity", [v], [out]), frozenset())
 
 
 def with_casts(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
@@ -99,11 +99,11 @@ def with_casts(proto: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelPr
     inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
     others = frozenset(o for n in proto.graph.node for o in n.output if types.get(o) != 1)
-    return with_inserted(proto, rng, lambda v, out: [helper.make_node("Cast", [v], [out], to=1)], others)
+    return with_inserted(proto, rng, lambda v, out: helper.make_node("Cast", [v], [out], to=1), others)
 
 
 def with_inserted(
-    proto: onnx.ModelProto, rng: np.random.Generator, make: Callable[[str, str], list[NodeProto]], skip: frozenset[str]
+    proto: onnx.ModelProto, rng: np.random.Generator, make: Callable[[str, str], NodeProto], skip: frozenset[str]
 ) -> onnx.ModelProto:
     outputs = {o.name for o in proto.graph.output}
     nodes: list[NodeProto] = []
@@ -113,8 +113,9 @@ def with_inserted(
         nodes.append(node)
         for value in node.output:
             if value and value not in outputs | skip and rng.random() < 0.34:
-                names[value] = f"{value}__inserted"
-                nodes += make(value, names[value])
+                made = make(value, "")
+                names[value] = made.output[0] = f"{value}__{made.op_type}"
+                nodes.append(made)
     return with_nodes(proto, nodes)
 
 
@@ -158,5 +159,5 @@ def test_converted_to_a_newer_opset(name: str, opset: int, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "swin"])
 def test_normalising_changes_no_facts(name: str, tmp_path: Path) -> None:
-    """Opset 17 is converted to 18 before anything is replaced: the sites that were shown are those that are replaced."""
+    """Opset 17 is converted to 18 before anything is replaced: the sites shown are those that are replaced."""
     assert facts(BASES[name](), tmp_path, normal=True) == facts(BASES[name](), tmp_path)

@@ -1,0 +1,138 @@
+"""Gives attention operands of other ranks a rank-4 value: a Reshape and its inverse, which change nothing.
+
+Exporters write [batch * heads, N, D] (``nn.MultiheadAttention``, SAM), [batch, N, D] (one head), five axes (groups of
+query heads) and, for the standard operator, [batch, N, heads * D]. A site's operands are rank-4 values of the graph,
+so such attention is found only after this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.mask import MaskFacts
+from attncompile.core.model import Model
+from attncompile.core.profile import ShapeProfile
+from attncompile.passes.detect import FORMS, detection_binding
+from attncompile.passes.detect.homes import NotSeparate, Separation
+from attncompile.passes.evaluate import GraphIndex, World
+
+
+def separate(model: Model, profile: ShapeProfile) -> Model:
+    """``model`` unchanged, or a copy in which every operand that needs it has a rank-4 value; ``notes`` say how many.
+
+    Run it where detection gave near misses with the code ``layout``; opset 18 or later.
+    """
+    index = GraphIndex(model)
+    world = World(index, detection_binding(profile))
+    wanted = list(dict.fromkeys(s for found in _wanted(index, world) for s in found))
+    if not wanted:
+        return model
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    editor = _Editor(proto)
+    for separation in wanted:
+        if separation.reader:
+            editor.operand(separation, len(world.shapes[separation.value]))
+        else:
+            editor.output(separation)
+    editor.finish()
+    note = f"{len(wanted)} attention operands were given rank 4 by a Reshape and its inverse"
+    return replace(model, proto=proto, notes=(*model.notes, note))
+
+
+def _wanted(index: GraphIndex, world: World) -> Iterator[tuple[Separation, ...]]:
+    """What each site lacks; sites that lack nothing, or that a Reshape does not help, give nothing."""
+    for node in index.order:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in FORMS:
+            continue
+        try:
+            FORMS[node.op_type][1](index, world, node, lambda query: MaskFacts())
+        except NotSeparate as error:
+            yield error.separations
+        except Unsupported:
+            continue
+
+
+class _Editor:
+    """Inserts pairs of Reshape nodes into ``proto``."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        self._graph = proto.graph
+        self._names = {o for n in proto.graph.node for o in n.output} | {t.name for t in proto.graph.initializer}
+        self._names |= {i.name for i in proto.graph.input}
+        self._producer = {o: i for i, n in enumerate(proto.graph.node) for o in n.output if o}
+        self._before: dict[int, list[NodeProto]] = {}
+        self._after: dict[int, list[NodeProto]] = {}
+
+    def operand(self, s: Separation, rank: int) -> None:
+        """``s.reader`` reads Reshape(Reshape(value, rank 4), shape of value) in place of the value."""
+        at = self._producer[s.reader]
+        reader = self._graph.node[at]
+        made: list[NodeProto] = []
+        split = self._split(s, s.value, rank, made)
+        back = self._op(made, "Reshape", [split, self._op(made, "Shape", [s.value])])
+        for i, name in enumerate(reader.input):
+            if name == s.value:
+                reader.input[i] = back
+        self._before.setdefault(at, []).extend(made)
+
+    def output(self, s: Separation) -> None:
+        """The node that made ``s.value`` makes a new value; Reshape to rank 4 and back make the old one."""
+        at = self._producer[s.value]
+        core = self._name(f"{s.value}/core")
+        node = self._graph.node[at]
+        for i, name in enumerate(node.output):
+            if name == s.value:
+                node.output[i] = core
+        made: list[NodeProto] = []
+        rank = len(s.groups) + (2 if s.form == "outer" else 3)
+        split = self._split(s, core, rank, made)
+        # The shape is written without asking the core for it: a site's inner values are read by nobody else.
+        if s.form == "outer":
+            shape = self._const([0, 0, *s.groups])
+        elif rank > 3:
+            shape = self._const([0, *s.groups, -1, s.dim])
+        else:
+            length = self._op(made, "Shape", [split], start=2, end=3)
+            shape = self._op(made, "Concat", [self._const([-1]), length, self._const([s.dim])], axis=0)
+        made.append(helper.make_node("Reshape", [split, shape], [s.value]))
+        self._after.setdefault(at, []).extend(made)
+
+    def finish(self) -> None:
+        nodes = []
+        for i, node in enumerate(self._graph.node):
+            nodes += [*self._before.get(i, []), NodeProto.FromString(node.SerializeToString()), *self._after.get(i, [])]
+        del self._graph.node[:]
+        self._graph.node.extend(nodes)
+
+    def _split(self, s: Separation, value: str, rank: int, made: list[NodeProto]) -> str:
+        if s.form == "outer":  # batch and sequence are the first two axes
+            return self._op(made, "Reshape", [value, self._const([0, 0, s.heads, s.dim])])
+        if rank > 3:  # batch is the first axis, and the sequence is what is left
+            return self._op(made, "Reshape", [value, self._const([0, s.heads, -1, s.dim])])
+        length = self._op(made, "Shape", [value], start=1, end=2)
+        shape = self._op(made, "Concat", [self._const([-1, s.heads]), length, self._const([s.dim])], axis=0)
+        return self._op(made, "Reshape", [value, shape])
+
+    def _op(self, made: list[NodeProto], kind: str, inputs: list[str], **attributes: int) -> str:
+        out = self._name(f"separate/{kind}")
+        made.append(helper.make_node(kind, inputs, [out], **attributes))
+        return out
+
+    def _const(self, values: list[int]) -> str:
+        tensor: TensorProto = numpy_helper.from_array(np.array(values, np.int64), self._name("separate/shape"))
+        self._graph.initializer.append(tensor)
+        return str(tensor.name)
+
+    def _name(self, wish: str) -> str:
+        name, n = wish, 0
+        while name in self._names:
+            n += 1
+            name = f"{wish}_{n}"
+        self._names.add(name)
+        return name

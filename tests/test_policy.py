@@ -1,0 +1,133 @@
+"""Policies as files, and the choice between candidates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attncompile.core.errors import BadArguments, Unsupported
+from attncompile.core.mask import MaskFacts
+from attncompile.core.mechanism import Candidate, Lowering
+from attncompile.core.policy import Policy
+from attncompile.core.site import AttentionSite, Operand
+from attncompile.core.verdict import Verdict
+from attncompile.plugins import mechanisms
+from attncompile.policy import decide, load_policy, names
+from attncompile.search import Option, search, select, split
+
+SITE = AttentionSite(
+    id="s", form="test", query=Operand("q", "BHND"), key=Operand("k", "BHND"), value=Operand("v", "BHND"),
+    output=Operand("o", "BHND"), batch=1, heads=2, kv_heads=2, head_dim=8, value_dim=8, query_length=64, key_length=64,
+    scale=1.0, mask=MaskFacts(), dtype="float32", softmax_dtype="float32", nodes=(), interior=(),
+)  # fmt: skip
+
+
+class Fake:
+    """A mechanism that offers one exact candidate, which may not lower."""
+
+    skips_keys = True
+
+    def __init__(self, name: str, lowers: bool = True, exact: bool = True) -> None:
+        self.name, self._lowers, self._exact = name, lowers, exact
+
+    def exact_candidates(self, site: AttentionSite) -> tuple[Candidate, ...]:
+        return (Candidate(self.name, {}, True, f"{self.name} does it"),)
+
+    def is_exact_for(self, site: AttentionSite, parameters: object) -> Verdict:
+        return Verdict.yes() if self._exact else Verdict.no("inexact", "not the same")
+
+    def lower(self, site: AttentionSite, parameters: object, opset: int) -> Lowering:
+        if not self._lowers:
+            raise Unsupported("opset", f"not at {opset}")
+        return Lowering(())
+
+
+def decision(fakes: list[Fake], gains: dict[str, float], least: float = 1.15):  # type: ignore[no-untyped-def]
+    policy = Policy("p", exact=tuple(f.name for f in fakes), min_gain=least)
+    return decide(policy, SITE, fakes, 18, lambda c: gains[c.mechanism])  # type: ignore[arg-type]
+
+
+def test_the_largest_gain_wins_and_the_others_say_why_not() -> None:
+    made = decision([Fake("A"), Fake("B"), Fake("C", lowers=False), Fake("D", exact=False)], {"A": 1.5, "B": 3.0})
+    assert made.mechanism == "B" and made.predicted_gain == 3.0
+    assert {r.mechanism: r.code for r in made.refusals} == {"A": "gain", "C": "opset", "D": "inexact"}
+
+
+def test_too_small_a_gain_keeps_the_site() -> None:
+    made = decision([Fake("A")], {"A": 1.1})
+    assert made.kept and "1.10" in made.reason and "1.15" in made.reason
+
+
+def test_built_in_policies_load() -> None:
+    assert names() == ["exact", "sparse"]
+    exact, sparse = (load_policy(n, mechanisms()) for n in ("exact", "sparse"))
+    assert exact.exact and not exact.approximate
+    assert sparse.exact == exact.exact and sparse.approximate and sparse.max_error == 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("nonsense", "TOML"),
+        ("[exact]\nmechanisms = ['Magic']", "Magic"),
+        ("[exact]\nspeed = 3", "speed"),
+        ("[exact]\nmin_gain = 'much'", "min_gain"),
+        ("[exact]\nmin_gain = true", "min_gain"),
+        ("[other]\nx = 1", "other"),
+    ],
+)
+def test_bad_policy_files(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(BadArguments, match=word):
+        load_policy(str(path), mechanisms())
+
+
+def test_unknown_policies() -> None:
+    with pytest.raises(BadArguments, match="unknown policy 'fast'") as error:
+        load_policy("fast", mechanisms())
+    assert "exact, sparse" in error.value.hint
+    with pytest.raises(BadArguments, match="does not exist"):
+        load_policy("./none.toml", mechanisms())
+
+
+def options(site: str, pairs: list[tuple[float, float]]) -> list[Option]:
+    """(site error, predicted gain) of every candidate."""
+    from attncompile.core.plan import Decision
+    from attncompile.gate import Edit
+
+    return [Option(Edit(SITE, Decision(site, "A", "", False, {}, gain), Lowering(())), e, 1.0) for e, gain in pairs]
+
+
+def test_search_takes_the_most_that_the_budget_allows() -> None:
+    """Whole-model errors add up: the best bound is found, and what is returned was measured to fit."""
+    groups = [
+        options("a", [(0.1, 1.5), (0.4, 3.0)]),
+        options("b", [(0.2, 2.0), (0.9, 9.0)]),
+        options("c", [(np.inf, 99.0)]),
+    ]
+    seen: list[float] = []
+
+    def error_of(edits):  # type: ignore[no-untyped-def]
+        gains = {(e.decision.site, e.decision.predicted_gain) for e in edits}
+        error = sum(
+            o.error for g in groups for o in g if (o.edit.decision.site, o.edit.decision.predicted_gain) in gains
+        )
+        seen.append(error)
+        return error
+
+    chosen, error = search(groups, 0.65, error_of)
+    assert [(o.edit.decision.site, o.error) for o in chosen] == [("a", 0.4), ("b", 0.2)]
+    assert error == pytest.approx(0.6) and error in seen
+    assert search(groups, 0.0, error_of) == ([], 0.0)
+    assert search(groups, 0.05, error_of)[0] == []
+    assert [o.error for o in select(groups, 10.0)] == [0.4, 0.9]
+
+
+def test_split_holds_inputs_out() -> None:
+    feeds = [{"x": np.array(i)} for i in range(5)]
+    known, held = split(feeds)
+    assert [int(f["x"]) for f in known] == [0, 2, 4] and [int(f["x"]) for f in held] == [1, 3]
+    assert split(feeds[:1]) == (feeds[:1], feeds[:1])

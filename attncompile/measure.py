@@ -1,8 +1,7 @@
 """Timing of two models against each other: paired rounds, robust statistics, an early stop.
 
-The baseline is always the input file with ONNX Runtime's full optimisation and the same number of threads
-(../shared/design.md, "Exactness and fidelity"). What is reported is a ratio ``ours / original``; "slower" means that
-the 95 % interval of that ratio lies above 1.02.
+The baseline is always the input file with ONNX Runtime's full optimisation and the same number of threads.
+What is reported is a ratio ``ours / original``; "slower" means that the 95 % interval of that ratio lies above 1.02.
 
 Statistics: every round gives one ratio, so a slow machine phase hits both sides, and the order within a round
 alternates (AB, BA, AB, ...), so in each round both sides follow the same predecessor. The estimate is the median of

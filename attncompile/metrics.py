@@ -1,4 +1,4 @@
-"""How far two arrays are apart. Pure NumPy, computed in float64; names as in ../shared/design.md, "Fidelity"."""
+"""How far two arrays are apart. Pure NumPy, computed in float64."""
 
 from __future__ import annotations
 

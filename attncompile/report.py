@@ -65,8 +65,8 @@ class Exactness:
     """The rewritten site against the original subgraph on random and adversarial inputs.
 
     ``rmse_ratio`` is the worst case's error against float64, ours / original's own; ``relative_l2`` the worst
-    case's error of ours against float64, relative to it. ``label`` says what was compared where it was not the model's own precision (the fp32
-    twin of a bf16 site). ``reason`` says what failed.
+    case's error of ours against float64, relative to it. ``label`` says what was compared where it was not the model's
+    own precision (the fp32 twin of a bf16 site). ``reason`` says what failed.
     """
 
     passed: bool

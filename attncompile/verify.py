@@ -1,6 +1,6 @@
 """Verification: exactness of one site, fidelity of the whole model, and the inputs for both.
 
-The face of ``attncompile.verification``; see ../shared/design.md, "Exactness and fidelity are two numbers".
+The face of ``attncompile.verification``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,27 @@ from attncompile.verification.whole import (
 )
 
 __all__ = [
-    "MEMORY_CAP", "METRICS", "TO_TWIN", "Baseline", "Case", "CaseCheck", "InputSpec", "ModelComparison", "OutputComparison",
-    "SiteCheck", "cases", "check_feed", "check_site", "compare_models", "compare_output", "compare_patterns", "convert_feed",
-    "exact_budget", "input_specs", "load_inputs", "make_inputs", "retype", "uses_bfloat16",
+    "MEMORY_CAP",
+    "METRICS",
+    "TO_TWIN",
+    "Baseline",
+    "Case",
+    "CaseCheck",
+    "InputSpec",
+    "ModelComparison",
+    "OutputComparison",
+    "SiteCheck",
+    "cases",
+    "check_feed",
+    "check_site",
+    "compare_models",
+    "compare_output",
+    "compare_patterns",
+    "convert_feed",
+    "exact_budget",
+    "input_specs",
+    "load_inputs",
+    "make_inputs",
+    "retype",
+    "uses_bfloat16",
 ]  # fmt: skip

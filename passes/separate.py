@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -18,18 +19,25 @@ from attncompile.core.mask import MaskFacts
 from attncompile.core.model import Model
 from attncompile.core.profile import ShapeProfile
 from attncompile.passes.detect import FORMS, detection_binding
-from attncompile.passes.detect.homes import NotSeparate, Separation
+from attncompile.passes.detect.homes import NotSeparate, Separation, ShapeRead
 from attncompile.passes.evaluate import GraphIndex, World
+
+HELPED = frozenset({"layout", "shape-read"})
+"""Codes of near misses that may become sites."""
 
 
 def separate(model: Model, profile: ShapeProfile) -> Model:
     """``model`` unchanged, or a copy in which every operand that needs it has a rank-4 value; ``notes`` say how many.
 
-    Run it where detection gave near misses with the code ``layout``; opset 18 or later.
+    Where nothing is dynamic, Shape nodes that read inside a site become constants too. Run it where detection gave
+    near misses with a code of ``HELPED``; opset 18 or later.
     """
+    if not profile.ranges:
+        model = _without_shapes(model, profile)
     index = GraphIndex(model)
     world = World(index, detection_binding(profile))
-    wanted = list(dict.fromkeys(s for found in _wanted(index, world) for s in found))
+    found = [e for e in _failures(index, world) if isinstance(e, NotSeparate)]
+    wanted = list(dict.fromkeys(s for e in found for s in e.separations))
     if not wanted:
         return model
     proto = ModelProto()
@@ -45,17 +53,32 @@ def separate(model: Model, profile: ShapeProfile) -> Model:
     return replace(model, proto=proto, notes=(*model.notes, note))
 
 
-def _wanted(index: GraphIndex, world: World) -> Iterator[tuple[Separation, ...]]:
-    """What each site lacks; sites that lack nothing, or that a Reshape does not help, give nothing."""
+def _failures(index: GraphIndex, world: World) -> Iterator[Unsupported]:
+    """Why each candidate is not a site."""
     for node in index.order:
         if node.domain not in ("", "ai.onnx") or node.op_type not in FORMS:
             continue
         try:
             FORMS[node.op_type][1](index, world, node, lambda query: MaskFacts())
-        except NotSeparate as error:
-            yield error.separations
-        except Unsupported:
-            continue
+        except Unsupported as error:
+            yield error
+
+
+def _without_shapes(model: Model, profile: ShapeProfile) -> Model:
+    """Shape nodes that read scores or weights for somebody outside, as constants."""
+    index = GraphIndex(model)
+    world = World(index, detection_binding(profile))
+    outputs = {o for e in _failures(index, world) if isinstance(e, ShapeRead) for o in e.outputs}
+    if not outputs:
+        return model
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    kept = [NodeProto.FromString(n.SerializeToString()) for n in proto.graph.node if not outputs & set(n.output)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    proto.graph.initializer.extend(numpy_helper.from_array(world.value(o), o) for o in sorted(outputs))
+    note = f"{len(outputs)} Shape nodes that read inside attention were replaced by their constant values"
+    return replace(model, proto=proto, notes=(*model.notes, note))
 
 
 class _Editor:
@@ -119,7 +142,7 @@ class _Editor:
         shape = self._op(made, "Concat", [self._const([-1, s.heads]), length, self._const([s.dim])], axis=0)
         return self._op(made, "Reshape", [value, shape])
 
-    def _op(self, made: list[NodeProto], kind: str, inputs: list[str], **attributes: int) -> str:
+    def _op(self, made: list[NodeProto], kind: str, inputs: list[str], **attributes: Any) -> str:
         out = self._name(f"separate/{kind}")
         made.append(helper.make_node(kind, inputs, [out], **attributes))
         return out

@@ -14,7 +14,7 @@ from attncompile.core.mechanism import Mechanism
 MECHANISMS = (
     "attncompile.plugins.neighborhood.mechanism:NeighborhoodAttention",
     "attncompile.plugins.attention.dense_mechanism:DenseAttention",
-    "attncompile.plugins.attention.mechanism:Attention",
+    "attncompile.plugins.attention.standard_mechanism:Attention",
 )
 
 ENTRY_POINT_GROUP = "attncompile.extensions"

@@ -1,4 +1,4 @@
-"""The rule by which one output of a replaced site is judged (../shared/design.md, "Exactness and fidelity")."""
+"""The rule by which one output of a replaced site is judged."""
 
 from __future__ import annotations
 

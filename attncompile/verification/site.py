@@ -1,6 +1,6 @@
 """Exactness of one replaced site: the original subgraph against the replacement, judged by a float64 reference.
 
-The rule (../shared/design.md, "Exactness and fidelity"): RMSE of the replacement against float64 at most 3 times
+The rule: RMSE of the replacement against float64 at most 3 times
 that of the original in its own precision, with a floor of a few rounding units of the output's type. NaN and infinity
 patterns must agree row by row. The reference is the *original* subgraph converted to float64, so it shares no code
 with our operators.

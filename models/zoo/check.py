@@ -59,7 +59,7 @@ def run(entry: Entry) -> Outcome:
     from attncompile.passes.detect import detect
     from attncompile.passes.load import load
     from attncompile.passes.normalise import normalise
-    from attncompile.passes.separate import separate
+    from attncompile.passes.separate import HELPED, separate
     from attncompile.passes.symbols import profile_for
 
     start = time.perf_counter()
@@ -73,7 +73,7 @@ def run(entry: Entry) -> Outcome:
         model = normalise(load(path))
         profile = profile_for(model, {})
         detection = detect(model, profile)
-        if any(m.code == "layout" for m in detection.near_misses):
+        if any(m.code in HELPED for m in detection.near_misses):
             detection = detect(separate(model, profile), profile)
     return compare(entry, calls, detection, len(model.proto.graph.node), time.perf_counter() - start)
 

@@ -51,15 +51,15 @@ class _Recorder:
 @contextlib.contextmanager
 def _multi_head(recorder: _Recorder) -> Iterator[None]:
     """Wraps the function behind ``nn.MultiheadAttention``; its tensors are [length, batch, width]."""
-    functional = torch.nn.functional
+    functional: Any = torch.nn.functional
     original = functional.multi_head_attention_forward
 
     def wrapped(query: Any, key: Any, value: Any, width: int, heads: int, *rest: Any, **more: Any) -> Any:
         mask, causal = more.get("attn_mask"), bool(more.get("is_causal"))
         if more.get("key_padding_mask") is not None:
             raise NotImplementedError("a key padding mask is not recorded")
-        split = [t.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for t in (query, key)]
-        recorder.note(*split, mask, causal, "nn.MultiheadAttention")
+        q, k = (t.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for t in (query, key))
+        recorder.note(q, k, mask, causal, "nn.MultiheadAttention")
         recorder.inside += 1
         try:
             return original(query, key, value, width, heads, *rest, **more)

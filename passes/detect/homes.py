@@ -72,6 +72,14 @@ class NotSeparate(Unsupported):
         self.separations = separations
 
 
+class ShapeRead(Unsupported):
+    """Somebody outside of the site reads the shape of an inner value: ``outputs`` of those Shape nodes."""
+
+    def __init__(self, reason: str, outputs: tuple[str, ...]) -> None:
+        super().__init__("shape-read", reason)
+        self.outputs = outputs
+
+
 def find_homes(
     atoms: Atoms, walks: tuple[Walk, Walk, Walk], out: list[Stage], batch: Axis, heads: Axis,
     sequences: tuple[Axis, Axis], dims: tuple[Axis, Axis],

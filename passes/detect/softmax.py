@@ -12,7 +12,7 @@ from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts
 from attncompile.core.site import AttentionSite, Operand
 from attncompile.passes.detect.contraction import Contraction, contraction
-from attncompile.passes.detect.homes import BYTES, Homes, NotSeparate, Stage, Walk, find_homes
+from attncompile.passes.detect.homes import BYTES, Homes, NotSeparate, ShapeRead, Stage, Walk, find_homes
 from attncompile.passes.detect.normaliser import Normaliser, softmax_operator, written_out
 from attncompile.passes.detect.scores import FLOATS, Path, Step, trace
 from attncompile.passes.detect.views import REPEAT_OPS, VIEW_OPS, Atoms, Axes, Axis, backward, forward
@@ -502,6 +502,9 @@ def _check_private(
             if output in index.outputs:
                 raise Unsupported("scores-used", f"the scores or weights '{output}' are an output of the model")
             outside = [n for n in index.consumers.get(output, []) if not _dies(index, n, ids)]
+            if outside and all(n.op_type == "Shape" for n in outside):
+                reason = f"the shape of the scores or weights '{output}' is read by '{node_name(outside[0])}'"
+                raise ShapeRead(reason, tuple(n.output[0] for n in outside))
             if outside:
                 raise Unsupported(
                     "scores-used", f"the scores or weights '{output}' are also read by '{node_name(outside[0])}'"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
@@ -18,6 +19,7 @@ from attncompile.passes.detect import detect
 from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.load import load
 from attncompile.passes.normalise import normalise
+from attncompile.passes.separate import HELPED, separate
 from attncompile.passes.symbols import profile_for
 from tests.passes.attention_graphs import Builder, save
 from tests.passes.test_lifter_properties import run_site
@@ -58,7 +60,7 @@ class Graph(Builder):
 
 
 def model_of(b: Graph, out: str, opset: int, kind: int, others: tuple[str, ...] = ()) -> onnx.ModelProto:
-    outputs = [onnx.ValueInfoProto(name=v) for v in (b.op("Identity", out), *others)]
+    outputs = [helper.make_tensor_value_info(v, kind, None) for v in (b.op("Identity", out), *others)]
     graph = helper.make_graph(b.nodes, "g", [helper.make_tensor_value_info("x", kind, [B, N, W])], outputs, b.stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
@@ -353,8 +355,45 @@ def quantised(b: Graph) -> str:
     return b.merge(b.op("MatMul", b.op("Softmax", s, axis=-1), b.heads()))
 
 
+def flat_heads(b: Graph) -> str:
+    """SAM and ``nn.MultiheadAttention``: [B * H, N, D] cut from one projection, never of rank 4."""
+    x = b.op("Reshape", b.linear("x", 3 * W), b.const([B, N, 3, H, D]))
+    x = b.op("Reshape", b.op("Transpose", x, perm=[2, 0, 3, 1, 4]), b.const([3, B * H, N, D]))
+    q, k, v = (b.op("Gather", x, b.const(np.array(i)), axis=0) for i in range(3))
+    s = b.op("MatMul", b.op("Mul", q, b.number(0.4)), b.op("Transpose", k, perm=[0, 2, 1]))
+    out = b.op("MatMul", b.op("Softmax", s, axis=-1), v)
+    out = b.op("Reshape", out, b.const([B, H, N // 11, 11, D]))  # a grid of 1 x 11
+    return b.op("Reshape", b.op("Transpose", out, perm=[0, 2, 3, 1, 4]), b.const([B, N, W]))
+
+
+def flat_heads_whose_scores_shape_is_read(b: Graph) -> str:
+    """SAM through TorchScript: the bias is reshaped as the scores."""
+    q, k, v = (b.op("Reshape", b.heads(), b.const([B * H, N, D])) for _ in range(3))
+    s = b.op("MatMul", b.op("Mul", q, b.number(0.4)), b.op("Transpose", k, perm=[0, 2, 1]))
+    rel = b.op("Einsum", q, b.const(b.rng.standard_normal((N, N, D)).astype(F32)), equation="bqd,qkd->bqk")
+    s = b.op("Add", s, b.op("Reshape", rel, b.op("Shape", s)))
+    out = b.op("MatMul", b.op("Softmax", s, axis=-1), v)
+    return b.merge(b.op("Reshape", out, b.const([B, H, N, D])))
+
+
+def one_head(b: Graph) -> str:
+    """[B, N, W] all the way: one head."""
+    s = b.op("MatMul", b.linear("x", W), b.op("Transpose", b.linear("x", W), perm=[0, 2, 1]))
+    return b.op("MatMul", b.op("Softmax", b.op("Mul", s, b.number(0.4)), axis=-1), b.linear("x", W))
+
+
+def five_axes_from_the_start(b: Graph) -> str:
+    query = b.op("Reshape", b.linear("x", W), b.const([B, N, KV, H // KV, D]))
+    query = b.op("Transpose", query, perm=[0, 2, 3, 1, 4])
+    key = b.op("Unsqueeze", b.heads(KV, transposed=True), b.const([2]))
+    value = b.op("Unsqueeze", b.heads(KV), b.const([2]))
+    s = b.op("Mul", b.op("MatMul", query, key), b.number(0.4))
+    out = b.op("MatMul", b.op("Softmax", s, axis=-1), value)
+    return b.op("Reshape", b.op("Transpose", out, perm=[0, 3, 1, 2, 4]), b.const([B, N, W]))
+
+
 def attention_of_three_axes(b: Graph) -> str:
-    return b.op("Attention", *(b.linear("x", W) for _ in range(3)), q_num_heads=H, kv_num_heads=H)
+    return b.op("Attention", *(b.linear("x", W) for _ in range(3)), q_num_heads=H, kv_num_heads=H, scale=0.4)
 
 
 REFUSED: dict[str, tuple[Form, str]] = {
@@ -363,7 +402,6 @@ REFUSED: dict[str, tuple[Form, str]] = {
     "wrong-axis": (wrong_axis, "softmax-axis"),
     "router": (router, "constant-values"),
     "quantised": (quantised, "quantised"),
-    "attention-of-three-axes": (attention_of_three_axes, "layout"),
 }
 
 
@@ -402,3 +440,44 @@ def test_inner_values_that_are_outputs(name: str, tmp_path: Path) -> None:
     assert not found.sites
     (miss,) = found.near_misses
     assert miss.code in ("weights-used", "scores-used")
+
+
+SEPARATED: dict[str, tuple[Form, dict[str, object]]] = {
+    "flat-heads": (flat_heads, {}),
+    "flat-heads-whose-scores-shape-is-read": (flat_heads_whose_scores_shape_is_read, {"kind": "opaque"}),
+    "one-head": (one_head, {"heads": 1, "head_dim": W}),
+    "five-axes-from-the-start": (five_axes_from_the_start, {"kv_heads": KV}),
+    "attention-of-three-axes": (attention_of_three_axes, {}),
+}
+
+
+@pytest.mark.parametrize("name", SEPARATED)
+def test_operands_of_other_ranks_are_separated(name: str, tmp_path: Path) -> None:
+    """Near misses become sites by a Reshape and its inverse, which change no output."""
+    form, facts = SEPARATED[name]
+    b = Graph()
+    out = form(b)
+    proto = model_of(b, out, 23 if name.startswith("attention") else 18, TensorProto.FLOAT)
+    found, index = look(proto, tmp_path)
+    assert not found.sites and [m.code in HELPED for m in found.near_misses] == [True]
+    profile = profile_for(index.model, {})
+    model = separate(index.model, profile)
+    assert len(model.notes) > 0 and index.model.proto.SerializeToString() == proto.SerializeToString()
+    onnx.checker.check_model(model.proto)
+    x = np.random.default_rng(1).standard_normal((B, N, W)).astype(F32)
+    before, after = (ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+                     for m in (proto, model.proto))  # fmt: skip
+    np.testing.assert_array_equal(before[0], after[0])
+    index = GraphIndex(model)
+    again = detect(model, profile, index=index)
+    assert [m.reason for m in again.near_misses] == []
+    (site,) = again.sites
+    assert (site.heads, site.head_dim) == (facts.get("heads", H), facts.get("head_dim", D))
+    assert (site.batch, site.query_length, site.key_length) == (B, N, N)
+    assert site.kv_heads == facts.get("kv_heads", site.heads)
+    assert site.scale == pytest.approx(SCALE, rel=1e-5)
+    assert site.mask.kind == facts.get("kind", "none")
+    if site.mask.kind == "none":
+        actual, read = run_site(site, World(index, {}), 0, pad=False)
+        np.testing.assert_allclose(actual, read, rtol=2e-5, atol=2e-5)
+    assert separate(model, profile) is model

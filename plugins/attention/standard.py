@@ -1,4 +1,9 @@
-"""Nodes around the standard ``Attention`` op. It needs no function body: every runtime of its opset knows it."""
+"""Nodes around the standard ``Attention`` op of opset 23 and later. It needs no body: runtimes of its opset know it.
+
+Without a cache ``is_causal`` is a lower triangle aligned at the first key, so it is used only where there are as many
+queries as keys. A boolean ``attn_mask`` says which keys are seen; ONNX Runtime 1.32 wants its query axis whole up to
+opset 24, so a padding mask is expanded over the queries. The scale goes as sqrt(scale) on Q and on K.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,9 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from attncompile.core.site import AttentionSite
-from attncompile.plugins.attention.op import OP_TYPE
+
+OP_TYPE = "Attention"
+FIRST_OPSET = 23
 
 
 class _Nodes:

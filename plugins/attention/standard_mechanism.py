@@ -11,9 +11,8 @@ from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.attention.function import nodes
-from attncompile.plugins.attention.op import FIRST_OPSET, OP_TYPE
 from attncompile.plugins.attention.reference import reference
+from attncompile.plugins.attention.standard import FIRST_OPSET, OP_TYPE, nodes
 
 
 class Attention:

@@ -36,7 +36,7 @@ $(DEMO)/mistral-$(TOKENS)-$(WINDOW).onnx: $(STAMP)
 # The compiler refuses to write over results, so that the demo removes its own from the last time.
 demo: $(DEMO)/mistral-$(TOKENS)-$(WINDOW).onnx
 	rm -rf $(DEMO)/out
-	$(BIN)/attncompile $< --policy $(POLICY) --out $(DEMO)/out
+	$(BIN)/attncompile $< --policy $(POLICY) --fp16 --out $(DEMO)/out
 
 test: lint
 	$(BIN)/python -m pytest

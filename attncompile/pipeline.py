@@ -27,6 +27,7 @@ from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.grid import parse_grid
 from attncompile.passes.load import load
 from attncompile.passes.normalise import normalise
+from attncompile.passes.separate import HELPED, separate
 from attncompile.passes.symbols import profile_for
 from attncompile.plugins import mechanisms
 from attncompile.policy import decide, load_policy
@@ -98,6 +99,11 @@ def inspect(path: Path, options: Options) -> Inspection:
     index = GraphIndex(model if isinstance(normal, Unsupported) else normal)
     grid = parse_grid(options.grid) if options.grid else None
     detection = detect(index.model, profile, index=index, grid=grid)
+    if isinstance(normal, Model) and any(m.code in HELPED for m in detection.near_misses):
+        separated = separate(normal, profile)
+        if separated is not normal:
+            normal, index = separated, GraphIndex(separated)
+            detection = detect(normal, profile, index=index, grid=grid)
     return Inspection(model, normal, profile, index, detection, time.perf_counter() - start)
 
 

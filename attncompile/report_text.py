@@ -138,6 +138,9 @@ def print_table(report: Report, console: Console) -> None:
         console.print()
     if report.targets:
         console.print(_table(TARGET_COLUMNS, target_rows(report.targets)))
+        for target in report.targets:
+            for note in target.notes:
+                console.print(f"{target.name}: {note}", markup=False, highlight=False)
         console.print()
     console.print(closing_line(report), markup=False, highlight=False, soft_wrap=True)
 

@@ -180,6 +180,7 @@ class World:
     Attributes:
         shapes: value -> shape. Absent where inference cannot tell (values after unknown custom ops).
         types: value -> ONNX element type.
+        traced: what the detector found out about a value, so that shared values are followed once.
     """
 
     def __init__(self, index: GraphIndex, binding: Mapping[str, int]) -> None:
@@ -191,6 +192,7 @@ class World:
         self._opsets = {o.domain: o.version for o in index.model.proto.opset_import}
         self._opset_ids = list(index.model.proto.opset_import)
         self._large: dict[str, np.ndarray] = {}
+        self.traced: dict[str, object] = {}
         self._sweep()
 
     def without_idle(self) -> World:
@@ -211,7 +213,7 @@ class World:
         """``world`` as seen through another index of the same model."""
         other = object.__new__(World)
         other.__dict__.update(world.__dict__)
-        other.index = index
+        other.index, other.traced = index, {}
         return other
 
     def value(self, name: str) -> np.ndarray:
@@ -293,8 +295,8 @@ class World:
                 inferred = shape_inference.infer_node_outputs(
                     schema, node, given, data, opset_imports=self._opset_ids, ir_version=10
                 )
-            except (shape_inference.InferenceError, ValueError, KeyError):
-                inferred = {}  # an unknown operand shape; the values after it simply have none
+            except (shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, KeyError):
+                inferred = {}  # a wrong node, or an unknown operand shape; the values after it simply have none
         for output in node.output:
             kind = inferred.get(output)
             if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.elem_type:
@@ -381,7 +383,7 @@ class World:
             return np.asarray(session.run([name], {})[0])
         except Exception as first:  # ONNX Runtime raises its own untyped errors, and has no kernels for bfloat16
             try:
-                return np.asarray(list(ReferenceEvaluator(model).run([name], {}))[0])
+                return np.asarray(next(iter(ReferenceEvaluator(model).run([name], {}))))
             except Exception:
                 reason = str(first)[:200]
         raise Unsupported("not-evaluated", f"'{name}' could not be evaluated: {reason}")

@@ -40,6 +40,7 @@ def load(path: Path, *, hash_weights: bool = False) -> Model:
     external = _check_external(proto, path)
     for graph in graphs(proto):
         _check_dimensions(graph, path)
+        _check_nodes(proto, graph, path)
         _check_acyclic(graph, path)
     digest = hashlib.sha256(data)
     for tensor in external_tensors(proto):
@@ -138,7 +139,8 @@ def _check_external(proto: ModelProto, path: Path) -> tuple[ExternalFile, ...]:
         try:
             offset, length = int(info.get("offset", 0)), int(info.get("length", 0))
         except ValueError:
-            raise BadModel(f"tensor '{tensor.name}' has an unreadable external offset or length", "") from None
+            raise BadModel(f"tensor '{tensor.name}' has an unreadable external offset or length",
+                           "write plain byte numbers, or export the model again") from None  # fmt: skip
         need = length or int(np.prod(tensor.dims, dtype=object) * element_bytes(tensor.data_type))
         if offset < 0 or length < 0 or offset + need > files[location].size:
             raise BadModel(
@@ -201,6 +203,45 @@ def node_inputs(node: NodeProto) -> Iterator[str]:
             inner |= {i.name for i in graph.initializer}
             yield from (v for n in graph.node for v in node_inputs(n) if v not in inner)
             yield from (o.name for o in graph.output if o.name not in inner)
+
+
+def _check_nodes(proto: ModelProto, graph: GraphProto, path: Path) -> None:
+    """What everything after this takes for granted: nodes have an output, each value is made once, and standard
+    operators have the number of inputs and outputs and the types of attributes that they are defined with.
+    """
+    opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in proto.opset_import}
+    made: set[str] = set()
+    for node in graph.node:
+        name = node.name or f"{node.op_type}:{node.output[0] if node.output else ''}"
+        twice = next((o for o in node.output if o and o in made), None)
+        wrong = f"makes '{twice}', which another node makes too" if twice else ""
+        made.update(node.output)
+        if not any(node.output):
+            wrong = "has no output"
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if not wrong and opsets.get(domain, 0) > 0 and onnx.defs.has(node.op_type, opsets[domain], domain):
+            wrong = _misuse(onnx.defs.get_schema(node.op_type, opsets[domain], domain), node)
+        if wrong:
+            raise BadModel(f"node '{name}' of {path.name} {wrong}",
+                           "the file is damaged or its exporter is wrong: see onnx.checker.check_model")  # fmt: skip
+
+
+def _misuse(schema: onnx.defs.OpSchema, node: NodeProto) -> str:
+    """How ``node`` differs from its operator's definition, or nothing."""
+    for what, count, least, most in (
+        ("inputs", len(node.input), schema.min_input, schema.max_input),
+        ("outputs", len(node.output), schema.min_output, schema.max_output),
+    ):
+        if not least <= count <= most:
+            return f"has {count} {what}, but {schema.name} takes {least}" + (f" to {most}" if most > least else "")
+    given = {a.name: a for a in node.attribute}
+    for name, attribute in schema.attributes.items():
+        if name not in given and attribute.required:
+            return f"lacks attribute '{name}', which {schema.name} needs"
+        kind = onnx.AttributeProto.AttributeType.Name(given[name].type) if name in given else "UNDEFINED"
+        if kind not in ("UNDEFINED", str(attribute.type).rpartition(".")[2]):
+            return f"has attribute '{name}' of another type than {schema.name} takes"
+    return ""
 
 
 def _check_acyclic(graph: GraphProto, path: Path) -> None:

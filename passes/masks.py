@@ -25,6 +25,9 @@ _PRIME = 127
 _SEVERAL = 3
 """Lengths that a window must have been seen at to be believed for others."""
 
+_MAX_STEPS = 256
+"""Nodes of a sum of masks that are looked through."""
+
 _MAX_WINDOWS = 2
 """Window widths taken from the mask's own constants, whose neighbouring lengths are tested too."""
 
@@ -119,39 +122,52 @@ class MaskAnalyser:
         self._split_sum(factor.value, leaves, fills, factor.factor)
 
     def _split_sum(self, value: str, leaves: list[_Leaf], fills: list[float], factor: float) -> None:
-        node = self.index.producer.get(value)
-        op = node.op_type if node is not None and node.domain == "" else ""
-        if node is not None and op in ("Identity", "Expand", "Cast"):
-            if op != "Cast" or self.world.types.get(node.input[0]) in (1, 10, 11, 16):
-                return self._split_sum(node.input[0], leaves, fills, factor)
-        elif node is not None and op == "Add":
-            self._split_sum(node.input[0], leaves, fills, factor)
-            return self._split_sum(node.input[1], leaves, fills, factor)
-        elif node is not None and op == "Where":
-            on, off = (self.world.scalar(i) for i in node.input[1:])
-            if on == 0.0 and off is not None and _scaled(off, factor) <= HIDDEN:
-                fills.append(_scaled(off, factor))
-                return self._split_bool(node.input[0], False, leaves)
-            if off == 0.0 and on is not None and _scaled(on, factor) <= HIDDEN:
-                fills.append(_scaled(on, factor))
-                return self._split_bool(node.input[0], True, leaves)
-        leaves.append(_Leaf(value, visible=False, factor=factor))
-        return None
+        pending, steps = [value], 0
+        while pending:
+            value, steps = pending.pop(), steps + 1
+            if steps > _MAX_STEPS:
+                raise Unsupported("mask-form", f"the mask is a sum of more than {_MAX_STEPS} values")
+            node = self.index.producer.get(value)
+            op = node.op_type if node is not None and node.domain in ("", "ai.onnx") else ""
+            if node is not None and op in ("Identity", "Expand", "Cast"):
+                if op != "Cast" or self.world.types.get(node.input[0]) in (1, 10, 11, 16):
+                    pending.append(node.input[0])
+                    continue
+            elif node is not None and op == "Add" and node.input[0] != node.input[1]:
+                pending += [node.input[1], node.input[0]]
+                continue
+            elif node is not None and op == "Where":
+                on, off = (self.world.scalar(i) for i in node.input[1:])
+                if on == 0.0 and off is not None and _scaled(off, factor) <= HIDDEN:
+                    fills.append(_scaled(off, factor))
+                    self._split_bool(node.input[0], False, leaves)
+                    continue
+                if off == 0.0 and on is not None and _scaled(on, factor) <= HIDDEN:
+                    fills.append(_scaled(on, factor))
+                    self._split_bool(node.input[0], True, leaves)
+                    continue
+            leaves.append(_Leaf(value, visible=False, factor=factor))
 
     def _split_bool(self, value: str, negated: bool, leaves: list[_Leaf]) -> None:
-        node = self.index.producer.get(value)
-        op = node.op_type if node is not None and node.domain == "" else ""
-        if node is not None and op == "Not":
-            self._split_bool(node.input[0], not negated, leaves)
-        elif node is not None and (
-            op in ("Identity", "Expand") or (op == "Cast" and self.world.types.get(node.input[0]) == TensorProto.BOOL)
-        ):
-            self._split_bool(node.input[0], negated, leaves)
-        elif node is not None and op == ("Or" if negated else "And"):
-            self._split_bool(node.input[0], negated, leaves)
-            self._split_bool(node.input[1], negated, leaves)
-        else:
-            leaves.append(_Leaf(value, visible=True, negated=negated))
+        pending, seen = [(value, negated)], set()
+        while pending:
+            value, negated = pending.pop()
+            if (value, negated) in seen:
+                continue
+            seen.add((value, negated))
+            node = self.index.producer.get(value)
+            op = node.op_type if node is not None and node.domain in ("", "ai.onnx") else ""
+            if node is not None and op == "Not":
+                pending.append((node.input[0], not negated))
+            elif node is not None and (
+                op in ("Identity", "Expand")
+                or (op == "Cast" and self.world.types.get(node.input[0]) == TensorProto.BOOL)
+            ):
+                pending.append((node.input[0], negated))
+            elif node is not None and op == ("Or" if negated else "And"):
+                pending += [(node.input[1], negated), (node.input[0], negated)]
+            else:
+                leaves.append(_Leaf(value, visible=True, negated=negated))
 
     def _from_input(self, leaf: _Leaf, query: MaskQuery) -> MaskPart:
         inputs = ", ".join(sorted(self.index.data_inputs(leaf.value)))

@@ -22,15 +22,19 @@ def normalise(model: Model) -> Model:
     """``model`` unchanged, or a copy whose ``notes`` say what was done.
 
     Raises:
-        Unsupported: the opset is newer than the installed onnx knows, or the conversion to opset 18 failed; nothing
-            can be replaced then.
+        Unsupported: the opset is newer than the installed onnx knows, local functions cannot be inlined, or the
+            conversion to opset 18 failed; nothing can be replaced then.
     """
     proto, notes = model.proto, list(model.notes)
     if model.opset > NEWEST:
         raise Unsupported("opset", f"opset {model.opset} is newer than the installed onnx knows ({NEWEST})",
                           "install a newer onnx")  # fmt: skip
     if proto.functions:
-        proto = inliner.inline_local_functions(proto)
+        try:
+            proto = inliner.inline_local_functions(proto)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or "no reason given"
+            raise Unsupported("functions", f"the model-local functions could not be inlined: {reason}") from None
         notes.append(f"{len(model.proto.functions)} model-local functions were inlined")
     opset = model.opset
     if 0 < opset < OLDEST:

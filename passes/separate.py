@@ -34,9 +34,8 @@ def separate(model: Model, profile: ShapeProfile) -> Model:
     """
     if not profile.ranges:
         model = _without_shapes(model, profile)
-    index = GraphIndex(model)
-    world = World(index, detection_binding(profile))
-    found = [e for e in _failures(index, world) if isinstance(e, NotSeparate)]
+    world = World(GraphIndex(model), detection_binding(profile)).without_idle()
+    found = [e for e in _failures(world) if isinstance(e, NotSeparate)]
     wanted = list(dict.fromkeys(s for e in found for s in e.separations))
     if not wanted:
         return model
@@ -53,22 +52,21 @@ def separate(model: Model, profile: ShapeProfile) -> Model:
     return replace(model, proto=proto, notes=(*model.notes, note))
 
 
-def _failures(index: GraphIndex, world: World) -> Iterator[Unsupported]:
+def _failures(world: World) -> Iterator[Unsupported]:
     """Why each candidate is not a site."""
-    for node in index.order:
+    for node in world.index.order:
         if node.domain not in ("", "ai.onnx") or node.op_type not in FORMS:
             continue
         try:
-            FORMS[node.op_type][1](index, world, node, lambda query: MaskFacts())
+            FORMS[node.op_type][1](world.index, world, node, lambda query: MaskFacts())
         except Unsupported as error:
             yield error
 
 
 def _without_shapes(model: Model, profile: ShapeProfile) -> Model:
     """Shape nodes that read scores or weights for somebody outside, as constants."""
-    index = GraphIndex(model)
-    world = World(index, detection_binding(profile))
-    outputs = {o for e in _failures(index, world) if isinstance(e, ShapeRead) for o in e.outputs}
+    world = World(GraphIndex(model), detection_binding(profile)).without_idle()
+    outputs = {o for e in _failures(world) if isinstance(e, ShapeRead) for o in e.outputs}
     if not outputs:
         return model
     proto = ModelProto()
@@ -100,9 +98,18 @@ class _Editor:
         split = self._split(s, s.value, rank, made)
         back = self._op(made, "Reshape", [split, self._op(made, "Shape", [s.value])])
         for i, name in enumerate(reader.input):
-            if name == s.value:
+            if self._behind_idle(name, s.value):
                 reader.input[i] = back
         self._before.setdefault(at, []).extend(made)
+
+    def _behind_idle(self, name: str, value: str) -> bool:
+        """Whether ``name`` is ``value``, or it after nodes that detection steps over."""
+        while name != value and name in self._producer:
+            node = self._graph.node[self._producer[name]]
+            if node.op_type not in ("Identity", "Cast"):
+                return False
+            name = node.input[0]
+        return name == value
 
     def output(self, s: Separation) -> None:
         """The node that made ``s.value`` makes a new value; Reshape to rank 4 and back make the old one."""

@@ -6,7 +6,7 @@ One file a family of forms; each offers ``lift(index, world, node, analyse) -> A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,6 +76,8 @@ def detect(
         form, lift = FORMS[node.op_type]
         try:
             site = lift(index, world, node, analyser)
+            if site is not None:
+                _check_fixed(site, [*varied.values(), largest])
         except Unsupported as error:
             misses.append(NearMiss(node_name(node), error.message, form, error.code))
             continue
@@ -93,6 +95,25 @@ def detect(
             "give the grid of the tokens that the attention sees, prefix tokens (class, register) included",
         )
     return Detection(tuple(sites), tuple(misses))
+
+
+def _check_fixed(site: AttentionSite, worlds: Sequence[World | None]) -> None:
+    """Heads and head dims are numbers: the same at all sizes.
+
+    Raises:
+        Unsupported: what was taken for heads is a dynamic dimension.
+    """
+    wanted = ((site.query, site.heads, site.head_dim), (site.key, site.kv_heads, site.head_dim),
+              (site.value, site.kv_heads, site.value_dim))  # fmt: skip
+    for operand, heads, dim in wanted:
+        for world in worlds:
+            shape = world.shapes.get(operand.value) if world is not None else None
+            if shape is None or len(shape) != 4:
+                continue
+            if (shape[operand.layout.index("H")], shape[operand.layout.index("D")]) != (heads, dim):
+                raise Unsupported(
+                    "dynamic-heads", f"the heads or the head dim of '{operand.value}' change with a dynamic dimension"
+                )  # fmt: skip
 
 
 def _names(

@@ -52,8 +52,8 @@ def contraction(world: World, node: NodeProto) -> Contraction | None:
         return None
     left, right = node.input
     ranks = [len(world.shapes[v]) if v in world.shapes else None for v in (left, right)]
-    if ranks[0] is None or ranks[1] is None:
-        raise Unsupported("shape-unknown", f"the shapes of the operands of '{node.output[0]}' are not known")
+    if ranks[0] is None or ranks[1] is None or node.output[0] not in world.shapes:
+        raise Unsupported("shape-unknown", f"the shapes around '{node.output[0]}' are not known")
     if node.op_type == "MatMul":
         if min(ranks[0], ranks[1]) < 2:
             raise Unsupported("vector-product", f"'{node.output[0]}' multiplies by a vector")

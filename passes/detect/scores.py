@@ -45,11 +45,24 @@ class Path:
 
 
 def trace(index: GraphIndex, world: World, value: str, depth: int = 0) -> Path:
-    """The path that ends at ``value``.
+    """The path that ends at ``value``; each value is followed once.
 
     Raises:
         Unsupported: no product of two tensors is reached by operators that attention scores pass through.
     """
+    if value not in world.traced:
+        try:
+            world.traced[value] = _trace(index, world, value, depth)
+        except Unsupported as error:
+            world.traced[value] = error
+    found = world.traced[value]
+    if isinstance(found, Unsupported):
+        raise found
+    assert isinstance(found, Path)
+    return found
+
+
+def _trace(index: GraphIndex, world: World, value: str, depth: int) -> Path:
     node = index.producer.get(value)
     if node is None:
         raise Unsupported("no-product", f"'{value}' is an input or a constant, not a product of queries and keys")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
+from math import isfinite, prod
 
 from onnx import NodeProto, TensorProto
 
@@ -226,7 +226,7 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
 
 def dtype_name(world: World, value: str) -> str:
     """The element type in the spelling of ``AttentionSite.dtype``."""
-    return _DTYPES.get(world.types[value], str(world.types[value]))
+    return _DTYPES.get(world.types.get(value, 0), str(world.types.get(value, 0)))
 
 
 def _sequence_axis(operand: Operand) -> int:
@@ -271,7 +271,7 @@ def _operand_axes(world: World, value: str, labels: tuple[str, ...], known: dict
 
 def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes, scaled: bool, reader: str) -> Walk:
     """From the product back over views (and scalings): stages deepest first; ``nodes[i:]`` lead from stage i on."""
-    stages = [Stage(value, axes, world.types[value])]
+    stages = [Stage(value, axes, world.types.get(value, 0))]
     nodes: list[NodeProto] = []
     scales: list[float] = []
     while True:
@@ -294,7 +294,7 @@ def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes,
         nodes.append(node)
         scales.append(factor)
         value = source
-        stages.append(Stage(value, axes, world.types[value]))
+        stages.append(Stage(value, axes, world.types.get(value, 0)))
     return Walk(tuple(stages[::-1]), tuple(nodes[::-1]), tuple(scales[::-1]), reader)
 
 
@@ -310,7 +310,7 @@ def _scalar_factor(world: World, node: NodeProto) -> tuple[str, float] | None:
         pairs.append((node.input[1], node.input[0]))
     for source, other in pairs:
         factor = world.scalar(other)
-        if factor and world.shapes.get(source) == world.shapes.get(node.output[0]):
+        if factor and isfinite(factor) and world.shapes.get(source) == world.shapes.get(node.output[0]):
             return source, factor if node.op_type == "Mul" else 1.0 / factor
     return None
 
@@ -322,13 +322,14 @@ def _walk_output(
 
     A stage where the site cannot end, because someone after it asks for the shape of a value before it, has dtype 0.
     """
-    stages, nodes = [Stage(value, axes, world.types[value])], []
+    stages, nodes = [Stage(value, axes, world.types.get(value, 0))], []
     while value not in index.outputs:
         readers = _readers(index, value)
         if len(readers) != 1 or readers[0].domain not in ("", "ai.onnx"):
             break
         (node,) = readers
-        narrows = node.op_type == "Cast" and 0 < BYTES.get(world.types[node.output[0]], 0) < BYTES[world.types[value]]
+        sizes = [BYTES.get(world.types.get(v, 0), 0) for v in (node.output[0], value)]
+        narrows = node.op_type == "Cast" and 0 < sizes[0] < sizes[1]
         if not narrows and (node.op_type not in VIEW_OPS or node.op_type == "Expand" or node.input[0] != value):
             break
         if not narrows:
@@ -338,7 +339,7 @@ def _walk_output(
                 break
         nodes.append(node)
         value = node.output[0]
-        stages.append(Stage(value, axes, world.types[value]))
+        stages.append(Stage(value, axes, world.types.get(value, 0)))
     for end in range(1, len(stages)):
         inside = {id(n) for n in nodes[:end]}
         asked = [n for s in stages[:end] for n in index.consumers.get(s.value, []) if n.op_type == "Shape"]

@@ -60,7 +60,8 @@ class Graph(Builder):
 
 
 def model_of(b: Graph, out: str, opset: int, kind: int, others: tuple[str, ...] = ()) -> onnx.ModelProto:
-    outputs = [helper.make_tensor_value_info(v, kind, None) for v in (b.op("Identity", out), *others)]
+    outputs = [helper.make_tensor_value_info(b.op("Identity", out), kind, [B, N, W])]
+    outputs += [onnx.ValueInfoProto(name=v) for v in others]
     graph = helper.make_graph(b.nodes, "g", [helper.make_tensor_value_info("x", kind, [B, N, W])], outputs, b.stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 

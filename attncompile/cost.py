@@ -47,8 +47,16 @@ def _bind(dim: Dim, binding: Mapping[str, int]) -> int:
     if dim.startswith("f("):
         return int(dim.rpartition("=")[2].partition("..")[0])
     total = 0
-    for term in dim.split(" + "):
-        factor, _, symbol = term.rpartition("*")
-        size = binding[symbol] if symbol in binding else int(symbol)
-        total += int(factor or 1) * size
+    terms = dim.split(" + ")
+    while terms:
+        # A symbol may hold a plus itself (``past + sequence``), so the longest one is looked for first.
+        for end in range(len(terms), 0, -1):
+            term = " + ".join(terms[:end])
+            factor, _, symbol = ("1", "", term) if term in binding else term.partition("*")
+            if symbol in binding and factor.removeprefix("-").isdigit():
+                total += int(factor) * binding[symbol]
+                break
+        else:
+            total, end = total + int(terms[0]), 1
+        terms = terms[end:]
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def check(out: Path, model: Path) -> None:
     Raises:
         BadArguments: ``out`` is a file, holds the input model, or holds files that are not ours.
     """
-    if out.resolve() == model.resolve().parent or out.resolve() in model.resolve().parents:
+    folder, file = (Path(os.path.realpath(p)) for p in (out, model))  # resolve() fails on a link to itself
+    if folder == file.parent or folder in file.parents:
         raise BadArguments(f"--out {out} is the folder of the input model", "name another folder")
     check_replaceable(out)
 

@@ -244,8 +244,18 @@ class MaskAnalyser:
         for window in self._seen_windows(pictures):
             for length in (window - 1, window, window + 1, 2 * window + 1):
                 self._add_picture(pictures, leaves, query, dynamic, length)
-        general = len(dynamic) == 1 and len(pictures) >= _SEVERAL
+        general = len(dynamic) == 1 and len(pictures) >= _SEVERAL and not self._cut_from_table(leaves)
         return self._conclude(pictures, "evaluated", general, source)
+
+    def _cut_from_table(self, leaves: list[_Leaf]) -> bool:
+        """Whether a stored table of two axes goes into the mask: what it says beyond the lengths seen is not known."""
+        for leaf in leaves:
+            for node in self.index.slice_nodes(leaf.value):
+                for name in (*node.input, *(node.output if node.op_type == "Constant" else ())):
+                    stored = name in self.index.initializers or node.op_type == "Constant"
+                    if stored and sum(size > 1 for size in self.world.shapes.get(name, ())) > 1:
+                        return True
+        return False
 
     def _driving_symbols(self, query: MaskQuery) -> list[str]:
         """The symbols that the query or key length depends on."""

@@ -15,6 +15,9 @@ from attncompile.passes.symbols import symbols
 OLDEST = 18
 """The oldest opset that function bodies are written for."""
 
+OURS = "attncompile"
+"""The domain of our own ops: their bodies stay what they are."""
+
 NEWEST = onnx.defs.onnx_opset_version()
 
 
@@ -29,13 +32,14 @@ def normalise(model: Model) -> Model:
     if model.opset > NEWEST:
         raise Unsupported("opset", f"opset {model.opset} is newer than the installed onnx knows ({NEWEST})",
                           "install a newer onnx")  # fmt: skip
-    if proto.functions:
+    foreign = sorted({(f.domain, f.name) for f in proto.functions if f.domain != OURS})
+    if foreign:
         try:
-            proto = inliner.inline_local_functions(proto)
+            proto = inliner.inline_selected_functions(proto, foreign)
         except Exception as error:
             reason = " ".join(str(error).split()) or "no reason given"
             raise Unsupported("functions", f"the model-local functions could not be inlined: {reason}") from None
-        notes.append(f"{len(model.proto.functions)} model-local functions were inlined")
+        notes.append(f"{len(foreign)} model-local functions were inlined")
     opset = model.opset
     if 0 < opset < OLDEST:
         proto = _convert(model, proto)

@@ -241,3 +241,31 @@ def test_padding_and_window_keep_fully_masked_rows(tmp_path: Path) -> None:
         names = [i.name for i in model.graph.input]
         before, after = (s.run(None, dict(zip(names, (x, mask), strict=True)))[0] for s in sessions)
         assert np.linalg.norm(after - before) <= 1e-5 * np.linalg.norm(before), (left, right)
+
+
+def test_external_weights_travel(tmp_path: Path) -> None:
+    """Weights in another file stay there, byte for byte, and the written folder is complete by itself."""
+    proto = build(WINDOWED)
+    source = tmp_path / "source"
+    (source / "weights").mkdir(parents=True)
+    path = source / "model.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="weights/w.bin", size_threshold=1000)
+    out = tmp_path / "out"
+    result = pipeline.compile(path, Options(target="onnx", out=out))
+    assert result.outcome == "replaced", result.warnings
+    assert (out / "weights" / "w.bin").read_bytes() == (source / "weights" / "w.bin").read_bytes()
+    moved = tmp_path / "elsewhere"
+    out.rename(moved)
+    feed = feed_of(proto, 3)
+    before = ort.InferenceSession(path).run(None, feed)[0]
+    after = ort.InferenceSession(moved / "model.onnx").run(None, feed)[0]
+    assert np.linalg.norm(after - before) <= 1e-5 * np.linalg.norm(before)
+
+
+def test_compiling_twice_finds_nothing_more(tmp_path: Path) -> None:
+    """Our own output is a model like any other: its ops pass through."""
+    path, out = windowed(tmp_path), tmp_path / "out"
+    pipeline.compile(path, Options(target="onnx", out=out))
+    again = pipeline.compile(out / "model.onnx", Options(target="onnx", out=tmp_path / "again"))
+    assert again.outcome == "unchanged" and again.exit_code == 0
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (out / "model.onnx").read_bytes()

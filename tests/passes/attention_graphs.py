@@ -182,7 +182,7 @@ def to_bnhd(array: np.ndarray, operand: Operand) -> np.ndarray:
 
 
 def read_site(site: AttentionSite, feed: dict[str, np.ndarray], world: World) -> np.ndarray:
-    """What the facts of ``site`` say its output is, in float64 and the output's layout; shares no code with the lifter."""
+    """What the facts of ``site`` say its output is, in float64 and its layout; shares no code with the lifter."""
     q, k, v = (
         to_bnhd(feed[o.value].astype(np.float64), o).transpose(0, 2, 1, 3) for o in (site.query, site.key, site.value)
     )

@@ -21,7 +21,7 @@ from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.extract import extract_site
 from attncompile.passes.load import load
 from attncompile.passes.symbols import profile_for
-from tests.passes.attention_graphs import Spec, build, read_site, save
+from tests.passes.attention_graphs import Builder, Spec, build, read_site, save, visible
 
 
 def detect_in(spec: Spec) -> tuple[Detection, GraphIndex]:
@@ -120,3 +120,26 @@ def test_one_flipped_element_is_no_window(form: str, row: int, column: int) -> N
         loaded = load(path)
         (site,) = detect(loaded, profile_for(loaded, {})).sites
     assert site.mask.kind == "opaque"
+
+
+def test_a_table_cut_to_a_dynamic_length_is_never_general() -> None:
+    """A stored triangle of 40 tokens, sliced: a window at every length seen, and nobody knows what comes after."""
+    b = Builder()
+    size = b.op("Shape", "x", start=1, end=2)
+    table = b.const(visible(Spec(mask="window", left=3, right=0), 40, 40)[None, None])
+    ends = b.op("Concat", size, size, axis=0)
+    seen = b.op("Slice", table, b.const([0, 0]), ends, b.const([2, 3]))
+    heads = b.op("Transpose", b.op("Reshape", "x", b.const([0, -1, 2, 4])), perm=[0, 2, 1, 3])
+    other = b.op("Transpose", b.op("Reshape", "x", b.const([0, -1, 2, 4])), perm=[0, 2, 3, 1])
+    scores = b.op("Where", seen, b.op("MatMul", heads, other), b.const(np.array(-np.inf, np.float32)))
+    out = b.op("MatMul", b.op("Softmax", scores, axis=-1), heads)
+    graph = onnx.helper.make_graph(
+        b.nodes, "g", [onnx.helper.make_tensor_value_info("x", 1, ["b", "n", 8])],
+        [onnx.helper.make_tensor_value_info(out, 1, None)], b.stored,
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load(save(model, Path(folder)))
+        (site,) = detect(loaded, profile_for(loaded, {"n": Range(1, 20, 40)})).sites
+    part = site.mask.part("window")
+    assert part is not None and (part.left, part.right) == (3, 0) and not part.certificate.general

@@ -80,7 +80,9 @@ Grid = Annotated[
 ]  # fmt: skip
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", metavar="N", min=1, show_default=False, help="CPU threads. Default: all usable."),
+    typer.Option(
+        "--threads", metavar="N", min=1, max=512, show_default=False, help="CPU threads. Default: all usable."
+    ),
 ]
 HashWeights = Annotated[bool, typer.Option("--hash-weights", help="Hash the contents of external weights too.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of generated inputs.")]

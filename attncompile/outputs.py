@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +83,8 @@ class Built:
 
 
 def build(
-    found: Inspection, options: Options, target: Target, proto: ModelProto, folder: Path, feeds: Sequence[Feed],
-    progress: Progress,
+    found: Inspection, options: Options, target: Target, proto: ModelProto, folder: Path,
+    evidence: Callable[[], Sequence[Feed]], progress: Progress,
 ) -> Built:  # fmt: skip
     """Builds the engine of ``target`` from ``proto``. ``model.onnx`` is a target of its own and stays whatever happens
     here.
@@ -97,7 +97,7 @@ def build(
         precision = cast("Precision | None", options.precision)
         lowered = target.lower(proto, found.model, precision)
         result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
-        notes = _precision_parity(found, result, folder, feeds, precision) if precision else ()
+        notes = _precision_parity(found, result, evidence(), precision) if precision else ()
     except AttncompileError as error:
         # A half-made engine, or one that failed its parity, must not be deployed by mistake.
         for left in folder.glob("model*engine*"):
@@ -107,9 +107,7 @@ def build(
     return Built((portable, _report(result, folder, notes)))
 
 
-def _precision_parity(
-    found: Inspection, result: BuildResult, folder: Path, feeds: Sequence[Feed], precision: str
-) -> tuple[str, ...]:
+def _precision_parity(found: Inspection, result: BuildResult, feeds: Sequence[Feed], precision: str) -> tuple[str, ...]:
     """The converted model against the original in its own precision, both in ONNX Runtime: the engine cannot run here.
 
     Raises:

@@ -181,9 +181,7 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
         run = whole.Run(found, options, feeds, kept, results, registry, worlds, checker, progress, folder)
         outcome = run.finish(chosen)
         clock.lap("verify the model")
-        built = outputs.build(
-            found, options, target, run.proto_for(target.fuses_dense), folder, run.evidence(), progress
-        )
+        built = outputs.build(found, options, target, run.proto_for(target.fuses_dense), folder, run.evidence, progress)
         # A target that was asked for and cannot be had is a failure; one that was tried by default is a warning.
         failures, warned = (built.problems, ()) if options.target else ((), built.problems)
         clock.lap("build")
@@ -194,6 +192,9 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
 
 def _plan(found: Inspection, options: Options, registry: Sequence[Mechanism]) -> Plan:
     policy = load_policy(options.policy, registry)
+    unknown = [s for s in options.sites if s not in {site.id for site in found.detection.sites}]
+    if unknown:
+        raise BadArguments(f"--site: the model has no site '{unknown[0]}'", "list its sites: attncompile inspect MODEL")
     decisions = tuple(_decide(found, policy, site, registry, options.sites) for site in found.detection.sites)
     notes = []
     if isinstance(found.normal, Unsupported):
@@ -232,10 +233,9 @@ def _decide(
 def _read_plan(path: Path, found: Inspection) -> Plan:
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadArguments(
-            f"cannot read plan {path}: {error.strerror}", "write one with attncompile plan MODEL"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise BadArguments(f"cannot read plan {path}: {reason}", "write one with attncompile plan MODEL") from None
     loaded = plan_toml.loads(text, str(path))
     if loaded.model_hash != found.model.hash:
         raise BadArguments(f"plan {path} was made for another model", "write a new one with attncompile plan MODEL")
@@ -266,7 +266,8 @@ def _edits(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> li
                                f"there are {', '.join(by_name)} and keep")  # fmt: skip
         verdict = mechanism.supports(site, decision.parameters)
         if not verdict.ok:
-            raise BadArguments(f"{decision.mechanism} cannot replace {site.id}: {verdict.reason}", verdict.hint)
+            raise BadArguments(f"{decision.mechanism} cannot replace {site.id}: {verdict.reason}",
+                               verdict.hint or 'correct its parameters, or write mechanism = "keep"')  # fmt: skip
         exact = mechanism.is_exact_for(site, decision.parameters).ok
         edits.append(Edit.of(site, replace(decision, exact=exact), mechanism, found.normal.opset))
     return edits

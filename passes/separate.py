@@ -25,15 +25,26 @@ from attncompile.passes.evaluate import GraphIndex, World
 HELPED = frozenset({"layout", "shape-read"})
 """Codes of near misses that may become sites."""
 
+_ROUNDS = 3
+"""What hides one reason may hide another: operands are looked at before the scores' readers."""
+
 
 def separate(model: Model, profile: ShapeProfile) -> Model:
     """``model`` unchanged, or a copy in which every operand that needs it has a rank-4 value; ``notes`` say how many.
+    A key that exists only as [.., D, N] gets a Transpose and its inverse too.
 
     Where nothing is dynamic, Shape nodes that read inside a site become constants too. Run it where detection gave
     near misses with a code of ``HELPED``; opset 18 or later.
     """
-    if not profile.ranges:
-        model = _without_shapes(model, profile)
+    for _ in range(_ROUNDS):
+        changed = _operands(model if profile.ranges else _without_shapes(model, profile), profile)
+        if changed is model:
+            break
+        model = changed
+    return model
+
+
+def _operands(model: Model, profile: ShapeProfile) -> Model:
     world = World(GraphIndex(model), detection_binding(profile)).without_idle()
     found = [e for e in _failures(world) if isinstance(e, NotSeparate)]
     wanted = list(dict.fromkeys(s for e in found for s in e.separations))
@@ -95,8 +106,11 @@ class _Editor:
         at = self._producer[s.reader]
         reader = self._graph.node[at]
         made: list[NodeProto] = []
-        split = self._split(s, s.value, rank, made)
-        back = self._op(made, "Reshape", [split, self._op(made, "Shape", [s.value])])
+        swap = [*range(rank - 2), rank - 1, rank - 2]
+        value = self._op(made, "Transpose", [s.value], perm=swap) if s.swapped else s.value
+        split = self._split(s, value, rank, made)
+        back = self._op(made, "Reshape", [split, self._op(made, "Shape", [value])])
+        back = self._op(made, "Transpose", [back], perm=swap) if s.swapped else back
         for i, name in enumerate(reader.input):
             if self._behind_idle(name, s.value):
                 reader.input[i] = back

@@ -23,6 +23,10 @@ class Range:
                 f"profile range {self.minimum}:{self.usual}:{self.maximum} is not increasing",
                 "write MIN:USUAL:MAX with 1 <= MIN <= USUAL <= MAX",
             )
+        if self.maximum >= 1 << 31:
+            raise BadArguments(
+                f"profile size {self.maximum} is above every size that a model can run at", "give a smaller MAX"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,7 +207,7 @@ def load_inputs(path: Path, proto: ModelProto | None = None) -> list[dict[str, n
         feeds = [_as_feed(x, path) for x in readers[path.suffix](path)]
     except BadArguments:
         raise
-    except Exception as error:  # the content is the user's: whatever is wrong with it is a bad argument
+    except (Exception, SystemExit) as error:  # the content is the user's: whatever is wrong with it is a bad argument
         text = str(error).strip().splitlines()
         raise BadArguments(
             f"{path}: cannot read inputs: {type(error).__name__}: {text[0][:200] if text else ''}",

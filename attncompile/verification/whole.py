@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto
 
-from attncompile.core.errors import BadModel
+from attncompile.core.errors import BadArguments, BadModel
 from attncompile.core.verdict import Verdict
 from attncompile.metrics import Metrics, compute
 from attncompile.verification.artifacts import save_results
@@ -136,6 +136,10 @@ def compare_models(
         raise ValueError(f"unknown metric {metric!r}")
     baseline = original if isinstance(original, Baseline) else Baseline(original)
     proto = _read(baseline.path)
+    for value in proto.graph.output:
+        if value.type.tensor_type.elem_type == TensorProto.STRING:
+            raise BadArguments(f"output {value.name} holds strings, which are not compared",
+                               "leave that output out of the model")  # fmt: skip
     if budget is None:
         if metric != "relative_l2":
             raise ValueError(f"metric {metric!r} has no default budget")

@@ -133,9 +133,10 @@ def _wrong_masks(calls: list[Call], sites: tuple[AttentionSite, ...]) -> list[st
         part = site.mask.part("window", "causal")
         said = "none" if part is None else "causal" if part.kind == "causal" else f"window {part.left} {part.right}"
         others = [p.kind for p in site.mask.parts if p is not part]
-        # What an input's data or a bias adds is not seen by the call's own elements if the example leaves it open.
-        agrees = said == call.mask or (call.mask == "data" and bool(others)) or call.mask == "unknown"
-        if not agrees and "opaque" not in others:
+        want, *data = call.mask.split("+")
+        # A mask that is nothing but data says no structure; one with padding beside it needs a part for it.
+        agrees = want == "unknown" or (bool(others) if want == "data" else said == want and (bool(others) or not data))
+        if not agrees:
             wrong.append(f"{site.id}: mask {call.mask} taken for {said}" + (f" and {others}" if others else ""))
     return wrong
 

@@ -42,7 +42,8 @@ class Entry:
 @dataclass(frozen=True, slots=True, order=True)
 class Call:
     """One attention call of a torch model. ``mask`` is what its elements were in this call: ``none``, ``causal``,
-    ``window LEFT RIGHT``, ``data`` (anything else) or ``unknown`` (not seen). ``how`` is what was called.
+    ``window LEFT RIGHT``, ``data`` (anything else) or ``unknown`` (not seen); ``+data`` where batch entries differ.
+    ``how`` is what was called.
     """
 
     heads: int

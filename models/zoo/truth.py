@@ -100,17 +100,19 @@ def _sdpa(recorder: _Recorder) -> Iterator[None]:
 
 
 def _kind_of(mask: Any, lengths: tuple[int, int]) -> str:
-    """What the elements of a mask say; a mask that differs between heads or batch entries is ``data``."""
+    """What the elements of a mask say; ``+data`` where batch entries differ: the first one has no padding then."""
     if not isinstance(mask, torch.Tensor):
         return "none"
     array = mask.detach().cpu().float().numpy() if mask.dtype != torch.bool else mask.cpu().numpy()
     seen = array if array.dtype == bool else array > _HIDDEN
     if array.dtype != bool and bool(np.any(seen & (array != 0))):
         return "data"
-    seen = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, lengths)).reshape(-1, *lengths)
-    if not bool(np.all(seen == seen[:1])):
+    shape = (1,) * max(0, 4 - seen.ndim) + seen.shape
+    seen = np.broadcast_to(seen.reshape(shape), (*shape[:2], *lengths))
+    if not bool(np.all(seen == seen[:, :1])):
         return "data"
-    return _window_of(seen[0])
+    first = _window_of(seen[0, 0])
+    return first if first == "data" or bool(np.all(seen == seen[:1])) else f"{first}+data"
 
 
 def _window_of(seen: np.ndarray) -> str:

@@ -18,7 +18,8 @@ from attncompile.core.model import Model
 from attncompile.core.profile import ShapeProfile
 from attncompile.core.site import AttentionSite, Detection, Dim, NearMiss
 from attncompile.passes.detect import softmax, standard
-from attncompile.passes.detect.softmax import MaskAnalysis, node_name
+from attncompile.passes.detect.softmax import MaskAnalysis
+from attncompile.passes.detect.walks import node_name
 from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.grid import infer_grid
 from attncompile.passes.masks import MaskAnalyser

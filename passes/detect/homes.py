@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onnx import NodeProto, TensorProto
@@ -52,7 +52,8 @@ class Separation:
     """``value`` holds an operand (or the output) in another rank: its elements, in order, are those of ``layout``.
 
     ``reader`` is the first output of the node that reads it on the way to the core, empty for the output.
-    ``groups`` are the axes that an output of more than four has in place of its heads.
+    ``groups`` are the axes that an output of more than four has in place of its heads; ``swapped`` says that the last
+    two axes of ``value`` (a key, ready for its product) come in the other order.
     """
 
     value: str
@@ -62,6 +63,7 @@ class Separation:
     dim: int
     form: Literal["outer", "inner"]
     groups: tuple[int, ...] = ()
+    swapped: bool = False
 
 
 class NotSeparate(Unsupported):
@@ -122,11 +124,13 @@ class _Search:
     def separation(self, walk: Walk, choices: list[Axis], sequence: Axis, dim: Axis) -> tuple[Separation, Axis] | None:
         """The earliest stage that a Reshape would make a home, with the heads that it holds."""
         readers = [*(n.output[0] for n in walk.nodes), walk.reader]
-        for stage, reader in zip(walk.stages, readers, strict=True):
-            for heads in choices[::-1] if stage.dtype == self.kind else ():
-                made = self._reshaped(stage, heads, sequence, dim, reader)
-                if made is not None:
-                    return made, self.atoms.leaves(heads)
+        for swapped in (False, True):
+            for stage, reader in zip(walk.stages, readers, strict=True):
+                axes = (*stage.axes[:-2], stage.axes[-1], stage.axes[-2]) if swapped else stage.axes
+                for heads in choices[::-1] if stage.dtype == self.kind else ():
+                    made = self._reshaped(replace(stage, axes=axes), heads, sequence, dim, reader)
+                    if made is not None and not (swapped and made.form == "outer"):
+                        return replace(made, swapped=swapped), self.atoms.leaves(heads)
         return None
 
     def output_separation(self, stages: list[Stage], sequence: Axis, dim: Axis) -> Separation | None:

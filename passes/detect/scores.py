@@ -124,7 +124,18 @@ def _scale(index: GraphIndex, world: World, node: NodeProto) -> tuple[Step, str]
         if node.op_type == "Mul" and inner is not None and inner.op_type == "Tanh":
             return _softcap(index, world, node, inner, factor)
         return Step(node, "scale", factor=factor if node.op_type == "Mul" else 1.0 / factor), source
-    raise Unsupported("tensor-scale", f"the scores are multiplied by a tensor, not by a number, at '{node.output[0]}'")
+    raise _tensor_scale(world, node)
+
+
+def _tensor_scale(world: World, node: NodeProto) -> Unsupported:
+    """Why scores that are multiplied by a tensor are not taken."""
+    shapes = [world.shapes.get(v, ()) for v in node.input]
+    factor = min(shapes, key=prod)
+    if len(factor) >= 3 and factor[-1] == factor[-2] == 1 and prod(factor) == factor[-3]:
+        return Unsupported("tensor-scale", f"the scores have a scale for each of {factor[-3]} heads at "
+                           f"'{node.output[0]}' (cosine attention); a site has one number")  # fmt: skip
+    return Unsupported("tensor-scale", f"the scores are multiplied by a tensor {list(factor)}, not by a number, at "
+                       f"'{node.output[0]}'")  # fmt: skip
 
 
 def _softcap(index: GraphIndex, world: World, node: NodeProto, tanh: NodeProto, cap: float) -> tuple[Step, str]:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from math import isfinite, prod
+from dataclasses import dataclass
+from math import prod
 
 from onnx import NodeProto, TensorProto
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts
 from attncompile.core.site import AttentionSite, Operand
-from attncompile.passes.detect.contraction import Contraction, contraction
-from attncompile.passes.detect.homes import BYTES, Homes, NotSeparate, ShapeRead, Stage, Walk, find_homes
+from attncompile.passes.detect.contraction import Contraction
+from attncompile.passes.detect.homes import Homes, NotSeparate, ShapeRead, Stage, Walk, find_homes
 from attncompile.passes.detect.normaliser import Normaliser, softmax_operator, written_out
 from attncompile.passes.detect.scores import FLOATS, Path, Step, trace
-from attncompile.passes.detect.views import REPEAT_OPS, VIEW_OPS, Atoms, Axes, Axis, backward, forward
+from attncompile.passes.detect.views import Atoms, Axes, Axis, forward
+from attncompile.passes.detect.walks import (
+    after_softmax,
+    dies,
+    node_name,
+    operand_axes,
+    second_product,
+    walk,
+    walk_output,
+)
 from attncompile.passes.evaluate import GraphIndex, World
 
 
@@ -53,15 +62,7 @@ _DTYPES: dict[int, str] = {
     TensorProto.DOUBLE: "float64",
 }  # fmt: skip
 
-_OF_SHAPES = frozenset({"Gather", "Slice", "Concat", "Unsqueeze", "Squeeze", "Cast"})
-"""What exporters compute a Reshape's shape with, after Shape."""
-
 MaskAnalysis = Callable[[MaskQuery], MaskFacts]
-
-
-def node_name(node: NodeProto) -> str:
-    """The node's name, or ``op_type:first output`` where the exporter gave none."""
-    return node.name or f"{node.op_type}:{node.output[0]}"
 
 
 def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
@@ -112,9 +113,9 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
     if atoms.leaves(scores_axes[-1]) != atoms.leaves(label_axis[key_label]):
         raise Unsupported("softmax-axis", "the softmax does not run over the keys")
 
-    weights, axes, guard_nodes, guarded = _after_softmax(index, world, atoms, weights, axes)
+    weights, axes, guard_nodes, guarded = after_softmax(index, world, atoms, weights, axes)
     interior_nodes += guard_nodes
-    second = _second_product(index, world, weights)
+    second = second_product(index, world, weights)
     interior_nodes.append(second.node)
     left_is_weights = second.left == weights
     weight_labels, value_labels = (
@@ -149,36 +150,36 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
     )
     (contracted,) = product.summed
     label_axis[contracted] = atoms.new(world.shapes[query_name][query_labels.index(contracted)])
-    query_walk = _walk(
+    query_walk = walk(
         index,
         world,
         atoms,
         query_name,
-        _operand_axes(world, query_name, query_labels, label_axis),
+        operand_axes(world, query_name, query_labels, label_axis),
         True,
         product.node.output[0],
     )
-    key_walk = _walk(
+    key_walk = walk(
         index,
         world,
         atoms,
         key_name,
-        _operand_axes(world, key_name, key_labels, label_axis),
+        operand_axes(world, key_name, key_labels, label_axis),
         True,
         product.node.output[0],
     )
-    value_walk = _walk(
+    value_walk = walk(
         index,
         world,
         atoms,
         value_name,
-        _operand_axes(world, value_name, value_labels, second_axis),
+        operand_axes(world, value_name, value_labels, second_axis),
         False,
         second.node.output[0],
     )
     out_value = second.node.output[0]
     out_axes: Axes = tuple(second_axis[label] for label in second.out_labels)
-    out_stages, out_nodes = _walk_output(index, world, atoms, out_value, out_axes)
+    out_stages, out_nodes = walk_output(index, world, atoms, out_value, out_axes)
 
     batch, heads = _batch_and_heads(atoms, product, label_axis, scores_axes, query_axis, label_axis[key_label])
     dim, keys = label_axis[contracted], label_axis[key_label]
@@ -264,156 +265,6 @@ def _roles(path: Path, shape: tuple[int, ...], world: World) -> tuple[Contractio
     return product, next(x for x in labels if x != key), key
 
 
-def _operand_axes(world: World, value: str, labels: tuple[str, ...], known: dict[str, Axis]) -> Axes:
-    sizes = world.shapes[value]
-    return tuple(() if size == 1 else known[label] for label, size in zip(labels, sizes, strict=True))
-
-
-def _walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes, scaled: bool, reader: str) -> Walk:
-    """From the product back over views (and scalings): stages deepest first; ``nodes[i:]`` lead from stage i on."""
-    stages = [Stage(value, axes, world.types.get(value, 0))]
-    nodes: list[NodeProto] = []
-    scales: list[float] = []
-    while True:
-        node = index.producer.get(value)
-        if node is None or node.domain not in ("", "ai.onnx"):
-            break
-        factor = 1.0
-        if node.op_type in VIEW_OPS | REPEAT_OPS:
-            try:
-                axes = backward(world, atoms, node, axes)
-            except Unsupported:
-                break
-            source = node.input[0]
-        elif _widens(world, node):
-            source = node.input[0]
-        elif scaled and node.op_type in ("Mul", "Div") and (found := _scalar_factor(world, node)) is not None:
-            source, factor = found
-        else:
-            break
-        nodes.append(node)
-        scales.append(factor)
-        value = source
-        stages.append(Stage(value, axes, world.types.get(value, 0)))
-    return Walk(tuple(stages[::-1]), tuple(nodes[::-1]), tuple(scales[::-1]), reader)
-
-
-def _widens(world: World, node: NodeProto) -> bool:
-    """Whether ``node`` casts to a wider float: no information is lost, so the operand may be taken before it."""
-    sizes = [BYTES.get(world.types.get(v, 0), 0) for v in (node.input[0], node.output[0])]
-    return node.op_type == "Cast" and 0 < sizes[0] < sizes[1]
-
-
-def _scalar_factor(world: World, node: NodeProto) -> tuple[str, float] | None:
-    pairs = [(node.input[0], node.input[1])]
-    if node.op_type == "Mul":
-        pairs.append((node.input[1], node.input[0]))
-    for source, other in pairs:
-        factor = world.scalar(other)
-        if factor and isfinite(factor) and world.shapes.get(source) == world.shapes.get(node.output[0]):
-            return source, factor if node.op_type == "Mul" else 1.0 / factor
-    return None
-
-
-def _walk_output(
-    index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes
-) -> tuple[list[Stage], list[NodeProto]]:
-    """From the product with the values on over views, and over casts to a narrower float.
-
-    A stage where the site cannot end, because someone after it asks for the shape of a value before it, has dtype 0.
-    """
-    stages, nodes = [Stage(value, axes, world.types.get(value, 0))], []
-    while value not in index.outputs:
-        readers = _readers(index, value)
-        if len(readers) != 1 or readers[0].domain not in ("", "ai.onnx"):
-            break
-        (node,) = readers
-        sizes = [BYTES.get(world.types.get(v, 0), 0) for v in (node.output[0], value)]
-        narrows = node.op_type == "Cast" and 0 < sizes[0] < sizes[1]
-        if not narrows and (node.op_type not in VIEW_OPS or node.op_type == "Expand" or node.input[0] != value):
-            break
-        if not narrows:
-            try:
-                axes = forward(world, atoms, node, axes)
-            except Unsupported:
-                break
-        nodes.append(node)
-        value = node.output[0]
-        stages.append(Stage(value, axes, world.types.get(value, 0)))
-    for end in range(1, len(stages)):
-        inside = {id(n) for n in nodes[:end]}
-        asked = [n for s in stages[:end] for n in index.consumers.get(s.value, []) if n.op_type == "Shape"]
-        if not all(_dies(index, n, inside) for n in asked):
-            stages[end] = replace(stages[end], dtype=0)
-    return stages, nodes
-
-
-def _after_softmax(
-    index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes
-) -> tuple[str, Axes, list[NodeProto], bool]:
-    """Over casts, views and NaN guards (Where(IsNaN(p), 0, p)) to the weights that meet the values."""
-    nodes: list[NodeProto] = []
-    guarded = False
-    while True:
-        readers = _readers(index, value)
-        kinds = sorted(n.op_type for n in readers)
-        if kinds == ["IsNaN", "Where"]:
-            isnan, where = sorted(readers, key=lambda n: n.op_type)
-            if list(where.input[:1]) == list(isnan.output) and where.input[2] == value:
-                fill = world.scalar(where.input[1])
-                same = world.shapes.get(where.output[0]) == world.shapes.get(value)
-                if fill == 0.0 and same and len(index.consumers.get(isnan.output[0], [])) == 1:
-                    nodes += [isnan, where]
-                    value, guarded = where.output[0], True
-                    continue
-            raise Unsupported("guard", f"'{where.output[0]}' replaces NaN weights by something that is not zero")
-        if len(readers) != 1 or value in index.outputs:
-            return value, axes, nodes, guarded
-        (node,) = readers
-        if node.op_type in VIEW_OPS and node.op_type != "Expand" and node.input[0] == value:
-            axes = forward(world, atoms, node, axes)
-        elif not _is_idle_dropout(index, world, node) and not (
-            node.op_type == "Cast" and world.types.get(node.output[0]) in FLOATS
-        ):
-            return value, axes, nodes, guarded
-        nodes.append(node)
-        value = node.output[0]
-
-
-def _readers(index: GraphIndex, value: str) -> list[NodeProto]:
-    """Who reads the elements of ``value``; readers of its shape are looked at when the site is whole."""
-    return [n for n in index.consumers.get(value, []) if n.op_type != "Shape"]
-
-
-def _is_idle_dropout(index: GraphIndex, world: World, node: NodeProto) -> bool:
-    """A Dropout that passes its input through: not in training mode, its mask unread."""
-    if node.op_type != "Dropout" or any(index.consumers.get(o) or o in index.outputs for o in node.output[1:] if o):
-        return False
-    return len(node.input) < 3 or not node.input[2] or world.scalar(node.input[2]) == 0.0
-
-
-def _second_product(index: GraphIndex, world: World, weights: str) -> Contraction:
-    readers = _readers(index, weights)
-    if weights in index.outputs:
-        raise Unsupported("weights-used", f"the attention weights '{weights}' are an output of the model")
-    if len(readers) != 1:
-        names = ", ".join(node_name(n) for n in readers[:4])
-        raise Unsupported("weights-used", f"the softmax's result is read by {len(readers)} nodes ({names})")
-    product = contraction(world, readers[0])
-    if product is None:
-        raise Unsupported(
-            "no-value-product", f"the softmax's result goes to {readers[0].op_type}, not to a product with values"
-        )
-    if product.left == product.right:
-        raise Unsupported("value-product", "the weights are multiplied by themselves")
-    if not index.data_inputs(product.right if product.left == weights else product.left):
-        raise Unsupported(
-            "constant-values", "the softmax's result meets a constant, not values computed from the input",
-            "a router or a codebook: left alone",
-        )  # fmt: skip
-    return product
-
-
 def _batch_and_heads(
     atoms: Atoms, product: Contraction, label_axis: dict[str, Axis], scores: Axes, query: Axis, key: Axis
 ) -> tuple[Axis, Axis]:
@@ -481,16 +332,6 @@ def _factors(
     return tuple(factors)
 
 
-def _dies(index: GraphIndex, node: NodeProto, removed: set[int]) -> bool:
-    """Whether ``node`` goes with ``removed``: it is among them, or reads only a shape, and only for them."""
-    if id(node) in removed:
-        return True
-    if node.op_type not in ("Shape", *_OF_SHAPES) or any(o in index.outputs for o in node.output):
-        return False
-    readers = [n for o in node.output for n in index.consumers.get(o, [])]
-    return bool(readers) and all(_dies(index, n, removed) for n in readers)
-
-
 def _check_private(
     index: GraphIndex, core: list[NodeProto], allowed: list[NodeProto], out_value: str, product: Contraction
 ) -> None:
@@ -502,7 +343,7 @@ def _check_private(
                 continue
             if output in index.outputs:
                 raise Unsupported("scores-used", f"the scores or weights '{output}' are an output of the model")
-            outside = [n for n in index.consumers.get(output, []) if not _dies(index, n, ids)]
+            outside = [n for n in index.consumers.get(output, []) if not dies(index, n, ids)]
             if outside and all(n.op_type == "Shape" for n in outside):
                 reason = f"the shape of the scores or weights '{output}' is read by '{node_name(outside[0])}'"
                 raise ShapeRead(reason, tuple(n.output[0] for n in outside))

@@ -10,7 +10,8 @@ from attncompile.core.errors import Unsupported
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.site import AttentionSite, Operand
 from attncompile.passes.detect.homes import NotSeparate, Separation
-from attncompile.passes.detect.softmax import MaskAnalysis, MaskFactor, MaskQuery, dtype_name, node_name
+from attncompile.passes.detect.softmax import MaskAnalysis, MaskFactor, MaskQuery, dtype_name
+from attncompile.passes.detect.walks import node_name
 from attncompile.passes.evaluate import GraphIndex, World
 
 

@@ -15,7 +15,7 @@ from attncompile.plugins.attention.dense import OP_TYPE, Dense, function, node, 
 from attncompile.plugins.attention.reference import reference
 from attncompile.plugins.body import float_type
 from attncompile.plugins.neighborhood.call import Call
-from attncompile.plugins.neighborhood.mechanism import check_uniform, key_mask_of
+from attncompile.plugins.neighborhood.mechanism import check_padding
 
 CHUNK = 128
 """Fewest queries in a chunk of a causal site: smaller products run slower than the saved scores are worth."""
@@ -105,11 +105,11 @@ class DenseAttention:
         form = _form(parameters)
         self._check(site, form)
         call = Call.of(site, opset, CHUNK, 0 if isinstance(site.query_length, int) else DENSE_BELOW)
-        mask, nodes, initializers = key_mask_of(site)
+        mask = check_padding(site.mask)
         inputs = (site.query.value, site.key.value, site.value.value, *([mask] if mask else []))
         name = f"{OP_TYPE}/{site.id or site.output.value}"
         made = node(form, call, inputs, site.output.value, name)
-        return Lowering((*nodes, made), (function(form, call),), tuple(initializers))
+        return Lowering((made,), (function(form, call),))
 
     def _chunks(self, site: AttentionSite) -> int:
         if site.mask.part("padding") is not None and site.mask.masked_rows == "uniform":
@@ -130,11 +130,9 @@ class DenseAttention:
         for part in site.mask.parts:
             if part.kind not in ("causal", "padding"):
                 raise Unsupported("mask", f"a mask of kind {part.kind} stays as it is")
-        padding = site.mask.part("padding")
-        if padding is not None and form.masked_rows == "uniform":
-            check_uniform(site.mask, padding)
-            if form.chunks > 1:
-                raise Unsupported("masked-rows", "chunks do not meet all values that such rows average")
+        padded = bool(check_padding(site.mask))
+        if padded and form.masked_rows == "uniform" and form.chunks > 1:
+            raise Unsupported("masked-rows", "chunks do not meet all values that such rows average")
         if form.causal and site.query_length != site.key_length:
             raise Unsupported("lengths", "causal needs as many queries as keys")
 

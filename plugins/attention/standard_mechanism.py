@@ -93,6 +93,8 @@ def _check(site: AttentionSite, parameters: Parameters) -> None:
         raise Unsupported("heads", f"{site.heads} query heads over {site.kv_heads} key heads")
     if site.scale <= 0:
         raise Unsupported("scale", f"scale {site.scale}: the op takes its square root")
+    if sum(p.kind == "padding" for p in site.mask.parts) > 1:
+        raise Unsupported("mask", "several padding masks")
     for part in site.mask.parts:
         if part.kind not in ("causal", "padding") or part.additive:
             raise Unsupported(

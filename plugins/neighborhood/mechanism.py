@@ -7,10 +7,9 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, helper, numpy_helper
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.mask import MaskFacts, MaskPart
+from attncompile.core.mask import MaskFacts
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
@@ -164,16 +163,10 @@ class NeighborhoodAttention:
         block, dense_below = _block(parameters)
         self._check(site, hood)
         call = Call.of(site, opset, block, dense_below)
-        nodes: list[NodeProto] = []
-        inputs = [site.query.value, site.key.value, site.value.value]
-        initializers = []
-        mask, extra_nodes, extra_initializers = key_mask_of(site)
-        if mask:
-            inputs.append(mask)
-            nodes += extra_nodes
-            initializers += extra_initializers
-        nodes.append(node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}"))
-        return Lowering(tuple(nodes), (function(hood, call),), tuple(initializers))
+        mask = check_padding(site.mask)
+        inputs = (site.query.value, site.key.value, site.value.value, *([mask] if mask else []))
+        made = node(hood, call, inputs, site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
+        return Lowering((made,), (function(hood, call),))
 
     def _check(self, site: AttentionSite, hood: Neighborhood) -> None:
         """Raise ``Unsupported`` for a site that this op cannot express with these parameters."""
@@ -187,12 +180,7 @@ class NeighborhoodAttention:
         for part in site.mask.parts:
             if part.kind not in ("window", "causal", "padding"):
                 raise Unsupported("mask", f"a mask of kind {part.kind} cannot go into the op")
-        padding = site.mask.part("padding")
-        if padding is not None:
-            if site.mask.masked_rows == "uniform":
-                check_uniform(site.mask, padding)
-            if padding.source is None:
-                raise Unsupported("mask", "no graph value holds the padding")
+        check_padding(site.mask)
         nq, nk = site.query_length, site.key_length
         if isinstance(nq, int) and isinstance(nk, int) and nq > nk:
             raise Unsupported("lengths", f"{nq} queries over {nk} keys: some queries would have no position")
@@ -281,18 +269,28 @@ def _window(mask: MaskFacts) -> tuple[int, int] | Verdict:
     return left, right
 
 
-def check_uniform(mask: MaskFacts, padding: MaskPart) -> None:
-    """Rows without a visible key average all values only where every hidden score is the same huge number.
+def check_padding(mask: MaskFacts) -> str:
+    """The graph value of the one boolean padding factor, or an empty string without padding.
 
     Raises:
-        Unsupported: masks that are added up hide some keys twice, a small number does not hide, and an additive input
-            may hold anything.
+        Unsupported: several factors, an additive one (a float input may hold anything), or fully masked rows whose
+            result the mask alone does not decide: they average all values only where every hidden score is the same
+            huge number.
     """
-    if padding.additive or len(mask.fills) != 1 or mask.fills[0] > UNIFORM_FILL:
+    paddings = [p for p in mask.parts if p.kind == "padding"]
+    if not paddings:
+        return ""
+    if len(paddings) > 1:
+        raise Unsupported("mask", f"{len(paddings)} padding masks from different values", "join them into one input")
+    (padding,) = paddings
+    if padding.additive or padding.source is None:
+        raise Unsupported("mask", "padding that is added as floats may hold anything", "export with a boolean mask")
+    if mask.masked_rows == "uniform" and (len(mask.fills) != 1 or mask.fills[0] > UNIFORM_FILL):
         raise Unsupported(
             "masked-rows", "what fully masked rows give in the source depends on the scores or on several masks",
             "export with one boolean or -inf mask",
         )  # fmt: skip
+    return padding.source
 
 
 def _words(left: int, right: int) -> str:
@@ -318,21 +316,3 @@ def _static_shape(site: AttentionSite, fallback: int) -> Shape:
         for x, y in ((site.batch, 1), (site.query_length, fallback), (site.key_length, fallback))
     )
     return Shape(batch, queries, keys)
-
-
-def key_mask_of(site: AttentionSite) -> tuple[str, list[NodeProto], list[Any]]:
-    """The padding factor as a boolean graph value, with the nodes that make it; an empty name without padding.
-
-    An additive one holds 0 and -inf here (``masked_rows`` is not uniform), so any threshold between separates them.
-    """
-    padding = site.mask.part("padding")
-    if padding is None:
-        return "", [], []
-    assert padding.source is not None
-    if not padding.additive:
-        return padding.source, [], []
-    prefix = f"attncompile/{site.id or site.output.value}/key_mask"
-    _, numpy_type = float_type(site.softmax_dtype)
-    threshold = numpy_helper.from_array(np.array(-1e4, numpy_type), f"{prefix}_threshold")
-    made = helper.make_node("Greater", [padding.source, threshold.name], [prefix], name=prefix)
-    return prefix, [made], [threshold]

@@ -70,7 +70,7 @@ def test_counting_knows_the_masks() -> None:
     calls = calls_of(Built(_Calls(), {"x": torch.randn(2, 4, 9, 8)}, ("y",), {}))
     assert [(c.mask, c.heads, c.head_dim, c.query_length, c.key_length) for c in calls] == [
         ("none", 4, 8, 9, 9), ("causal", 4, 8, 9, 9), ("causal", 4, 8, 9, 9), ("window 3 0", 4, 8, 9, 9),
-        ("data", 4, 8, 9, 9), ("none", 4, 8, 1, 9),
+        ("none+data", 4, 8, 9, 9), ("none", 4, 8, 1, 9),
     ]  # fmt: skip
     assert nn.functional.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"  # restored
 
@@ -116,7 +116,7 @@ def test_comparing_fails_on_every_difference(compared: tuple[Entry, list[Call], 
     for change in ({"heads": 2}, {"head_dim": 16}, {"query_length": 3}, {"key_length": 3}):
         outcome = compare(entry, calls, replace(found, sites=(replace(site, **change),)), 0, 0.0)
         assert outcome.missed and outcome.false
-    for mask in ("none", "window 3 0", "data"):
+    for mask in ("none", "window 3 0", "data", "causal+data"):
         assert compare(entry, [replace(call, mask=mask)], found, 0, 0.0).wrong
     assert compare(replace(entry, refused={"sinks": 1}), calls, found, 0, 0.0).missed
 

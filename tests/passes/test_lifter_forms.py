@@ -10,19 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from attncompile.core.site import Detection
+from attncompile.core.model import Model
+from attncompile.core.profile import Range
+from attncompile.core.site import AttentionSite, Detection
 from attncompile.passes.detect import detect
 from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.load import load
 from attncompile.passes.normalise import normalise
+from attncompile.passes.replace import apply
 from attncompile.passes.separate import HELPED, separate
 from attncompile.passes.symbols import profile_for
 from tests.passes.attention_graphs import Builder, save
 from tests.passes.test_lifter_properties import run_site
+from tests.passes.test_replace import run, standard_attention
 
 B, N, H, KV, D = 2, 11, 4, 2, 6
 W = H * D
@@ -275,6 +278,19 @@ def test_lifted(name: str, tmp_path: Path) -> None:
     actual, read = run_site(site, World(index, {}), 0, pad=False)
     tolerance = 2e-2 if site.dtype == "float16" else 2e-5
     np.testing.assert_allclose(actual, read, rtol=tolerance, atol=tolerance)
+    if site.dtype == "float32" and not site.softcap and site.mask.kind != "opaque":
+        replaced_gives_the_same(index.model, site)
+
+
+def replaced_gives_the_same(model: Model, site: AttentionSite, x: np.ndarray | None = None) -> None:
+    """The whole model with the site's facts written out again in its place; none of its core is left."""
+    x = np.random.default_rng(1).standard_normal((B, N, W)).astype(F32) if x is None else x
+    result = apply(model, [(site, standard_attention(site))])
+    onnx.checker.check_model(result)
+    before, after = (run(m, {"x": x})[0] for m in (model.proto, result))
+    np.testing.assert_allclose(after, before, rtol=2e-5, atol=2e-5)
+    left = {o for n in result.graph.node for o in n.output}
+    assert not left & set(site.interior)
 
 
 def test_attention_in_a_local_function_is_inlined(tmp_path: Path) -> None:
@@ -377,6 +393,17 @@ def flat_heads_whose_scores_shape_is_read(b: Graph) -> str:
     return b.merge(b.op("Reshape", out, b.const([B, H, N, D])))
 
 
+def length_first(b: Graph) -> str:
+    """``nn.MultiheadAttention`` with weights: [N, B * H, D], and the key straight to [B * H, D, N]."""
+    first = b.op("Transpose", "x", perm=[1, 0, 2])
+    q, k, v = (b.op("Reshape", b.linear(first, W), b.const([N, B * H, D])) for _ in range(3))
+    q = b.op("Mul", b.op("Transpose", q, perm=[1, 0, 2]), b.number(0.4))
+    s = b.op("MatMul", q, b.op("Transpose", k, perm=[1, 2, 0]))
+    out = b.op("MatMul", b.op("Softmax", s, axis=-1), b.op("Transpose", v, perm=[1, 0, 2]))
+    out = b.op("Reshape", b.op("Transpose", out, perm=[1, 0, 2]), b.const([N, B, W]))
+    return b.op("Transpose", out, perm=[1, 0, 2])
+
+
 def one_head(b: Graph) -> str:
     """[B, N, W] all the way: one head."""
     s = b.op("MatMul", b.linear("x", W), b.op("Transpose", b.linear("x", W), perm=[0, 2, 1]))
@@ -446,6 +473,7 @@ def test_inner_values_that_are_outputs(name: str, tmp_path: Path) -> None:
 SEPARATED: dict[str, tuple[Form, dict[str, object]]] = {
     "flat-heads": (flat_heads, {}),
     "flat-heads-whose-scores-shape-is-read": (flat_heads_whose_scores_shape_is_read, {"kind": "opaque"}),
+    "length-first": (length_first, {}),
     "one-head": (one_head, {"heads": 1, "head_dim": W}),
     "five-axes-from-the-start": (five_axes_from_the_start, {"kv_heads": KV}),
     "attention-of-three-axes": (attention_of_three_axes, {}),
@@ -466,9 +494,8 @@ def test_operands_of_other_ranks_are_separated(name: str, tmp_path: Path) -> Non
     assert len(model.notes) > 0 and index.model.proto.SerializeToString() == proto.SerializeToString()
     onnx.checker.check_model(model.proto)
     x = np.random.default_rng(1).standard_normal((B, N, W)).astype(F32)
-    before, after = (ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
-                     for m in (proto, model.proto))  # fmt: skip
-    np.testing.assert_array_equal(before[0], after[0])
+    before, after = (run(m, {"x": x})[0] for m in (proto, model.proto))
+    np.testing.assert_array_equal(before, after)
     index = GraphIndex(model)
     again = detect(model, profile, index=index)
     assert [m.reason for m in again.near_misses] == []
@@ -481,4 +508,36 @@ def test_operands_of_other_ranks_are_separated(name: str, tmp_path: Path) -> Non
     if site.mask.kind == "none":
         actual, read = run_site(site, World(index, {}), 0, pad=False)
         np.testing.assert_allclose(actual, read, rtol=2e-5, atol=2e-5)
+        replaced_gives_the_same(model, site)
     assert separate(model, profile) is model
+
+
+def dynamic_flat_heads(b: Graph) -> str:
+    length = b.op("Shape", "x", start=1, end=2)
+    x = b.op("Transpose", b.op("Reshape", b.linear("x", 3 * W), b.const([0, 0, 3, H, D])), perm=[2, 0, 3, 1, 4])
+    x = b.op("Reshape", x, b.op("Concat", b.const([3, -1]), length, b.const([D]), axis=0))
+    q, k, v = (b.op("Gather", x, b.const(np.array(i)), axis=0) for i in range(3))
+    s = b.op("MatMul", b.op("Mul", q, b.number(0.4)), b.op("Transpose", k, perm=[0, 2, 1]))
+    out = b.op("MatMul", b.op("Softmax", s, axis=-1), v)
+    out = b.op("Reshape", out, b.op("Concat", b.const([-1, H]), length, b.const([D]), axis=0))
+    return b.op("Reshape", b.op("Transpose", out, perm=[0, 2, 1, 3]), b.const([0, 0, W]))
+
+
+@pytest.mark.parametrize("form, heads", [(one_head, 1), (dynamic_flat_heads, H)], ids=["one-head", "flat-heads"])
+def test_separated_at_other_sizes(form: Form, heads: int, tmp_path: Path) -> None:
+    """With batch and length dynamic an axis that changes with the batch is never taken for heads."""
+    b = Graph()
+    proto = model_of(b, form(b), 18, TensorProto.FLOAT)
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        for axis, name in enumerate(("b", "n")):
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    model = load(save(proto, tmp_path))
+    profile = profile_for(model, {"b": Range(1, 2, 3), "n": Range(1, N, 29)})
+    separated = separate(model, profile)
+    (site,) = detect(separated, profile).sites
+    assert (site.batch, site.heads, site.query_length, site.key_length) == ("b", heads, "n", "n")
+    for size in ((1, 1), (3, 29), (2, N)):
+        x = np.random.default_rng(2).standard_normal((*size, W)).astype(F32)
+        before, after = (run(m, {"x": x})[0] for m in (proto, separated.proto))
+        np.testing.assert_array_equal(before, after)
+        replaced_gives_the_same(separated, site, x)

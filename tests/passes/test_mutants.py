@@ -26,7 +26,7 @@ from attncompile.passes.replace import apply
 from attncompile.passes.symbols import profile_for, symbols
 from attncompile.plugins import mechanisms
 from tests.exports import exported
-from tests.passes.attention_graphs import Spec, build, save
+from tests.passes.attention_graphs import Builder, Spec, build, save
 from tests.passes.mutations import MUTATIONS, Graph, softmaxes
 
 SPECS = (
@@ -357,3 +357,48 @@ def test_enough_of_each() -> None:
     assert COUNTS["refused"] >= 60 and COUNTS["invalid"] <= 120
     assert sum(n for k, n in COUNTS.items() if k.startswith("rewritten")) >= 60
     assert sum(n for k, n in COUNTS.items() if k.endswith("+window")) >= 15
+
+
+def info(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, 1, shape)
+
+
+def finished(b: Builder, out: str, inputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+    graph = helper.make_graph(b.nodes, "g", inputs, [info(out, [None] * 4)], b.stored)  # type: ignore[list-item]
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_a_window_as_wide_as_another_input(tmp_path: Path) -> None:
+    """The lengths are fixed, but the window follows the size of an input that the site does not read: no fact."""
+    b, n, h, d = Builder(), 16, 2, 4
+    split = b.const([1, n, h, d])
+    query = b.op("Transpose", b.op("Reshape", "x", split), perm=[0, 2, 1, 3])
+    key = b.op("Transpose", b.op("Reshape", "x", split), perm=[0, 2, 3, 1])
+    index = b.op("Range", b.const(np.array(0)), b.const(np.array(n)), b.const(np.array(1)))
+    away = b.op("Sub", b.op("Unsqueeze", index, b.const([1])), b.op("Unsqueeze", index, b.const([0])))
+    width = b.op("Squeeze", b.op("Shape", "other"))
+    seen = b.op("And", b.op("LessOrEqual", away, width), b.op("GreaterOrEqual", away, b.const(np.array(0))))
+    scores = b.op("Where", seen, b.op("MatMul", query, key), b.const(np.array(-np.inf, np.float32)))
+    value = b.op("Transpose", b.op("Reshape", "x", split), perm=[0, 2, 1, 3])
+    out = b.op("MatMul", b.op("Softmax", scores, axis=-1), value)
+    model = load(save(finished(b, out, [info("x", [1, n, h * d]), info("other", ["m"])]), tmp_path))
+    (site,) = detect(model, profile_for(model, {"m": Range(1, 3, 8)})).sites
+    assert site.mask.kind == "opaque" and "'m'" in site.mask.parts[0].certificate.detail
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_lengths_that_are_not_linear_are_not_numbers(pooled: bool, tmp_path: Path) -> None:
+    """n // 2 at n = 128 and n + 1 = 129 is the same number, and yet not a fixed length."""
+    b, h, d = Builder(), 2, 4
+    x = "x"
+    if pooled:
+        x = b.op("MaxPool", b.op("Transpose", "x", perm=[0, 2, 1]), kernel_shape=[2], strides=[2])
+        x = b.op("Transpose", x, perm=[0, 2, 1])
+    parts = [b.op("Reshape", x, b.const([0, -1, h, d])) for _ in range(3)]
+    query, value = (b.op("Transpose", p, perm=[0, 2, 1, 3]) for p in parts[:2])
+    key = b.op("Transpose", parts[2], perm=[0, 2, 3, 1])
+    out = b.op("MatMul", b.op("Softmax", b.op("MatMul", query, key), axis=-1), value)
+    model = load(save(finished(b, out, [info("x", ["b", "n", h * d])]), tmp_path))
+    (site,) = detect(model, profile_for(model, {"n": Range(1, 128, 512)})).sites
+    assert site.query_length == ("f(b,n)=64..256" if pooled else "n") and site.batch == "b"
+    assert shape_of(site, {"b": 1, "n": 128}).query_length == (64 if pooled else 128)

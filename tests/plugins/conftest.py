@@ -43,7 +43,6 @@ class Case:
     static: bool = False
     opset: int = 18
     key_mask: np.ndarray | None = None
-    additive: bool = False
     masked_rows: str = "zero"
     fills: tuple[float, ...] = ()
     causal: bool = False
@@ -58,7 +57,7 @@ class Case:
         if self.causal:
             parts.append(MaskPart("causal", SHOWN, -1, 0))
         if self.key_mask is not None:
-            parts.append(MaskPart("padding", SHOWN, source="key_mask", additive=self.additive))
+            parts.append(MaskPart("padding", SHOWN, source="key_mask"))
         same = self.queries == self.key_length
         made = AttentionSite(
             id="test", form="matmul", query=Operand("q", self.layouts[0]), key=Operand("k", self.layouts[1]),
@@ -95,7 +94,7 @@ class Case:
             values[name] = helper.make_tensor_value_info(name, element, [dims[axis] for axis in layout])
         inputs = [values[name] for name in "qkv"]
         if self.key_mask is not None:
-            kind = TYPES[self.softmax_dtype][0] if self.additive else TensorProto.BOOL
+            kind = TensorProto.BOOL
             inputs.append(helper.make_tensor_value_info("key_mask", kind, self.key_mask.shape))
         graph = helper.make_graph(lowering.nodes, "test", inputs, [values["o"]], list(lowering.initializers))
         opsets = [helper.make_opsetid("", self.opset)]
@@ -109,10 +108,7 @@ class Case:
             for (name, x), layout in zip(self.tensors().items(), self.layouts, strict=False)
         }
         if self.key_mask is not None:
-            mask = self.key_mask
-            if self.additive:
-                mask = np.where(mask, 0, -np.inf).astype(TYPES[self.softmax_dtype][1])
-            feeds["key_mask"] = mask
+            feeds["key_mask"] = self.key_mask
         return feeds
 
     def run(self, mechanism: Mechanism, parameters: Mapping[str, Any]) -> np.ndarray:

@@ -181,14 +181,6 @@ def test_key_masks_of_dense_attention(masked_rows, causal, chunks, static, kind,
     assert error(at, mechanism("DenseAttention"), given) < tolerance["float32"]
 
 
-def test_additive_key_mask(case, error, tolerance) -> None:
-    for softmax_dtype in ("float32", "float16"):
-        at = case(
-            batch=2, dtype=softmax_dtype, softmax_dtype=softmax_dtype, key_mask=masks(2, 37)["holes"], additive=True
-        )
-        assert error(at, mechanism("NeighborhoodAttention"), SLIDING) < tolerance[softmax_dtype]
-
-
 @pytest.mark.parametrize("kind", ["scattered", "empty"])
 def test_attention_with_padding(kind, case, error, tolerance) -> None:
     for opset in range(23, NEWEST + 1):

@@ -188,6 +188,8 @@ def test_dense_attention_says_where_it_wins(case) -> None:
     assert answer(guarded(padding, fills=(-3e38,))).parameters["masked_rows"] == "uniform"
     for fills in ((), (-3e38, -3e38), (-1e4,)):
         assert answer(guarded(padding, fills=fills)).code == "masked-rows"
+    assert answer(guarded(padding, replace(padding, source="other"), rows="zero")).code == "mask"
+    assert answer(guarded(replace(padding, additive=True), rows="zero")).code == "mask"
     assert answer(guarded(causal, padding, rows="zero")).parameters["chunks"] == 8
     assert answer(guarded(causal, padding, fills=(-3e38,))).parameters["chunks"] == 1
     assert answer(guarded(), dtype="float16", softmax_dtype="float16").code == "guard"

@@ -141,7 +141,8 @@ def test_stdout_is_json_and_nothing_else(fake: Fake, capfd: pytest.CaptureFixtur
     assert "wrote model.attncompile" in err
 
 
-def test_table_on_stdout(fake: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+def test_table_on_stdout(fake: Fake, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # some test runners export a narrow terminal
     assert main(["m.onnx", "-q"]) == 0
     out, err = capfd.readouterr()
     assert "NeighborhoodAttention" in out

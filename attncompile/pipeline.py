@@ -293,6 +293,9 @@ def _report(
     if options.strict and rolled:
         failures.append(f"{len(rolled)} replacements were rolled back (--strict)")
     replaced = any(s.replaced for s in sites)
+    if not replaced and isinstance(found.normal, Model):
+        # What was done to the model in memory says nothing about a file that is the input.
+        warnings = [w for w in warnings if w in found.model.notes or w not in found.normal.notes]
     return Report(
         environment=environment(options.threads), model=model_info(found.model), policy=outcome.plan.policy,
         options=outcome.plan.options, profile=found.profile.ranges, sites=tuple(sites),

@@ -269,3 +269,12 @@ def test_compiling_twice_finds_nothing_more(tmp_path: Path) -> None:
     again = pipeline.compile(out / "model.onnx", Options(target="onnx", out=tmp_path / "again"))
     assert again.outcome == "unchanged" and again.exit_code == 0
     assert (tmp_path / "again" / "model.onnx").read_bytes() == (out / "model.onnx").read_bytes()
+
+
+def test_an_unchanged_file_is_not_said_to_be_converted(tmp_path: Path) -> None:
+    path = exported("vit", "torchscript", 17)
+    result = pipeline.compile(path, Options(target="onnx", out=tmp_path / "out"))
+    assert result.outcome == "unchanged" and not any("converted" in w for w in result.warnings)
+    wide = exported("mistral", "torchscript", 17, tokens=512, window=32)
+    changed = pipeline.compile(wide, Options(target="onnx", out=tmp_path / "out"))
+    assert changed.outcome == "replaced" and any("converted from opset 17" in w for w in changed.warnings)

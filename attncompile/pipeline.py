@@ -192,6 +192,8 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
 
 def _plan(found: Inspection, options: Options, registry: Sequence[Mechanism]) -> Plan:
     policy = load_policy(options.policy, registry)
+    if options.max_error is None and options.metric not in (None, policy.metric):
+        raise BadArguments(f"--metric {options.metric} has no default budget", "give one with --max-error")
     unknown = [s for s in options.sites if s not in {site.id for site in found.detection.sites}]
     if unknown:
         raise BadArguments(f"--site: the model has no site '{unknown[0]}'", "list its sites: attncompile inspect MODEL")

@@ -17,7 +17,7 @@ from onnx import ModelProto, ValueInfoProto
 
 from attncompile import measure, metrics
 from attncompile.core.errors import Unsupported
-from attncompile.core.mechanism import Candidate, Mechanism
+from attncompile.core.mechanism import Mechanism
 from attncompile.core.plan import Decision
 from attncompile.core.policy import Policy
 from attncompile.core.site import AttentionSite
@@ -60,7 +60,7 @@ def split(feeds: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
 
 def options_for(
     site: AttentionSite, policy: Policy, registry: Sequence[Mechanism], worlds: Sequence[World], opset: int
-) -> list[tuple[Candidate, Edit]]:
+) -> list[Edit]:
     """The approximate candidates of a site with a predicted gain worth it at the inputs' shapes."""
     found = []
     for mechanism in registry:
@@ -74,7 +74,7 @@ def options_for(
             if gain < policy.min_gain:
                 continue
             decision = Decision(site.id, mechanism.name, candidate.reason, False, candidate.parameters, gain)
-            found.append((candidate, Edit.of(site, decision, mechanism, opset)))
+            found.append(Edit.of(site, decision, mechanism, opset))
     return found
 
 

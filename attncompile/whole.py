@@ -13,10 +13,8 @@ from onnx import ModelProto
 
 from attncompile import __version__, measure, search, verify
 from attncompile.core.errors import AttncompileError, Unsupported
-from attncompile.core.plan import Decision, Plan
-from attncompile.core.site import AttentionSite
+from attncompile.core.plan import Plan
 from attncompile.gate import Edit, SiteGate, SiteResult
-from attncompile.passes.evaluate import World
 from attncompile.passes.replace import apply
 from attncompile.policy import load_policy
 from attncompile.report import OutputComparison, Parity, ShapeTiming, SiteFidelity
@@ -83,6 +81,8 @@ class Run:
         """Approximates if the policy and inputs allow it, then gates the whole model and writes ``model.onnx``."""
         if self._may_approximate():
             plan = self._approximate(plan)
+        if not self._feeds:  # only a plan file can ask for this
+            self._undo([e for e in self._edits if not e.decision.exact], "an approximation needs --inputs")
         if not self._edits:
             self._write(())
             shutil.rmtree(self._folder / _SCRATCH, ignore_errors=True)
@@ -153,7 +153,7 @@ class Run:
             if site.id not in taken:
                 found = search.options_for(site, self._policy, self._registry, worlds, opset)
                 if found:
-                    choices[site.id] = [edit for _, edit in found]
+                    choices[site.id] = found
         open_sites = [s for s in allowed if s.id in choices]
         if not open_sites:
             self._warnings.append("no site has an approximation with a predicted gain worth it at the inputs' sizes")
@@ -241,6 +241,10 @@ class Run:
         approximate = any(not e.decision.exact for e in self._edits)
         return self._limit() if approximate else verify.exact_budget(self._found.model.proto)
 
+    def _judged_by(self) -> str:
+        """Rounding is judged by relative L2; approximations by what the user asked for."""
+        return self._metric() if any(not e.decision.exact for e in self._edits) else "relative_l2"
+
     def _parity(self, shaped: Sequence[_Shaped]) -> Parity:
         """Compares; if that fails, finds the sites that fail alone and undoes them, else all."""
         self._write(self._edits)
@@ -250,7 +254,7 @@ class Run:
         feeds = [s.feed for s in self._evidence(shaped)]
         for edit in list(self._edits):
             path = self._write_scratch(self._proto([edit]))
-            alone = verify.compare_models(self._baseline, path, feeds, budget=self._budget())
+            alone = verify.compare_models(self._baseline, path, feeds, budget=self._budget(), metric=self._judged_by())
             if not alone.passed:
                 self._undo([edit], f"the model's outputs change: {alone.verdict.reason}")
         if self._edits:
@@ -268,8 +272,7 @@ class Run:
 
     def _compare(self, shaped: Sequence[_Shaped], folder: Path | None = None) -> Parity:
         evidence = self._evidence(shaped)
-        exact = all(e.decision.exact for e in self._edits)
-        metric = "relative_l2" if exact else self._metric()
+        metric = self._judged_by()
         found = verify.compare_models(
             self._baseline, self._folder / "model.onnx", [s.feed for s in evidence], budget=self._budget(),
             metric=metric, folder=folder,
@@ -309,7 +312,8 @@ class Run:
         paths = (self._found.model.path, self._folder / "model.onnx")
         sessions = [measure.open_session(p, self._options.threads) for p in paths]
         timings = []
-        todo = [s for s in shaped if s.label != "inputs"]
+        # Where the original runs at none of the profile's shapes, the user's inputs are the only ones to time.
+        todo = [s for s in shaped if s.label != "inputs"] or list(shaped)
         self._progress.stage("time the model", len(todo))
         for item in todo:
             timing = measure.paired_conclusive(
@@ -342,12 +346,3 @@ class Run:
         scratch = self._folder / _SCRATCH
         scratch.mkdir(exist_ok=True)
         return onnx_target.write(proto, self._found.model, scratch)
-
-
-def kept_decisions(plan: Plan, sites: Sequence[AttentionSite]) -> dict[str, Decision]:
-    """Decisions by site; a site that the plan does not name is kept."""
-    known = {d.site: d for d in plan.decisions}
-    return {s.id: known.get(s.id, Decision(s.id, "keep", "not in the plan")) for s in sites}
-
-
-__all__ = ["Outcome", "Run", "World", "kept_decisions"]

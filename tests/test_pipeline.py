@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -72,7 +73,7 @@ def test_a_window_is_replaced_proved_and_faster(tmp_path: Path) -> None:
 def test_dynamic_length_is_right_at_every_length(tmp_path: Path) -> None:
     spec = Spec(batch=1, heads=2, kv_heads=1, length=300, head_dim=16, mask="window", left=15, right=0, dynamic=True)
     path, out = windowed(tmp_path, spec), tmp_path / "out"
-    options = Options(target="onnx", out=out, profile={"n": Range(1, 400, 900), "b": Range(1, 1, 2)})
+    options = Options(target="onnx", out=out, profile={"n": Range(1, 400, 900), "b": Range(1, 1, 2)}, keep_slower=True)
     result = pipeline.compile(path, options)
     assert result.outcome == "replaced", result.warnings
     sessions = [ort.InferenceSession(p) for p in (path, out / "model.onnx")]
@@ -147,7 +148,7 @@ def test_sparse_needs_real_inputs_and_keeps_the_budget(tmp_path: Path) -> None:
 
     def compiled(max_error: float | None) -> report.Report:
         return pipeline.compile(
-            path, Options(policy="sparse", target="onnx", out=out, inputs=inputs, max_error=max_error)
+            path, Options(policy="sparse", target="onnx", out=out, inputs=inputs, max_error=max_error, keep_slower=True)
         )
 
     loose = compiled(10.0)
@@ -215,7 +216,7 @@ def test_target_errors_leave_the_portable_file(tmp_path: Path, monkeypatch: pyte
 def test_half_precision(tmp_path: Path, dtype: str) -> None:
     """fp16 runs on the CPU; bf16 is checked on a float32 twin and the report says so."""
     path = exported("mistral", tokens=512, window=32, dtype=dtype)
-    result = pipeline.compile(path, Options(target="onnx", out=tmp_path / "out"))
+    result = pipeline.compile(path, Options(target="onnx", out=tmp_path / "out", keep_slower=True))
     assert result.outcome == "replaced", result.warnings
     assert all(s.exactness is not None and s.exactness.passed for s in result.sites)
     assert result.parity is not None and result.parity.passed
@@ -228,7 +229,7 @@ def test_padding_and_window_keep_fully_masked_rows(tmp_path: Path) -> None:
     """Left-padded prompts, where the first rows see no key at all: the output must not change anywhere."""
     path = exported("mistral", tokens=512, window=32, dynamic=("sequence",), padding_mask=True)
     out = tmp_path / "out"
-    options = Options(target="onnx", out=out, profile={"sequence": Range(1, 512, 700)})
+    options = Options(target="onnx", out=out, profile={"sequence": Range(1, 512, 700)}, keep_slower=True)
     result = pipeline.compile(path, options)
     assert result.outcome == "replaced", result.warnings
     model = onnx.load(path)
@@ -276,5 +277,23 @@ def test_an_unchanged_file_is_not_said_to_be_converted(tmp_path: Path) -> None:
     result = pipeline.compile(path, Options(target="onnx", out=tmp_path / "out"))
     assert result.outcome == "unchanged" and not any("converted" in w for w in result.warnings)
     wide = exported("mistral", "torchscript", 17, tokens=512, window=32)
-    changed = pipeline.compile(wide, Options(target="onnx", out=tmp_path / "out"))
+    changed = pipeline.compile(wide, Options(target="onnx", out=tmp_path / "out", keep_slower=True))
     assert changed.outcome == "replaced" and any("converted from opset 17" in w for w in changed.warnings)
+
+
+def test_a_metric_without_a_budget_is_refused(tmp_path: Path) -> None:
+    """0.01 is a budget for relative L2; as a cosine it would let anything pass."""
+    with pytest.raises(BadArguments, match="cosine has no default budget"):
+        pipeline.compile(windowed(tmp_path), Options(policy="sparse", target="onnx", metric="cosine"))
+
+
+def test_a_planned_approximation_without_inputs_is_undone(tmp_path: Path) -> None:
+    """A narrower window than the model's, asked for by hand: seeded noise is no evidence for it."""
+    path, out, plan_file = windowed(tmp_path), tmp_path / "out", tmp_path / "plan.toml"
+    plan = pipeline.plan(pipeline.inspect(path, Options()), Options())
+    (decision,) = plan.decisions
+    narrower = {**decision.parameters, "left": [7], "kernel_size": [8]}
+    plan_file.write_text(plan_toml.dumps(replace(plan, decisions=(replace(decision, parameters=narrower),))))
+    result = pipeline.compile(path, Options(target="onnx", out=out, plan=plan_file, keep_slower=True))
+    assert result.outcome == "rolled_back" and "needs --inputs" in result.sites[0].rolled_back
+    assert (out / "model.onnx").read_bytes() == path.read_bytes()

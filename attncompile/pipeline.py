@@ -12,7 +12,7 @@ from attncompile import outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
 from attncompile.core.errors import BadArguments, Unsupported
-from attncompile.core.mechanism import Candidate, Mechanism
+from attncompile.core.mechanism import Candidate, Mechanism, exact_candidates, understood
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
 from attncompile.core.policy import Policy
@@ -124,7 +124,7 @@ def explain(path: Path, node: str, options: Options) -> Explanation:
             verdicts = [
                 (m.name, answer if isinstance(answer, Verdict) else Verdict.yes(answer.reason))
                 for m in mechanisms()
-                for answer in m.exact_candidates(site)
+                for answer in exact_candidates(m, site)
             ]
             decision = next(d for d in _plan(found, options, mechanisms()).decisions if d.site == site.id)
             return Explanation(node, site, None, tuple(verdicts), decision)
@@ -266,7 +266,8 @@ def _edits(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> li
         if mechanism is None:
             raise BadArguments(f"the plan's mechanism '{decision.mechanism}' for {site.id} does not exist",
                                f"there are {', '.join(by_name)} and keep")  # fmt: skip
-        verdict = mechanism.supports(site, decision.parameters)
+        known = understood(mechanism, site)
+        verdict = mechanism.supports(site, decision.parameters) if known.ok else known
         if not verdict.ok:
             raise BadArguments(f"{decision.mechanism} cannot replace {site.id}: {verdict.reason}",
                                verdict.hint or 'correct its parameters, or write mechanism = "keep"')  # fmt: skip

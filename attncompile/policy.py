@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attncompile.core.errors import BadArguments, Unsupported
-from attncompile.core.mechanism import Candidate, Mechanism
+from attncompile.core.mechanism import Candidate, Mechanism, exact_candidates
 from attncompile.core.plan import Decision, Refusal
 from attncompile.core.policy import Policy
 from attncompile.core.site import AttentionSite
@@ -90,7 +90,7 @@ def candidates(
     by_name = {m.name: m for m in mechanisms}
     for name in policy.exact:
         mechanism = by_name[name]
-        for answer in mechanism.exact_candidates(site):
+        for answer in exact_candidates(mechanism, site):
             if isinstance(answer, Verdict):
                 refused.append(Refusal(name, answer.code, answer.reason))
                 continue

@@ -17,7 +17,7 @@ from onnx import ModelProto, ValueInfoProto
 
 from attncompile import measure, metrics
 from attncompile.core.errors import Unsupported
-from attncompile.core.mechanism import Mechanism
+from attncompile.core.mechanism import Mechanism, understood
 from attncompile.core.plan import Decision
 from attncompile.core.policy import Policy
 from attncompile.core.site import AttentionSite
@@ -64,7 +64,7 @@ def options_for(
     """The approximate candidates of a site with a predicted gain worth it at the inputs' shapes."""
     found = []
     for mechanism in registry:
-        if mechanism.name not in policy.approximate:
+        if mechanism.name not in policy.approximate or not understood(mechanism, site).ok:
             continue
         for candidate in mechanism.approximate_candidates(site):
             if not mechanism.supports(site, candidate.parameters).ok:

@@ -28,6 +28,7 @@ class Fake:
     """A mechanism that offers one exact candidate, which may not lower."""
 
     skips_keys = True
+    understands = frozenset()
 
     def __init__(self, name: str, lowers: bool = True, exact: bool = True) -> None:
         self.name, self._lowers, self._exact = name, lowers, exact

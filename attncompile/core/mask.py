@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from attncompile.core.pattern import Pattern
+
 MaskKind = Literal[
     "none", "causal", "window", "neighborhood", "blocked", "block_sparse", "padding", "prefix", "dilated",
     "document", "global", "stripe", "radial", "bias", "opaque",
@@ -39,6 +41,7 @@ class MaskPart:
     ``left``/``right`` are set for ``window`` (and ``causal``: -1, 0). ``source`` names the graph value that holds
     a ``padding`` (bool, or additive float, broadcastable to [batch, heads, query, key] with query = 1), ``bias`` or
     ``opaque`` factor. ``additive`` says whether ``source`` is added to the scores (else it is a bool, True = visible).
+    ``pattern`` is the exact structure of every other kind.
     """
 
     kind: MaskKind
@@ -47,11 +50,14 @@ class MaskPart:
     right: int = -1
     source: str | None = None
     additive: bool = False
+    pattern: Pattern | None = None
 
     def parameters(self) -> dict[str, Any]:
         """The parameters that the CLI's JSON shows for this kind."""
         if self.kind == "window":
             return {"left": self.left, "right": self.right}
+        if self.pattern is not None:
+            return self.pattern.parameters()
         if self.source is not None:
             return {"source": self.source}
         return {}

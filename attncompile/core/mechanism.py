@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto
 
-from attncompile.core.site import AttentionSite
+from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 
 Parameters = Mapping[str, Any]
@@ -64,6 +64,8 @@ class Mechanism(Protocol):
     name: str
     skips_keys: bool
     """Whether a query meets fewer keys. A target that fuses dense attention takes only such replacements."""
+    understands: frozenset[Need]
+    """Which of a site's ``needs`` the mechanism's other methods look at; it is never offered a site with others."""
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         """Ways to replace ``site`` that change nothing but rounding, and why others do not apply."""
@@ -100,3 +102,17 @@ class Mechanism(Protocol):
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """The op with its function body, for a model that imports ``opset`` of the standard domain."""
         ...
+
+
+def understood(mechanism: Mechanism, site: AttentionSite) -> Verdict:
+    """Whether ``mechanism`` looks at everything that ``site`` has."""
+    missing = sorted(site.needs - mechanism.understands)
+    if missing:
+        return Verdict.no("needs", f"{mechanism.name} does not do {', '.join(missing)}")
+    return Verdict.yes("nothing beyond what it does")
+
+
+def exact_candidates(mechanism: Mechanism, site: AttentionSite) -> Sequence[Candidate | Verdict]:
+    """``mechanism.exact_candidates``, asked only where everything that ``site`` has is understood."""
+    known = understood(mechanism, site)
+    return mechanism.exact_candidates(site) if known.ok else (known,)

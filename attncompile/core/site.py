@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from attncompile.core.grid import TokenGrid
+from attncompile.core.linear import LinearFacts
 from attncompile.core.mask import MaskFacts
 
 Dim = int | str
@@ -21,6 +22,25 @@ class Operand:
 
     value: str
     layout: Layout
+
+
+Need = Literal["sinks", "head-scale", "log-sum-exp", "cache", "linear", "quantised", "body"]
+"""What a site may have beyond softmax(scale * Q K^T + mask) V in the main graph. A mechanism that does not say that it
+understands a need is never offered a site with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A KV cache. ``concat`` and ``scatter`` stand before the site, whose key and value operands are the whole cache;
+    ``operator``: the operator that is the site joins ``past_key`` and ``past_value`` with its operands, which are
+    the new keys and values alone. Names are graph values, empty where the graph does not have one.
+    """
+
+    form: Literal["concat", "scatter", "operator"]
+    past_key: str = ""
+    past_value: str = ""
+    present_key: str = ""
+    present_value: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +79,22 @@ class AttentionSite:
     grid: TokenGrid | None = None
     scope: str = ""
     kind: Literal["softmax", "linear"] = "softmax"
+    sinks: str = ""
+    head_scale: str = ""
+    log_sum_exp: str = ""
+    cache: Cache | None = None
+    linear: LinearFacts | None = None
+    quantised: str = ""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What a mechanism has to understand before it may take the site."""
+        has: dict[Need, object] = {
+            "sinks": self.sinks, "head-scale": self.head_scale, "log-sum-exp": self.log_sum_exp,
+            "cache": self.cache is not None and self.cache.form == "operator", "linear": self.kind == "linear",
+            "quantised": self.quantised, "body": self.scope,
+        }  # fmt: skip
+        return frozenset(need for need, present in has.items() if present)
 
     def to_json(self) -> dict[str, Any]:
         """The object of ``inspect --format json``; keys may be added, never renamed."""
@@ -70,7 +106,10 @@ class AttentionSite:
             "softmax_dtype": self.softmax_dtype, "grid": self.grid.to_json() if self.grid else None,
             "query": self.query.value, "key": self.key.value, "value": self.value.value,
             "layouts": [self.query.layout, self.key.layout, self.value.layout, self.output.layout],
-            "nodes": list(self.nodes), "output": self.output.value,
+            "nodes": list(self.nodes), "output": self.output.value, "sinks": self.sinks or None,
+            "head_scale": self.head_scale or None, "log_sum_exp": self.log_sum_exp or None,
+            "cache": asdict(self.cache) if self.cache else None,
+            "linear": self.linear.to_json() if self.linear else None, "quantised": self.quantised or None,
         }  # fmt: skip
 
 

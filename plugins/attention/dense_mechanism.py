@@ -9,7 +9,7 @@ import numpy as np
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
-from attncompile.core.site import AttentionSite
+from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.attention.dense import OP_TYPE, Dense, function, node, register
 from attncompile.plugins.attention.reference import reference
@@ -31,6 +31,7 @@ class DenseAttention:
 
     name = "DenseAttention"
     skips_keys = False
+    understands: frozenset[Need] = frozenset()
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         causal = site.mask.part("causal") is not None

@@ -9,7 +9,7 @@ import numpy as np
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
-from attncompile.core.site import AttentionSite
+from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.attention.reference import reference
 from attncompile.plugins.attention.standard import FIRST_OPSET, OP_TYPE, nodes
@@ -20,6 +20,7 @@ class Attention:
 
     name = OP_TYPE
     skips_keys = False
+    understands: frozenset[Need] = frozenset()
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         if site.form == "attention-op":

@@ -11,7 +11,7 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
-from attncompile.core.site import AttentionSite
+from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import float_type
 from attncompile.plugins.neighborhood.call import Call
@@ -53,6 +53,7 @@ class NeighborhoodAttention:
 
     name = OP_TYPE
     skips_keys = True
+    understands: frozenset[Need] = frozenset()
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         window = _window(site.mask)

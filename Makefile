@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.31,<1.1'
 	touch $(STAMP)
 
 $(DEMO)/mistral-$(TOKENS)-$(WINDOW).onnx: $(STAMP)

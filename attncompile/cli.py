@@ -150,26 +150,41 @@ def _inspect(
     return 0
 
 
-@app.command("explain", short_help="Say why a node is or is not attention.")
+@app.command("explain", short_help="Say what was understood, and why a node is or is not attention.")
 def _explain(
     model: opt.ModelPath,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="A site's id, or a node's or value's name.")],
+    node: Annotated[
+        str | None, typer.Argument(metavar="[NODE]", help="The same as --node.", show_default=False)
+    ] = None,
+    node_option: Annotated[
+        str | None,
+        typer.Option(
+            "--node", metavar="N", show_default=False,
+            help="Only this one: a site's id, or a node's or value's name. Default: every candidate.",
+        ),
+    ] = None,
     policy: opt.Policy = "exact",
     profile: opt.Profile = [],  # noqa: B006
     grid: opt.Grid = None,
     format: opt.Format = "table",
-) -> int:
-    """Say why NODE is, or is not, attention, and what every mechanism says to it."""
-    from attncompile import console, pipeline
-
+) -> int:  # fmt: skip
+    """Say of each candidate in MODEL (attention sites, then near misses) what was understood, what every mechanism says
+    to it, and which check failed first; or only of one node.
+    """
+    if node is not None and node_option is not None and node != node_option:
+        raise BadArguments(f"two nodes were given: '{node}' and '{node_option}'", "keep one of them")
     options = _options(policy=policy, profile=profile, grid=grid)
     as_json = _as_json(format)
+    wanted = node_option if node is None else node
+
+    from attncompile import console, explain
+
     with console.stdout_to_stderr():
-        explanation = pipeline.explain(model, node, options)
+        found = explain.explain_all(model, options) if wanted is None else explain.explain(model, wanted, options)
     if as_json:
-        _print_json(explanation.to_json())
+        _print_json(found.to_json())
     else:
-        for line in explanation.lines:
+        for line in found.lines:
             typer.echo(line)
     return 0
 

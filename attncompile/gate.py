@@ -15,9 +15,10 @@ from attncompile.core.errors import AttncompileError, Unsupported
 from attncompile.core.mechanism import Lowering, Mechanism
 from attncompile.core.plan import Decision
 from attncompile.core.site import AttentionSite
+from attncompile.edges import Edge
 from attncompile.passes.evaluate import World
 from attncompile.passes.extract import SiteModel, extract_site
-from attncompile.report import Exactness, ShapeTiming
+from attncompile.report import Exactness, ShapeTiming, SiteCase
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,13 @@ class SiteResult:
 
 
 Bindings = Sequence[tuple[str, Mapping[str, int]]]
+_Models = list[tuple[str, Mapping[str, int], SiteModel]]
+
+EXTRA_CASES_BELOW = 1 << 26
+"""Score elements of one run (16 heads of 2,048 tokens) above which the extra cases are left to the smaller shapes."""
+
+EXTRA_MEMORY_CAP = 1 << 27
+"""Bytes of a float64 intermediate above which the extra cases are judged on sampled query rows."""
 
 
 class SiteGate:
@@ -59,10 +67,12 @@ class SiteGate:
 
     def __init__(
         self, world_at: Callable[[Mapping[str, int]], World], bindings: Bindings, *, threads: int | None, seed: int,
-        keep_slower: bool, seconds: float = 4.0,
+        keep_slower: bool, seconds: float = 4.0, edges: Sequence[Edge] = (),
     ) -> None:  # fmt: skip
+        """``bindings`` are the profile's shapes, which are timed too; ``edges`` further ones to be right at."""
         self._world_at = world_at
         self._bindings = bindings
+        self._edges = edges
         self._threads = threads
         self._seed = seed
         self._keep_slower = keep_slower
@@ -70,23 +80,36 @@ class SiteGate:
         self._results: dict[str, SiteResult] = {}
 
     def check(self, edit: Edit) -> SiteResult:
-        """Exactness at every shape of the profile (exact sites only), then speed. A failure is a result."""
-        models: list[tuple[str, Mapping[str, int], SiteModel]] = []
+        """Exactness at every shape of the profile and at the edges (exact sites only), then speed. A failure is a
+        result.
+        """
+        models: _Models = []
         for label, binding in self._bindings:
-            world = self._world_at(binding)
             try:
-                models.append((label, binding, extract_site(world, edit.site, edit.twin or edit.lowering)))
+                models.append((label, binding, self._extract(edit, binding)))
             except Unsupported as error:
                 return SiteResult(rolled_back=f"cannot be checked at {label} shapes: {error.message}")
-        key = _digest([m for _, _, m in models], edit.decision.exact)
+        beyond: list[tuple[str, list[SiteModel], str]] = []
+        for edge in self._edges if edit.decision.exact else ():
+            alternatives, reason = [], ""
+            for binding in edge.bindings:
+                try:
+                    alternatives.append(self._extract(edit, binding))
+                except AttncompileError as error:
+                    reason = error.message
+            beyond.append((edge.label, alternatives, reason))
+        key = _digest([m for _, _, m in models] + [m for _, found, _ in beyond for m in found], edit.decision.exact)
         if key not in self._results:
-            self._results[key] = self._check(edit, models)
+            self._results[key] = self._check(edit, models, beyond)
         return self._results[key]
 
-    def _check(self, edit: Edit, models: list[tuple[str, Mapping[str, int], SiteModel]]) -> SiteResult:
+    def _extract(self, edit: Edit, binding: Mapping[str, int]) -> SiteModel:
+        return extract_site(self._world_at(binding), edit.site, edit.twin or edit.lowering)
+
+    def _check(self, edit: Edit, models: _Models, beyond: Sequence[tuple[str, list[SiteModel], str]]) -> SiteResult:
         exactness = None
         if edit.decision.exact:
-            exactness = self._exactness(edit, models)
+            exactness = self._exactness(edit, models, beyond)
             if not exactness.passed:
                 return SiteResult(exactness, rolled_back=f"not exact: {exactness.reason}")
         try:
@@ -98,25 +121,54 @@ class SiteGate:
             return SiteResult(exactness, timings, f"not faster: ours / original {ratios}")
         return SiteResult(exactness, timings)
 
-    def _exactness(self, edit: Edit, models: list[tuple[str, Mapping[str, int], SiteModel]]) -> Exactness:
-        count, ratio, distance, worst = 0, 0.0, 0.0, ""
+    def _exactness(
+        self, edit: Edit, models: _Models, beyond: Sequence[tuple[str, list[SiteModel], str]]
+    ) -> Exactness:  # fmt: skip
+        found: list[tuple[str, verify.SiteCheck]] = []
         labels: list[str] = []
         for label, _, model in models:
-            cases = verify.cases(model.inputs, model.fixed, model.roles, self._seed, scale=edit.site.scale)
-            found = verify.check_site(
-                model.original, model.replaced, cases, query=edit.site.query, threads=self._threads
-            )
-            labels += [x for x in found.labels if x not in labels]
-            count += len(found.checks)
-            if not found.passed:
-                return Exactness(False, count, label="; ".join(labels), worst_case=label,
-                                 reason=f"at {label} shapes: {found.verdict.reason}")  # fmt: skip
-            for check in found.checks:
-                if math.isfinite(check.error) and check.error >= distance:
-                    distance, worst = check.error, f"{check.case} at {label}"
-                if check.original_error > 0 and math.isfinite(check.error):
-                    ratio = max(ratio, check.error / check.original_error)
-        return Exactness(True, count, ratio or None, distance, "; ".join(labels), worst)
+            found.append((f"{label} shapes", self._check_cases(edit, model, labels)))
+            if not found[-1][1].passed:
+                return _exactness(found, labels)
+        for label, alternatives, reason in beyond:
+            for model in alternatives:
+                check = self._check_cases(edit, model, labels)
+                if check.verdict.code != "original_failed":
+                    found.append((label, check))
+                    break
+                reason = f"the original does not run there ({check.verdict.reason[:120]})"
+            else:
+                labels.append(f"not checked at {label}: {reason or 'no such sizes'}")
+        return _exactness(found, labels)
+
+    def _check_cases(self, edit: Edit, model: SiteModel, labels: list[str]) -> verify.SiteCheck:
+        site = edit.site
+        made = verify.cases(
+            model.inputs, model.fixed, model.roles, self._seed, scale=site.scale,
+            fill=max(site.mask.fills, default=-math.inf),
+            biases=[p.source for p in site.mask.parts if p.source and p.additive and p.kind != "padding"],
+            dims=(site.query.layout.index("D"), site.key.layout.index("D"), site.value.layout.index("D")),
+        )  # fmt: skip
+        core, extra = [c for c in made if not c.extra], [c for c in made if c.extra]
+        if verify.largest_intermediate(model.original) > EXTRA_CASES_BELOW and extra:
+            labels.append(f"a run takes long at some shapes: not tried there: {', '.join(c.name for c in extra)}")
+            extra = []
+        found = self._compare(edit, model, core, verify.MEMORY_CAP)
+        if not extra or not found.passed:
+            return found
+        more = self._compare(edit, model, extra, EXTRA_MEMORY_CAP)
+        failed = not more.passed and more.verdict.code != "nothing_compared"
+        said = tuple(x for x in more.labels if x not in found.labels)
+        return verify.SiteCheck(
+            more.verdict if failed else found.verdict, found.checks + more.checks, found.labels + said
+        )  # fmt: skip
+
+    def _compare(
+        self, edit: Edit, model: SiteModel, made: Sequence[verify.Case], memory_cap: int
+    ) -> verify.SiteCheck:  # fmt: skip
+        return verify.check_site(
+            model.original, model.replaced, made, query=edit.site.query, threads=self._threads, memory_cap=memory_cap
+        )
 
     def _time(self, label: str, binding: Mapping[str, int], model: SiteModel) -> ShapeTiming:
         feed = verify.cases(model.inputs, model.fixed, model.roles, self._seed)[0].feed
@@ -127,6 +179,37 @@ class SiteGate:
         pair = [measure.open_session(p.SerializeToString(), self._threads) for p in protos]
         timing = measure.paired_conclusive(pair[0], pair[1], feed, budget_seconds=self._seconds, threads=self._threads)
         return ShapeTiming(label, binding, timing)
+
+
+def _exactness(found: Sequence[tuple[str, verify.SiteCheck]], labels: Sequence[str]) -> Exactness:
+    """The verdict over all shapes; it fails where one does, or where nothing was compared."""
+    ratio, distance, worst = 0.0, 0.0, ""
+    texts: list[str] = []
+    cases: list[SiteCase] = []
+    for shapes, result in found:
+        texts += [x for x in result.labels if x not in texts]
+        for check in result.checks:
+            judged = check.verdict.code != "not_judged"
+            reason = check.note if check.verdict.ok else check.verdict.reason
+            cases.append(
+                SiteCase(check.case, shapes, check.verdict.ok, judged, check.error, check.original_error, reason)
+            )
+            if not check.verdict.ok:
+                continue
+            # An extreme case has a large error in the original as well: it says nothing about how near the two are.
+            if math.isfinite(check.error) and check.error >= distance and not check.extreme:
+                distance, worst = check.error, f"{check.case} at {shapes}"
+            if check.original_error > 0 and math.isfinite(check.error):
+                ratio = max(ratio, check.error / check.original_error)
+    label = "; ".join([*texts, *dict.fromkeys(labels)])
+    count = sum(c.judged for c in cases)
+    failed = next(((s, r) for s, r in found if not r.passed), None)
+    if failed is not None:
+        reason = f"at {failed[0]}: {failed[1].verdict.reason}"
+        return Exactness(False, count, label=label, worst_case=failed[0], reason=reason, checks=tuple(cases))
+    if not count:
+        return Exactness(False, 0, label=label, reason="nothing was compared", checks=tuple(cases))
+    return Exactness(True, count, ratio or None, distance if worst else None, label, worst, checks=tuple(cases))
 
 
 def _digest(models: Sequence[SiteModel], exact: bool) -> str:

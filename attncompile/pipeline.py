@@ -8,20 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from attncompile import outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
 from attncompile.core.errors import BadArguments, Unsupported
-from attncompile.core.mechanism import Candidate, Mechanism, exact_candidates, understood
+from attncompile.core.mechanism import Candidate, Mechanism, understood
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
 from attncompile.core.policy import Policy
 from attncompile.core.profile import Range, ShapeProfile
 from attncompile.core.site import AttentionSite, Detection
-from attncompile.core.verdict import Verdict
 from attncompile.cost import predicted_gain, shape_of
+from attncompile.edges import edges
 from attncompile.env import environment
 from attncompile.gate import Edit, SiteGate, SiteResult
+from attncompile.ledger import Ledger
 from attncompile.passes.detect import detect
 from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.grid import parse_grid
@@ -31,7 +34,8 @@ from attncompile.passes.separate import HELPED, separate
 from attncompile.passes.symbols import profile_for
 from attncompile.plugins import mechanisms
 from attncompile.policy import decide, load_policy
-from attncompile.report import Explanation, Report, SiteReport, TargetReport, model_info
+from attncompile.report import Report, SiteReport, TargetReport, model_info
+from attncompile.shaped import sizes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,9 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a model holds. ``normal`` is the form that replacements are made in, or the reason why there is none."""
+    """What a model holds. ``normal`` is the form that replacements are made in, or the reason why there is none;
+    ``feeds`` are the user's inputs.
+    """
 
     model: Model
     normal: Model | Unsupported
@@ -70,6 +76,12 @@ class Inspection:
     index: GraphIndex
     detection: Detection
     seconds: float
+    feeds: tuple[Mapping[str, np.ndarray], ...] = ()
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the assumptions of replacements are read from."""
+        return Ledger(self.index, self.profile, self.model.opset, edges(self.profile, self.detection.sites))
 
 
 class Worlds:
@@ -87,10 +99,14 @@ class Worlds:
 
 
 def inspect(path: Path, options: Options) -> Inspection:
-    """Load, normalise and detect; nothing is written and no weight is read that is not needed."""
+    """Load, normalise and detect; nothing is written and no weight is read that is not needed.
+
+    Sizes that the profile only assumes are widened to those of the user's inputs.
+    """
     start = time.perf_counter()
     model = load(path, hash_weights=options.hash_weights)
-    profile = profile_for(model, options.profile)
+    feeds = tuple(verify.load_inputs(options.inputs, model.proto)) if options.inputs else ()
+    profile = widened(profile_for(model, options.profile), model, feeds)
     normal: Model | Unsupported
     try:
         normal = normalise(model)
@@ -104,40 +120,23 @@ def inspect(path: Path, options: Options) -> Inspection:
         if separated is not normal:
             normal, index = separated, GraphIndex(separated)
             detection = detect(normal, profile, index=index, grid=grid)
-    return Inspection(model, normal, profile, index, detection, time.perf_counter() - start)
+    return Inspection(model, normal, profile, index, detection, time.perf_counter() - start, feeds)
+
+
+def widened(profile: ShapeProfile, model: Model, feeds: Sequence[Mapping[str, np.ndarray]]) -> ShapeProfile:
+    """``profile`` with the sizes of ``feeds`` inside its ranges, where the user gave none."""
+    ranges = dict(profile.ranges)
+    for feed in feeds:
+        for symbol, size in sizes_of(model, feed).items():
+            r = ranges[symbol]
+            if r.assumed and size:  # an empty cache is no size to compile for
+                ranges[symbol] = replace(r, minimum=min(r.minimum, size), maximum=max(r.maximum, size))
+    return ShapeProfile(ranges)
 
 
 def plan(found: Inspection, options: Options) -> Plan:
     """One decision a site, by the policy; nothing is measured."""
     return _plan(found, options, mechanisms())
-
-
-def explain(path: Path, node: str, options: Options) -> Explanation:
-    """Why ``node`` (a node's name, ``op_type:output``, a value or a site id) is, or is not, replaced.
-
-    Raises:
-        BadArguments: the model has no such node.
-    """
-    found = inspect(path, options)
-    for site in found.detection.sites:
-        if node in (site.id, site.output.value, *site.nodes, *site.interior):
-            verdicts = [
-                (m.name, answer if isinstance(answer, Verdict) else Verdict.yes(answer.reason))
-                for m in mechanisms()
-                for answer in exact_candidates(m, site)
-            ]
-            decision = next(d for d in _plan(found, options, mechanisms()).decisions if d.site == site.id)
-            return Explanation(node, site, None, tuple(verdicts), decision)
-    for miss in found.detection.near_misses:
-        if miss.node == node:
-            return Explanation(node, None, miss)
-    graph = found.index.model.proto.graph
-    names = {n.name for n in graph.node} | {f"{n.op_type}:{o}" for n in graph.node for o in n.output}
-    if node not in names | set(found.index.producer) | set(found.index.initializers) | set(found.index.inputs):
-        raise BadArguments(
-            f"{path.name} has no node, value or site '{node}'", "list its sites: attncompile inspect MODEL"
-        )
-    return Explanation(node)
 
 
 def compile(path: Path, options: Options, progress: Progress | None = None) -> Report:  # noqa: A001
@@ -156,7 +155,6 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     progress.stage("detect")
     found = inspect(path, options)
     clock.lap("detect")
-    feeds = verify.load_inputs(options.inputs, found.model.proto) if options.inputs else []
 
     progress.stage("plan")
     chosen = _read_plan(options.plan, found) if options.plan else _plan(found, options, registry)
@@ -164,10 +162,12 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     clock.lap("plan")
 
     edits = _edits(found, chosen, registry)
+    in_force = {e.site.id: e.decision for e in edits}  # exactness and assumptions are never a plan file's to say
+    chosen = replace(chosen, decisions=tuple(in_force.get(d.site, d) for d in chosen.decisions))
     worlds = Worlds(found.index)
     checker = SiteGate(
         worlds, list(found.profile.bindings()), threads=options.threads, seed=options.seed,
-        keep_slower=options.keep_slower,
+        keep_slower=options.keep_slower, edges=found.ledger.edges,
     )  # fmt: skip
     progress.stage("check sites", len(edits))
     results: dict[str, SiteResult] = {}
@@ -178,7 +178,7 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
 
     kept = [e for e in edits if not results[e.site.id].rolled_back]
     with outputs.staged(out) as folder:
-        run = whole.Run(found, options, feeds, kept, results, registry, worlds, checker, progress, folder)
+        run = whole.Run(found, options, found.feeds, kept, results, registry, worlds, checker, progress, folder)
         outcome = run.finish(chosen)
         clock.lap("verify the model")
         built = outputs.build(found, options, target, run.proto_for(target.fuses_dense), folder, run.evidence, progress)
@@ -229,7 +229,11 @@ def _decide(
         costs = [by_name[candidate.mechanism].cost(site, candidate.parameters, s) for s in shapes]
         return max(predicted_gain(site, c, s) for c, s in zip(costs, shapes, strict=True))
 
-    return decide(policy, site, registry, found.normal.opset, gain_of)
+    decision = decide(policy, site, registry, found.normal.opset, gain_of)
+    if decision.kept:
+        return decision
+    chosen = by_name[decision.mechanism]
+    return replace(decision, assumptions=found.ledger.of(site, chosen, decision.parameters, decision.exact))
 
 
 def _read_plan(path: Path, found: Inspection) -> Plan:
@@ -272,7 +276,8 @@ def _edits(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> li
             raise BadArguments(f"{decision.mechanism} cannot replace {site.id}: {verdict.reason}",
                                verdict.hint or 'correct its parameters, or write mechanism = "keep"')  # fmt: skip
         exact = mechanism.is_exact_for(site, decision.parameters).ok
-        edits.append(Edit.of(site, replace(decision, exact=exact), mechanism, found.normal.opset))
+        assumed = found.ledger.of(site, mechanism, decision.parameters, exact)
+        edits.append(Edit.of(site, replace(decision, exact=exact, assumptions=assumed), mechanism, found.normal.opset))
     return edits
 
 
@@ -307,6 +312,7 @@ def _report(
         parity=outcome.parity, timings=outcome.timings, targets=tuple(targets),
         warnings=(*warnings, *outcome.warnings), failures=tuple(failures), seconds=clock.laps, out=str(out),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), exit_code=1 if failures else 0,
+        bisection=outcome.bisection,
     )  # fmt: skip
 
 

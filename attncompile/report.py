@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from attncompile.core.plan import Decision
     from attncompile.core.profile import Range
     from attncompile.core.site import AttentionSite, NearMiss
-    from attncompile.core.verdict import Verdict
     from attncompile.env import Environment
     from attncompile.measure import Timing
     from attncompile.metrics import Metrics
@@ -61,12 +60,34 @@ class ShapeTiming:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteCase:
+    """One set of inputs at one shape on which a site was checked. Where ``judged`` is False nothing could be compared,
+    and ``reason`` says why. ``error`` and ``original_error`` are RMSE against float64, relative to its RMS.
+    """
+
+    case: str
+    shapes: str
+    passed: bool
+    judged: bool = True
+    error: float | None = None
+    original_error: float | None = None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "case": self.case, "shapes": self.shapes, "passed": self.passed, "judged": self.judged,
+            "error": _number(self.error), "original_error": _number(self.original_error), "reason": self.reason,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class Exactness:
     """The rewritten site against the original subgraph on random and adversarial inputs.
 
-    ``rmse_ratio`` is the worst case's error against float64, ours / original's own; ``relative_l2`` the worst
-    case's error of ours against float64, relative to it. ``label`` says what was compared where it was not the model's
-    own precision (the fp32 twin of a bf16 site). ``reason`` says what failed.
+    ``rmse_ratio`` is the worst case's error against float64, ours / original's own; ``relative_l2`` the worst error
+    of ours against float64 in a case that is not extreme, relative to it. ``label`` says what was compared where it was
+    not the model's own precision (the fp32 twin of a bf16 site). ``reason`` says what failed. ``checks`` are all cases
+    at all shapes, as far as the check went.
     """
 
     passed: bool
@@ -76,12 +97,13 @@ class Exactness:
     label: str = ""
     worst_case: str = ""
     reason: str = ""
+    checks: tuple[SiteCase, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "passed": self.passed, "cases": self.cases, "rmse_ratio": _number(self.rmse_ratio),
             "relative_l2": _number(self.relative_l2), "label": self.label, "worst_case": self.worst_case,
-            "reason": self.reason,
+            "reason": self.reason, "checks": [c.to_json() for c in self.checks],
         }  # fmt: skip
 
 
@@ -176,6 +198,29 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True)
+class Bisection:
+    """Sites restored because the whole model failed with them, though each passed alone. The sites of one of ``groups``
+    fail together, and pass where any of them is left out. ``runs`` of the model, each on all inputs, were needed.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    candidates: int
+    runs: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"groups": [list(g) for g in self.groups], "candidates": self.candidates, "runs": self.runs}
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        found = "; ".join(" with ".join(g) for g in self.groups)
+        return (
+            f"the model failed though its sites passed: {found} restored, found by bisection over {self.candidates} "
+            f"replacements in {self.runs} model runs"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TargetFile:
     """A file in ``OUT/``; ``path`` is relative to it."""
 
@@ -229,6 +274,7 @@ class Report:
     out: str = ""
     created: str = ""
     exit_code: int = 0
+    bisection: Bisection | None = None
 
     @property
     def replaced(self) -> tuple[SiteReport, ...]:
@@ -250,56 +296,8 @@ class Report:
             "near_misses": [n.to_json() for n in self.near_misses],
             "parity": self.parity.to_json() if self.parity else None,
             "timings": [t.to_json() for t in self.timings], "targets": [t.to_json() for t in self.targets],
-            "seconds": dict(self.seconds),
+            "seconds": dict(self.seconds), "bisection": self.bisection.to_json() if self.bisection else None,
         }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Why one node is, or is not, a site that is replaced. ``verdicts`` are (mechanism, verdict) in registry order."""
-
-    node: str
-    site: AttentionSite | None = None
-    near_miss: NearMiss | None = None
-    verdicts: tuple[tuple[str, Verdict], ...] = ()
-    decision: Decision | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        from attncompile.core.plan_toml import decision_json
-
-        return {
-            "node": self.node, "site": self.site.to_json() if self.site else None,
-            "near_miss": self.near_miss.to_json() if self.near_miss else None,
-            "verdicts": [
-                {"mechanism": name, "ok": v.ok, "code": v.code, "reason": v.reason, "hint": v.hint}
-                for name, v in self.verdicts
-            ],
-            "decision": decision_json(self.decision) if self.decision else None,
-        }  # fmt: skip
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The explanation for people."""
-        if self.near_miss is not None:
-            return (
-                f"{self.node} is not taken as attention: {self.near_miss.reason}",
-                f"  nearest form: {self.near_miss.nearest_form}",
-            )
-        if self.site is None:
-            return (f"{self.node} is in no attention site and no near miss: nothing in it looks like attention",)
-        site = self.site
-        out = [
-            f"{self.node} belongs to site {site.id} ({site.form}): {site.kind} attention, {tokens_text(site)} tokens, "
-            f"{heads_text(site)} heads of {site.head_dim}, mask {mask_text(site)}",
-            *(f"  mask: {p.kind}, shown by {p.certificate.method}: {p.certificate.detail}" for p in site.mask.parts),
-        ]
-        for name, verdict in self.verdicts:
-            out.append(f"  {name}: {'can' if verdict.ok else 'cannot'}{_tail(verdict.reason)}")
-            if verdict.hint:
-                out.append(f"    hint: {verdict.hint}")
-        if self.decision is not None:
-            out.append(f"  decision: {self.decision.mechanism}{_tail(self.decision.reason)}")
-        return tuple(out)
 
 
 def model_info(model: Model) -> ModelInfo:
@@ -335,9 +333,25 @@ def mask_text(site: AttentionSite) -> str:
         if part.kind == "window":
             left, right = (("-∞" if part.left < 0 else f"-{part.left}"), ("∞" if part.right < 0 else str(part.right)))
             words.append(f"window {left}..{right}")
+        elif isinstance(kernel := part.parameters().get("kernel_size"), list):
+            words.append(f"{part.kind} {'x'.join(map(str, kernel))}")
         else:
             words.append(part.kind)
+    words += ["key ends"] * (site.mask.ends is not None)
     return " + ".join(words) or "none"
+
+
+def beyond_text(site: AttentionSite) -> str:
+    """What the site has beyond plain attention in the main graph, in a few words: ``sinks, concat cache``."""
+    words = [f"softcap {site.softcap:g}"] if site.softcap else []
+    words += ["sinks"] * bool(site.sinks) + ["head scale"] * bool(site.head_scale)
+    words += ["log-sum-exp"] * bool(site.log_sum_exp) + ["quantised"] * bool(site.quantised)
+    if site.cache is not None:
+        words.append(f"{site.cache.form} cache")
+    if site.linear is not None:
+        words += [site.linear.form, f"map {site.linear.key_map}"] + ["causal"] * site.linear.causal
+        words += [f"{site.linear.decay} decay"] * (site.linear.decay != "none")
+    return ", ".join([*words, *([f"in {site.scope}"] if site.scope else [])])
 
 
 def tokens_text(site: AttentionSite) -> str:
@@ -350,10 +364,6 @@ def tokens_text(site: AttentionSite) -> str:
 def heads_text(site: AttentionSite) -> str:
     """The number of heads, or ``heads/kv_heads`` for grouped queries."""
     return str(site.heads) if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
-
-
-def _tail(text: str) -> str:
-    return f": {text}" if text else ""
 
 
 def _number(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from attncompile.report import OutputComparison, Report
+from attncompile.report_proof import ASSUMPTION_COLUMNS, CASE_COLUMNS, assumption_rows, case_rows
 from attncompile.report_text import (
     SITE_COLUMNS,
     TARGET_COLUMNS,
@@ -57,6 +58,8 @@ def render(report: Report) -> str:
         _list("Warnings", report.warnings),
         _table("Run", (), facts),
         _table("Attention sites", SITE_COLUMNS, site_rows(report.sites)),
+        _table("Sites: every case that they were checked on", CASE_COLUMNS, case_rows(report.sites)),
+        _table("What the replacements assume", ASSUMPTION_COLUMNS, assumption_rows(report.sites)),
         _table("Whole model: time", TIMING_COLUMNS, timing_rows(report.timings)),
         _table("Whole model: outputs against the original", outputs, map(_comparison, comparisons)),
         _table("Targets", TARGET_COLUMNS, target_rows(report.targets)),

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from attncompile.report import Report, ShapeTiming, SiteReport, TargetReport, heads_text, mask_text, tokens_text
+from attncompile.report import (
+    Report,
+    ShapeTiming,
+    SiteReport,
+    TargetReport,
+    beyond_text,
+    heads_text,
+    mask_text,
+    tokens_text,
+)
+from attncompile.report_proof import assumption_lines, proof_lines
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -32,9 +42,10 @@ _INLINED = re.compile(r"_inlfunc_(\w+?)_(?:token_\d+_)?@site\d+@")
 def print_sites(sites: Sequence[AttentionSite], near_misses: Sequence[NearMiss], console: Console) -> None:
     """The tables of ``inspect``: sites, equal ones in one row, then near misses."""
     if sites:
-        rows = _grouped((s.id, (s.form, *_facts(s), str(s.head_dim), mask_text(s))) for s in sites)
-        columns = ("site", "form", "kind", "tokens", "heads", "head dim", "mask")
-        console.print(_table(columns, ((_ids(ids), *row) for ids, row in rows)))
+        rows = _grouped((s.id, (s.form, *_facts(s), str(s.head_dim), mask_text(s), beyond_text(s))) for s in sites)
+        columns = ["site", "form", "kind", "tokens", "heads", "head dim", "mask", "also"]
+        width = len(columns) if any(row[-1] for _, row in rows) else len(columns) - 1
+        console.print(_table(columns[:width], ((_ids(ids), *row)[:width] for ids, row in rows)))
         console.print()
     _print_near_misses(near_misses, console)
     text = f"{_count(len(sites), 'attention site')}, {_count(len(near_misses), 'near miss', 'near misses')}"
@@ -133,6 +144,8 @@ def print_table(report: Report, console: Console) -> None:
     rows = list(site_rows(report.sites))
     if rows:
         _print_with_reasons(SITE_COLUMNS[:-1], rows, console)
+    for line in (*proof_lines(report.sites), *assumption_lines(report.sites)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report.timings:
         print_timings(report.timings, console)
         console.print()

@@ -61,8 +61,12 @@ def split(feeds: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
 def options_for(
     site: AttentionSite, policy: Policy, registry: Sequence[Mechanism], worlds: Sequence[World], opset: int
 ) -> list[Edit]:
-    """The approximate candidates of a site with a predicted gain worth it at the inputs' shapes."""
-    found = []
+    """The approximate candidates of a site with a predicted gain worth it at the inputs' shapes. None in a body: its
+    operands cannot be made outputs of the model.
+    """
+    found: list[Edit] = []
+    if site.scope:
+        return found
     for mechanism in registry:
         if mechanism.name not in policy.approximate or not understood(mechanism, site).ok:
             continue

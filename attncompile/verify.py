@@ -6,10 +6,18 @@ The face of ``attncompile.verification``.
 from __future__ import annotations
 
 from attncompile.verification.cases import Case, cases
-from attncompile.verification.inputs import InputSpec, check_feed, input_specs, load_inputs, make_inputs
+from attncompile.verification.inputs import (
+    InputSpec,
+    check_feed,
+    input_specs,
+    load_inputs,
+    make_inputs,
+    padded_feeds,
+)
 from attncompile.verification.judge import CaseCheck, compare_output, compare_patterns
+from attncompile.verification.reference import largest_intermediate
 from attncompile.verification.retype import TO_TWIN, convert_feed, retype, uses_bfloat16
-from attncompile.verification.runners import Baseline
+from attncompile.verification.runners import Baseline, RewrittenFailed
 from attncompile.verification.site import MEMORY_CAP, SiteCheck, check_site
 from attncompile.verification.whole import (
     METRICS,
@@ -29,6 +37,7 @@ __all__ = [
     "InputSpec",
     "ModelComparison",
     "OutputComparison",
+    "RewrittenFailed",
     "SiteCheck",
     "cases",
     "check_feed",
@@ -39,8 +48,10 @@ __all__ = [
     "convert_feed",
     "exact_budget",
     "input_specs",
+    "largest_intermediate",
     "load_inputs",
     "make_inputs",
+    "padded_feeds",
     "retype",
     "uses_bfloat16",
 ]  # fmt: skip

@@ -6,18 +6,22 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from onnx import ModelProto
 
-from attncompile import __version__, measure, search, verify
-from attncompile.core.errors import AttncompileError, Unsupported
+from attncompile import __version__, branches, measure, search, verify
+from attncompile.core.errors import BadModel, Unsupported
 from attncompile.core.plan import Plan
+from attncompile.culprits import find_culprits
 from attncompile.gate import Edit, SiteGate, SiteResult
+from attncompile.ledger_check import LedgerCheck
+from attncompile.passes.load import graphs
 from attncompile.passes.replace import apply
 from attncompile.policy import load_policy
-from attncompile.report import OutputComparison, Parity, ShapeTiming, SiteFidelity
+from attncompile.report import Bisection, OutputComparison, Parity, ShapeTiming, SiteFidelity
+from attncompile.shaped import Shaped, binding_of, shaped_inputs
 from attncompile.targets import onnx as onnx_target
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 Feed = Mapping[str, np.ndarray]
 _SCRATCH = ".scratch"
+_RUNTIME_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
 TIMING_SECONDS = 10.0
 """Time for the paired rounds of the whole model at each shape."""
 
@@ -42,15 +47,7 @@ class Outcome:
     timings: tuple[ShapeTiming, ...] = ()
     warnings: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Shaped:
-    """Inputs at one shape; ``label`` is that of the profile, or ``inputs`` for the user's."""
-
-    label: str
-    bindings: Mapping[str, int]
-    feed: Feed
+    bisection: Bisection | None = None
 
 
 class Run:
@@ -75,6 +72,7 @@ class Run:
         self._bfloat16 = verify.uses_bfloat16(found.model.proto)
         self._warnings: list[str] = []
         self._fidelity: dict[str, SiteFidelity] = {}
+        self._bisection: Bisection | None = None
         self._policy = load_policy(options.policy, registry)
 
     def finish(self, plan: Plan) -> Outcome:
@@ -83,14 +81,22 @@ class Run:
             plan = self._approximate(plan)
         if not self._feeds:  # only a plan file can ask for this
             self._undo([e for e in self._edits if not e.decision.exact], "an approximation needs --inputs")
+        failures = self._broken_assumptions()
+        foreign = _not_of_onnx_runtime(self._found.model.proto)
+        if foreign and self._edits:
+            self._undo(list(self._edits), f"the whole model cannot be compared: ONNX Runtime does not have {foreign}")
         if not self._edits:
             self._write(())
             shutil.rmtree(self._folder / _SCRATCH, ignore_errors=True)
             evidence = Parity(True, "relative_l2", self._budget(), 0.0, "none",
                               reason="nothing was replaced: the output is the input")  # fmt: skip
-            return Outcome(plan, self._results, self._fidelity, evidence, (), tuple(self._warnings))
+            return Outcome(plan, self._results, self._fidelity, evidence, (), tuple(self._warnings), failures)
         self._progress.stage("verify the model")
         shaped = self._shaped()
+        seen = [s.feed for s in self._evidence(shaped)]
+        usual = self._worlds(self._found.profile.usual())
+        self._undo([e for e in self._edits if e.site.scope and not branches.reached(usual, e.site, seen)],
+                   "the body that holds it was not run by any inputs")  # fmt: skip
         parity = self._parity(shaped)
         timings: tuple[ShapeTiming, ...] = ()
         if self._edits:
@@ -103,11 +109,29 @@ class Run:
             parity = self._compare(shaped, self._folder / "polygraphy")
         shutil.rmtree(self._folder / _SCRATCH, ignore_errors=True)
         failures = () if parity.passed else (f"parity: {parity.reason}",)
-        return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures)
+        if self._bisection is not None:
+            self._warnings.append(self._bisection.text)
+        return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures,
+                       self._bisection)  # fmt: skip
+
+    def _broken_assumptions(self) -> tuple[str, ...]:
+        """What the user's inputs break; then nothing stays replaced, and the run fails."""
+        if not self._feeds or not self._edits or self._options.inputs is None:
+            return ()
+        check = LedgerCheck(
+            self._found.ledger,
+            self._feeds,
+            lambda feed: self._worlds(binding_of(self._found, feed)),
+            self._options.inputs,
+        )
+        broken = check.broken([(e.site, e.decision) for e in self._edits])
+        if broken:
+            self._undo(list(self._edits), f"your inputs break an assumption: {broken[0].text}")
+        return tuple(f"assumption of {_ids(b.sites)}: {b.text}" for b in broken)
 
     def evidence(self) -> list[Feed]:
         """The user's inputs, or seeded ones at the shapes at which the original runs."""
-        return list(self._feeds) or [s.feed for s in self._shaped()]
+        return list(self._feeds) or [s.feed for s in self._shaped() if s.timed]
 
     def proto_for(self, fuses_dense: bool) -> ModelProto:
         """The model for one target, from the decisions in force. One that fuses dense attention keeps its dense sites
@@ -146,7 +170,7 @@ class Run:
         allowed = sites[self._policy.keep_first : len(sites) - self._policy.keep_last]
         if self._options.sites:
             allowed = tuple(s for s in allowed if s.id in self._options.sites)
-        worlds = [self._worlds(self._binding(feed)) for feed in self._feeds]
+        worlds = [self._worlds(binding_of(self._found, feed)) for feed in self._feeds]
         opset = self._found.index.model.opset
         choices: dict[str, list[Edit]] = {}
         for site in allowed:
@@ -158,26 +182,35 @@ class Run:
         if not open_sites:
             self._warnings.append("no site has an approximation with a predicted gain worth it at the inputs' sizes")
             return plan
-        known, _ = search.split(self._feeds)
+        known, held = search.split(self._feeds)
         known_worlds = [w for f, w in zip(self._feeds, worlds, strict=True) if any(f is k for k in known)]
         self._progress.stage("score approximations", len(open_sites) * len(known))
         options = search.score_sites(choices, open_sites, known, known_worlds, self._found.index.model.proto,
                                      self._write_scratch, self._options.threads, self._progress.advance)  # fmt: skip
         self._progress.stage("search")
         exact = list(self._edits)
-        chosen, _ = search.search(
-            options, self._limit(), lambda edits: self._error([*exact, *edits], self._feeds), self._progress.advance
-        )
+
+        def searched(feeds: Sequence[Feed]) -> list[search.Option]:
+            return search.search(
+                options, self._limit(), lambda edits: self._error([*exact, *edits], feeds), self._progress.advance
+            )[0]
+
+        chosen = searched(known)
         if len(self._feeds) == 1:
             self._warnings.append("one input served for calibration and as the held-out check: give more with --inputs")
+        elif chosen and self._error([*exact, *(o.edit for o in chosen)], held) > self._limit():
+            self._warnings.append("what keeps the budget on the calibration inputs breaks it on held-out ones: "
+                                  "searched again on all of them")  # fmt: skip
+            chosen = searched(self._feeds)
         decisions = {d.site: d for d in plan.decisions}
         for option in chosen:
-            result = self._checker.check(option.edit)
-            self._results[option.edit.site.id] = result
-            self._fidelity[option.edit.site.id] = option.fidelity
-            decisions[option.edit.site.id] = option.edit.decision
+            edit = self._with_assumptions(option.edit)
+            result = self._checker.check(edit)
+            self._results[edit.site.id] = result
+            self._fidelity[edit.site.id] = option.fidelity
+            decisions[edit.site.id] = edit.decision
             if not result.rolled_back:
-                self._edits.append(option.edit)
+                self._edits.append(edit)
         for site in open_sites:
             if decisions[site.id].kept:
                 least = min(o.error for group in options for o in group if o.edit.site.id == site.id)
@@ -189,21 +222,13 @@ class Run:
             self._warnings.append(f"no approximation keeps {self._metric()} within {self._limit():g} at the outputs")
         return replace(plan, decisions=tuple(decisions[d.site] for d in plan.decisions))
 
+    def _with_assumptions(self, edit: Edit) -> Edit:
+        mechanism = next(m for m in self._registry if m.name == edit.decision.mechanism)
+        assumed = self._found.ledger.of(edit.site, mechanism, edit.decision.parameters, exact=False)
+        return replace(edit, decision=replace(edit.decision, assumptions=assumed))
+
     def _metric(self) -> str:
         return self._options.metric or self._policy.metric
-
-    def _binding(self, feed: Feed) -> dict[str, int]:
-        """The sizes of the dynamic dimensions in a feed that was checked against the model."""
-        from attncompile.passes.evaluate import symbol_of
-
-        binding = dict(self._found.profile.usual())
-        for info in self._found.model.proto.graph.input:
-            if info.name in feed:
-                for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-                    symbol = symbol_of(info.name, axis, dim)
-                    if symbol is not None:
-                        binding[symbol] = feed[info.name].shape[axis]
-        return binding
 
     def _error(self, edits: Sequence[Edit], feeds: Sequence[Feed]) -> float:
         """How far the model is from the original, as a number that must not exceed the budget (inf if unusable)."""
@@ -217,25 +242,12 @@ class Run:
 
     # Gates on the whole model.
 
-    def _shaped(self) -> list[_Shaped]:
-        """Seeded inputs at every shape at which the original runs, and the user's."""
-        found: list[_Shaped] = []
+    def _shaped(self) -> list[Shaped]:
         session = None if self._bfloat16 else measure.open_session(self._found.model.path, self._options.threads)
-        for label, binding in self._found.profile.bindings():
-            feed = verify.make_inputs(self._found.model, binding, self._options.seed)
-            try:
-                if session is not None:
-                    measure.run_session(session, feed)
-            except AttncompileError as error:
-                sizes = ", ".join(f"{n}={v}" for n, v in binding.items())
-                self._warnings.append(
-                    f"the original itself does not run at {sizes}, so nothing was checked there: set --profile "
-                    f"({error.message[:160]})"
-                )
-                continue
-            found.append(_Shaped(label, binding, feed))
-        found += [_Shaped("inputs", self._binding(f), f) for f in self._feeds]
-        return found
+        sites = [e.site for e in self._edits]
+        return shaped_inputs(
+            self._found, sites, session, self._worlds, self._options.seed, self._warnings.append
+        )  # fmt: skip
 
     def _budget(self) -> float:
         approximate = any(not e.decision.exact for e in self._edits)
@@ -245,46 +257,67 @@ class Run:
         """Rounding is judged by relative L2; approximations by what the user asked for."""
         return self._metric() if any(not e.decision.exact for e in self._edits) else "relative_l2"
 
-    def _parity(self, shaped: Sequence[_Shaped]) -> Parity:
-        """Compares; if that fails, finds the sites that fail alone and undoes them, else all."""
+    def _parity(self, shaped: Sequence[Shaped]) -> Parity:
+        """Compares; while that fails, finds by bisection the replacements because of which it does, and undoes them."""
         self._write(self._edits)
         parity = self._compare(shaped)
-        if parity.passed:
-            return parity
-        feeds = [s.feed for s in self._evidence(shaped)]
-        for edit in list(self._edits):
-            path = self._write_scratch(self._proto([edit]))
-            alone = verify.compare_models(self._baseline, path, feeds, budget=self._budget(), metric=self._judged_by())
-            if not alone.passed:
-                self._undo([edit], f"the model's outputs change: {alone.verdict.reason}")
-        if self._edits:
-            self._write(self._edits)
-            parity = self._compare(shaped)
-            if not parity.passed:
-                self._undo(list(self._edits), f"together the replacements change the outputs: {parity.reason}")
+        while not parity.passed and self._edits:
+            self._restore_culprits(shaped, parity)
+            if self._edits:  # what is left may be judged by a stricter budget: that of exact replacements
+                self._write(self._edits)
+                parity = self._compare(shaped)
         return parity
 
-    def _evidence(self, shaped: Sequence[_Shaped]) -> list[_Shaped]:
+    def _restore_culprits(self, shaped: Sequence[Shaped], parity: Parity) -> None:
+        by_id = {e.site.id: e for e in self._edits}
+        reasons = {frozenset(by_id): parity.reason}
+
+        def fails(names: Sequence[str]) -> bool:
+            path = self._write_scratch(self._proto([by_id[n] for n in names]))
+            found = self._compare(shaped, path=path)
+            reasons[frozenset(names)] = found.reason
+            self._progress.advance()
+            return not found.passed
+
+        self._progress.stage("bisect")
+        found = find_culprits(list(by_id), fails)
+        for group in found.groups:
+            for name in group:
+                others = ", ".join(n for n in group if n != name)
+                text = f"together with {others} it changes the model's outputs" if others else "the outputs change"
+                self._undo([by_id[name]], f"{text}: {reasons[frozenset(group)]} (bisection, {found.runs} model runs)")
+        before = self._bisection
+        self._bisection = Bisection(
+            (*(before.groups if before else ()), *found.groups),
+            before.candidates if before else len(by_id),
+            found.runs + (before.runs if before else 0),
+        )
+
+    def _evidence(self, shaped: Sequence[Shaped]) -> list[Shaped]:
         """Approximations are judged on the user's inputs alone."""
         if any(not e.decision.exact for e in self._edits):
             return [s for s in shaped if s.label == "inputs"]
         return list(shaped)
 
-    def _compare(self, shaped: Sequence[_Shaped], folder: Path | None = None) -> Parity:
+    def _compare(self, shaped: Sequence[Shaped], folder: Path | None = None, path: Path | None = None) -> Parity:
+        """The written model, or that at ``path``, against the original. A model that does not run is a failure."""
         evidence = self._evidence(shaped)
-        metric = self._judged_by()
-        found = verify.compare_models(
-            self._baseline, self._folder / "model.onnx", [s.feed for s in evidence], budget=self._budget(),
-            metric=metric, folder=folder,
-        )  # fmt: skip
+        metric, budget = self._judged_by(), self._budget()
+        source: Literal["inputs", "seeded"] = "inputs" if any(s.label == "inputs" for s in evidence) else "seeded"
+        try:
+            found = verify.compare_models(
+                self._baseline, path or self._folder / "model.onnx", [s.feed for s in evidence], budget=budget,
+                metric=metric, folder=folder,
+            )  # fmt: skip
+        except (verify.RewrittenFailed, BadModel) as error:
+            return Parity(False, metric, budget, None, source, reason=error.message)
         rows = tuple(
             OutputComparison(o.name, evidence[o.iteration].label, o.metrics, o.verdict.ok, o.verdict.reason)
             for o in found.outputs
         )
-        source = "inputs" if any(s.label == "inputs" for s in evidence) else "seeded"
-        return Parity(found.passed, metric, found.budget, found.worst, source, rows, found.verdict.reason)  # type: ignore[arg-type]
+        return Parity(found.passed, metric, found.budget, found.worst, source, rows, found.verdict.reason)
 
-    def _never_slower(self, shaped: Sequence[_Shaped]) -> tuple[ShapeTiming, ...]:
+    def _never_slower(self, shaped: Sequence[Shaped]) -> tuple[ShapeTiming, ...]:
         """Times the whole model at every shape; where it is slower, undoes the sites that are slower there."""
         if self._bfloat16:
             self._warnings.append("sites were timed on float32 twins and the model not at all: "
@@ -297,7 +330,8 @@ class Run:
                 for t in slower:
                     self._warnings.append(f"slower than the input at {t.label} shapes, kept by --keep-slower")
                 return timings
-            guilty = [e for e in self._edits if self._slower_alone(e, {t.label for t in slower})] or list(self._edits)
+            labels = {t.label.partition(",")[0] for t in slower}  # after a comma: which branch was run
+            guilty = [e for e in self._edits if self._slower_alone(e, labels)] or list(self._edits)
             shapes = ", ".join(f"{t.timing.ratio:.2f} at {t.label}" for t in slower)
             self._undo(guilty, f"the model is slower with it: ours / original {shapes}")
             if not self._edits:
@@ -308,12 +342,12 @@ class Run:
         timings = self._results[edit.site.id].timings
         return any(t.label in labels and t.timing.ratio > 1.0 for t in timings)
 
-    def _time(self, shaped: Sequence[_Shaped]) -> tuple[ShapeTiming, ...]:
+    def _time(self, shaped: Sequence[Shaped]) -> tuple[ShapeTiming, ...]:
         paths = (self._found.model.path, self._folder / "model.onnx")
         sessions = [measure.open_session(p, self._options.threads) for p in paths]
         timings = []
         # Where the original runs at none of the profile's shapes, the user's inputs are the only ones to time.
-        todo = [s for s in shaped if s.label != "inputs"] or list(shaped)
+        todo = [s for s in shaped if s.label != "inputs" and s.timed] or [s for s in shaped if s.timed]
         self._progress.stage("time the model", len(todo))
         for item in todo:
             timing = measure.paired_conclusive(
@@ -346,3 +380,16 @@ class Run:
         scratch = self._folder / _SCRATCH
         scratch.mkdir(exist_ok=True)
         return onnx_target.write(proto, self._found.model, scratch)
+
+
+def _ids(ids: Sequence[str]) -> str:
+    return ", ".join(ids) if len(ids) < 4 else f"{ids[0]} .. {ids[-1]} ({len(ids)})"
+
+
+def _not_of_onnx_runtime(proto: ModelProto) -> str:
+    """``domain::operator`` of the first node that neither ONNX Runtime nor a function of the model defines, or ""."""
+    functions = {(f.domain, f.name) for f in proto.functions}
+    for node in (n for graph in graphs(proto) for n in graph.node):
+        if node.domain not in _RUNTIME_DOMAINS and (node.domain, node.op_type) not in functions:
+            return f"{node.domain}::{node.op_type}"
+    return ""

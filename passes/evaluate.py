@@ -7,171 +7,24 @@ evaluated on the way, large ones (masks) on demand by ONNX Runtime on the slice 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import (
-    ModelProto,
-    NodeProto,
-    TensorProto,
-    TensorShapeProto,
-    TypeProto,
-    defs,
-    helper,
-    numpy_helper,
-    shape_inference,
-)
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.model import Model
+from attncompile.passes.index import GraphIndex, symbol_of
+from attncompile.passes.infer import SMALL, Facts
 from attncompile.passes.load import node_inputs, tensor_value
+from attncompile.passes.sweep import Sweep
 
-SMALL = 64
-"""Values of at most this many elements are evaluated eagerly: shapes, axes, scales."""
+__all__ = ["MAX_ELEMENTS", "SMALL", "GraphIndex", "World", "slice_model", "symbol_of"]
 
 MAX_ELEMENTS = 1 << 27
 """A value above this (a mask of about 11,500 tokens squared) is not evaluated."""
-
-_NOT_CONSTANT = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
-)
-
-_GROWING = frozenset({"Expand", "ConstantOfShape", "Range", "Tile", "OneHot", "Pad", "Resize"})
-"""Operators that can make something large out of something small."""
-
-
-def symbol_of(value: str, axis: int, dim: TensorShapeProto.Dimension) -> str | None:
-    """The name of a dynamic dimension of a graph input (``input:axis`` where the file gives none); None if fixed."""
-    if dim.HasField("dim_value") and dim.dim_value > 0:
-        return None
-    return dim.dim_param or f"{value}:{axis}"
-
-
-def _without_idle(nodes: list[NodeProto], idle: frozenset[str]) -> list[NodeProto]:
-    """The nodes, those that read an idle node's output copied so that they read its input (bodies keep their names)."""
-    source = {n.output[0]: n.input[0] for n in nodes if n.output and n.output[0] in idle}
-
-    def origin(value: str) -> str:
-        while value in source:
-            value = source[value]
-        return value
-
-    result = []
-    for node in nodes:
-        if any(i in source for i in node.input):
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            copy.input[:] = [origin(i) for i in node.input]
-            node = copy
-        result.append(node)
-    return result
-
-
-class GraphIndex:
-    """Producers, consumers and constants of the main graph, by value name. Built once a model, independent of sizes.
-
-    ``idle`` names outputs of nodes that only pass their input on: whoever reads them is shown reading the input.
-    """
-
-    def __init__(self, model: Model, idle: frozenset[str] = frozenset()) -> None:
-        graph = model.proto.graph
-        self.model = model
-        self.nodes = _without_idle(list(graph.node), idle) if idle else list(graph.node)
-        self.folder = model.path.parent
-        self.outputs = {o.name for o in graph.output}
-        self.initializers = {t.name: t for t in graph.initializer}
-        self.inputs = {i.name: i for i in graph.input if i.name not in self.initializers}
-        self.producer: dict[str, NodeProto] = {o: n for n in self.nodes for o in n.output if o}
-        self.consumers: dict[str, list[NodeProto]] = {}
-        for node in self.nodes:
-            for value in dict.fromkeys(node_inputs(node)):
-                self.consumers.setdefault(value, []).append(node)
-        for node in [n for n in self.nodes if idle and n.output[0] in idle]:
-            if node.output[0] not in self.consumers and node.output[0] not in self.outputs:
-                self.consumers[node.input[0]].remove(node)
-        self._data_inputs: dict[str, frozenset[str]] = {}
-
-    @cached_property
-    def order(self) -> list[NodeProto]:
-        """The nodes in topological order (files in the wild are not always sorted)."""
-        nodes = self.nodes
-        position = {id(n): i for i, n in enumerate(nodes)}
-        done: set[str] = set(self.inputs) | set(self.initializers)
-        result: list[NodeProto] = []
-        seen: set[int] = set()
-        for root in nodes:
-            stack = [root]
-            while stack:
-                node = stack[-1]
-                if position[id(node)] in seen:
-                    stack.pop()
-                    continue
-                missing = [
-                    self.producer[v]
-                    for v in node_inputs(node)
-                    if v in self.producer and position[id(self.producer[v])] not in seen
-                ]
-                if missing:
-                    stack.extend(missing)
-                    continue
-                seen.add(position[id(node)])
-                done.update(node.output)
-                result.append(node)
-                stack.pop()
-        return result
-
-    def data_inputs(self, value: str) -> frozenset[str]:
-        """The graph inputs (or random nodes) whose data, not only whose shape, reaches ``value``."""
-        stack = [value]
-        while stack:
-            name = stack[-1]
-            if name in self._data_inputs:
-                stack.pop()
-                continue
-            node = self.producer.get(name)
-            if node is None:
-                self._data_inputs[name] = frozenset({name}) if name in self.inputs else frozenset()
-                continue
-            if node.op_type in ("Shape", "Size"):
-                self._data_inputs[name] = frozenset()
-                continue
-            if node.op_type in _NOT_CONSTANT:
-                self._data_inputs[name] = frozenset({name})
-                continue
-            parents = list(node_inputs(node))
-            missing = [p for p in parents if p not in self._data_inputs]
-            if missing:
-                stack.extend(missing)
-                continue
-            self._data_inputs[name] = frozenset[str]().union(*(self._data_inputs[p] for p in parents))
-        return self._data_inputs[value]
-
-    def slice_nodes(self, value: str) -> list[NodeProto]:
-        """The nodes that ``value`` is made by, cut at ``Shape`` nodes (kept), in topological order."""
-        wanted: set[int] = set()
-        result: list[NodeProto] = []
-        stack: list[tuple[str, bool]] = [(value, False)]
-        while stack:
-            name, expanded = stack.pop()
-            node = self.producer.get(name)
-            if node is None:
-                continue
-            if expanded:
-                if id(node) not in wanted:
-                    wanted.add(id(node))
-                    result.append(node)
-                continue
-            if id(node) in wanted:
-                continue
-            stack.append((name, True))
-            if node.op_type not in ("Shape", "Size"):
-                stack.extend((v, False) for v in node_inputs(node))
-        return result
 
 
 class World:
@@ -181,26 +34,30 @@ class World:
         shapes: value -> shape. Absent where inference cannot tell (values after unknown custom ops).
         types: value -> ONNX element type.
         traced: what the detector found out about a value, so that shared values are followed once.
+        kept: what other parts found out once, by their own names. It lives as long as the world: a table of worlds
+            elsewhere, whose entries refer to their worlds, would never let go of them.
+
+    Worlds of one model at one binding share what was inferred, those of its bodies included.
     """
 
     def __init__(self, index: GraphIndex, binding: Mapping[str, int]) -> None:
         self.index = index
         self.binding = dict(binding)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.types: dict[str, int] = {}
-        self._known: dict[str, np.ndarray] = {}
-        self._opsets = {o.domain: o.version for o in index.model.proto.opset_import}
-        self._opset_ids = list(index.model.proto.opset_import)
-        self._large: dict[str, np.ndarray] = {}
         self.traced: dict[str, object] = {}
-        self._sweep()
+        self.kept: dict[str, object] = {}
+        self._large: dict[str, np.ndarray] = {}
+        key = (index.scope, tuple(sorted(binding.items())))
+        if key not in index.shared.sweeps:
+            index.shared.sweeps[key] = self._inferred()
+        inferred: _Inferred = index.shared.sweeps[key]
+        self._sweep, self.shapes, self.types, self._known = inferred
 
-    def without_idle(self) -> World:
+    def without_idle(self, also: frozenset[str] = frozenset()) -> World:
         """The same sizes over an index in which nodes that change nothing are stepped over: Identity, and a Cast to the
-        type that its input has.
+        type that its input has; and the nodes that make ``also``.
         """
-        idle = frozenset(n.output[0] for n in self.index.nodes if self._is_idle(n))
-        return World.over(self, GraphIndex(self.index.model, idle)) if idle else self
+        idle = frozenset(n.output[0] for n in self.index.nodes if self._is_idle(n)) | also
+        return World.over(self, self.index.stepping_over(idle)) if idle else self
 
     def _is_idle(self, node: NodeProto) -> bool:
         if node.domain not in ("", "ai.onnx") or node.op_type not in ("Identity", "Cast") or not node.output[0]:
@@ -213,8 +70,12 @@ class World:
         """``world`` as seen through another index of the same model."""
         other = object.__new__(World)
         other.__dict__.update(world.__dict__)
-        other.index, other.traced = index, {}
+        other.index, other.traced, other.kept = index, {}, {}
         return other
+
+    def within(self, scope: str) -> World:
+        """The same sizes, as seen from inside the body that ``scope`` names; this world for an empty one."""
+        return World(self.index.at(scope), self.binding) if scope != self.index.scope else self
 
     def value(self, name: str) -> np.ndarray:
         """The value of ``name``, which must depend on shapes and constants only.
@@ -234,6 +95,11 @@ class World:
         self._large[name] = self._run_slice(name)
         return self._large[name]
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Drops these values, if they are large ones that can be computed again."""
+        for name in names:
+            self._large.pop(name, None)
+
     def scalar(self, name: str) -> float | None:
         """The value if it has exactly one element and is computed from constants and shapes, else None."""
         shape = self.shapes.get(name)
@@ -241,6 +107,10 @@ class World:
             return None
         array = self.value(name)
         return float(array.reshape(-1)[0]) if array.dtype.kind in "fiuV" else None
+
+    def is_stored(self, name: str) -> bool:
+        """Whether ``known_initializers`` has a value for ``name``: it need not be computed."""
+        return name in self._known or name in self.index.initializers
 
     def _initializer(self, name: str) -> np.ndarray:
         tensor = self.index.initializers[name]
@@ -250,126 +120,27 @@ class World:
         self._large[name] = array
         return array
 
-    def _sweep(self) -> None:
-        proto = self.index.model.proto
-        types: dict[str, TypeProto] = {}
-        for name, tensor in self.index.initializers.items():
-            types[name] = helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
-            if int(np.prod(tensor.dims)) <= SMALL:
-                self._known[name] = tensor_value(tensor, self.index.folder)
+    def _inferred(self) -> _Inferred:
+        """Everything inferred at this binding, by value."""
+        index = self.index
+        if index.outer is None or index.body is None:
+            sweep = Sweep(index.shared.inference, index.shared.plan, self._bound_inputs())
+            return _spread(sweep, {}, {}, {})
+        outer = World(index.outer, self.binding)
+        sweep = outer._sweep.bodies[index.body.key, index.body.attribute]
+        return _spread(sweep, dict(outer.shapes), dict(outer.types), dict(outer._known))
+
+    def _bound_inputs(self) -> dict[str, Facts]:
+        bound = {}
         for info in self.index.inputs.values():
-            bound = TypeProto()
-            bound.CopyFrom(info.type)
-            for axis, dim in enumerate(bound.tensor_type.shape.dim):
+            kind = TypeProto()
+            kind.CopyFrom(info.type)
+            for axis, dim in enumerate(kind.tensor_type.shape.dim if kind.HasField("tensor_type") else ()):
                 symbol = symbol_of(info.name, axis, dim)
                 if symbol in self.binding:
                     dim.dim_value = self.binding[symbol]
-            types[info.name] = bound
-        for name, kind in types.items():
-            self._note(name, kind)
-        declared = {v.name: v.type for v in proto.graph.value_info}
-        for node in self.index.order:
-            self._infer(node, types, declared)
-
-    def _note(self, name: str, kind: TypeProto) -> None:
-        tensor = kind.tensor_type
-        self.types[name] = tensor.elem_type
-        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-            self.shapes[name] = tuple(d.dim_value for d in tensor.shape.dim)
-
-    def _infer(self, node: NodeProto, types: dict[str, TypeProto], declared: Mapping[str, TypeProto]) -> None:
-        if self._evaluate_small(node):
-            for output in node.output:
-                array = self._known[output]
-                types[output] = helper.make_tensor_type_proto(
-                    helper.np_dtype_to_tensor_dtype(array.dtype), list(array.shape)
-                )
-                self._note(output, types[output])
-            return
-        inferred: Mapping[str, TypeProto] = {}
-        if node.domain in self._opsets and defs.has(node.op_type, self._opsets[node.domain], node.domain):
-            schema = defs.get_schema(node.op_type, self._opsets[node.domain], node.domain)
-            given = {i: types[i] for i in node.input if i in types}
-            data = {i: numpy_helper.from_array(self._known[i], i) for i in node.input if i in self._known}
-            try:
-                inferred = shape_inference.infer_node_outputs(
-                    schema, node, given, data, opset_imports=self._opset_ids, ir_version=10
-                )
-            except (shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, KeyError):
-                inferred = {}  # a wrong node, or an unknown operand shape; the values after it simply have none
-        for output in node.output:
-            kind = inferred.get(output)
-            if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.elem_type:
-                kind = declared.get(output)
-            if kind is not None and kind.HasField("tensor_type"):
-                types[output] = kind
-                self._note(output, kind)
-
-    def _evaluate_small(self, node: NodeProto) -> bool:
-        if node.op_type == "Shape" and node.input[0] in self.shapes and not node.domain:
-            shape = self.shapes[node.input[0]]
-            attributes = {a.name: a.i for a in node.attribute}
-            start, end = attributes.get("start", 0), attributes.get("end", len(shape))
-            self._known[node.output[0]] = np.array(shape[slice(start, end)], dtype=np.int64)
-            return True
-        if node.op_type == "Constant":
-            array = self._constant(node)
-            if array.size <= SMALL:
-                self._known[node.output[0]] = array
-                return True
-            return False
-        if (
-            node.domain not in ("", "ai.onnx")
-            or not node.input
-            or node.op_type in _NOT_CONSTANT
-            or any(i and i not in self._known for i in node.input)
-            or any(a.type in (5, 10) for a in node.attribute)
-        ):
-            return False
-        if node.op_type in _GROWING and self._output_elements(node) > SMALL:
-            return False
-        try:
-            results = self._reference(node)
-        except Exception:
-            return False
-        arrays = [np.asarray(r) for r in results]
-        if any(a.size > SMALL or a.dtype == object for a in arrays):
-            return False
-        self._known.update(zip(node.output, arrays, strict=False))
-        return all(o in self._known for o in node.output)
-
-    def _reference(self, node: NodeProto) -> list[Any]:
-        """The node's outputs. The evaluator reads a lone node as one of the newest operator set, hence the model."""
-        given = {i: self._known[i] for i in node.input if i}
-        infos = [
-            helper.make_tensor_value_info(i, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
-            for i, x in given.items()
-        ]
-        outputs = [onnx.ValueInfoProto(name=o) for o in node.output if o]
-        model = helper.make_model(helper.make_graph([node], "node", infos, outputs), opset_imports=self._opset_ids)
-        return list(ReferenceEvaluator(model).run(None, given))
-
-    def _output_elements(self, node: NodeProto) -> float:
-        values = [self._known[i] for i in node.input if i]
-        if node.op_type == "Range":
-            start, limit, delta = (float(v.reshape(-1)[0]) for v in values)
-            return (limit - start) / delta if delta else 0
-        if node.op_type == "ConstantOfShape":
-            return float(np.prod(values[0], dtype=np.float64))
-        if node.op_type == "Expand":
-            return float(values[0].size * np.prod(values[1], dtype=np.float64))
-        if node.op_type == "Tile":
-            return float(values[0].size * np.prod(values[1], dtype=np.float64))
-        return float("inf")
-
-    def _constant(self, node: NodeProto) -> np.ndarray:
-        for attribute in node.attribute:
-            if attribute.name == "value":
-                return tensor_value(attribute.t, self.index.folder)
-            if attribute.name in ("value_float", "value_floats", "value_int", "value_ints"):
-                kind = np.float32 if "float" in attribute.name else np.int64
-                return np.array(helper.get_attribute_value(attribute), dtype=kind)
-        return np.array(None, dtype=object).repeat(SMALL + 1)
+            bound[info.name] = self.index.shared.inference.facts(kind)
+        return bound
 
     def _run_slice(self, name: str) -> np.ndarray:
         shape = self.shapes.get(name)
@@ -403,6 +174,22 @@ class World:
                     del tensor.external_data[:]
                 result.append(tensor)
         return result
+
+
+_Inferred = tuple[Sweep, dict[str, tuple[int, ...]], dict[str, int], dict[str, np.ndarray]]
+
+
+def _spread(
+    sweep: Sweep, shapes: dict[str, tuple[int, ...]], types: dict[str, int], known: dict[str, np.ndarray]
+) -> _Inferred:
+    """The facts of ``sweep`` added to those of the graphs around it."""
+    for name, facts in sweep.facts.items():
+        types[name] = facts.elem_type
+        if facts.shape is not None:
+            shapes[name] = facts.shape
+        if facts.known is not None:
+            known[name] = facts.known
+    return sweep, shapes, types, known
 
 
 def slice_model(world: World, outputs: list[str]) -> tuple[ModelProto, list[str]]:

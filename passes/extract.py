@@ -10,6 +10,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import Lowering
 from attncompile.core.site import AttentionSite
+from attncompile.passes.bodies import route
 from attncompile.passes.evaluate import World
 from attncompile.passes.load import node_inputs
 
@@ -34,11 +35,15 @@ class SiteModel:
 
 
 def extract_site(world: World, site: AttentionSite, lowering: Lowering) -> SiteModel:
-    """The site of ``world.index.model`` at the sizes of ``world``.
+    """The site of ``world.index.model`` at the sizes of ``world``; ``world`` is that of the main graph.
 
     Raises:
-        Unsupported: a shape is not known, or a mask cannot be evaluated at this size.
+        Unsupported: a shape is not known, a mask cannot be evaluated at this size, or the site lies in a body that no
+            input can be made to run.
     """
+    if site.scope:
+        route(world, site.scope)
+        world = world.within(site.scope)
     index = world.index
     operands = {"query": site.query.value, "key": site.key.value, "value": site.value.value}
     sources = [p.source for p in site.mask.parts if p.source and index.data_inputs(p.source)]
@@ -72,8 +77,15 @@ def extract_site(world: World, site: AttentionSite, lowering: Lowering) -> SiteM
         else:
             stack.append((name, True))
             stack.extend((v, False) for v in node_inputs(index.producer[name]))
-    for value in {v for n in lowering.nodes for v in n.input if v} & (stops | set(index.inputs)):
+    read = {v for n in lowering.nodes for v in n.input if v}
+    for value in read & (stops | set(index.inputs)):
         inputs.setdefault(value, _type(world, value))
+    for value in read - set(inputs):  # a bias, say: the original's nodes may start behind it
+        if value in index.initializers:
+            constants.add(value)
+        elif value in index.producer and not index.data_inputs(value):
+            fixed[value] = world.value(value)
+            inputs[value] = _type(world, value)
     initializers = world.known_initializers(constants)
     for name in constants - {t.name for t in initializers}:
         initializers.append(numpy_helper.from_array(np.asarray(world.value(name), order="C"), name))
@@ -86,7 +98,7 @@ def extract_site(world: World, site: AttentionSite, lowering: Lowering) -> SiteM
         made.functions.extend(index.model.proto.functions)
         return made
 
-    replaced = model(list(lowering.nodes), list(lowering.initializers))
+    replaced = model(list(lowering.nodes), [*lowering.initializers, *(t for t in initializers if t.name in read)])
     add_functions(replaced, lowering)
     roles = dict(operands)
     padding = next((p.source for p in site.mask.parts if p.kind == "padding" and p.source in sources), None)

@@ -1,18 +1,15 @@
-"""Token grids, read from the patch embedding."""
+"""Token grids: given by the user, or read from how patches of an image become tokens."""
 
 from __future__ import annotations
 
 import re
-from math import prod
-
-from onnx import NodeProto
+from collections.abc import Iterable
 
 from attncompile.core.errors import BadArguments
 from attncompile.core.grid import TokenGrid
-from attncompile.core.site import AttentionSite
+from attncompile.core.site import AttentionSite, Operand
 from attncompile.passes.evaluate import GraphIndex, World
-
-_THROUGH = frozenset({"Reshape", "Transpose", "Flatten", "Add", "Identity", "Cast", "LayerNormalization", "Unsqueeze"})
+from attncompile.passes.token_layout import TokenLayout
 
 
 def parse_grid(text: str) -> TokenGrid:
@@ -29,55 +26,65 @@ def parse_grid(text: str) -> TokenGrid:
 
 
 def infer_grid(
-    index: GraphIndex, world: World, site: AttentionSite, given: TokenGrid | None = None
+    index: GraphIndex,
+    world: World,
+    site: AttentionSite,
+    given: TokenGrid | None = None,
+    others: Iterable[World | None] = (),
 ) -> TokenGrid | None:
-    """The grid of a self-attention site whose tokens come from a patch embedding, else None.
+    """The grid of a self-attention site whose tokens are patches of an image or a video, else None.
 
-    A ``given`` grid is taken for every self-attention site that has its number of tokens.
+    A ``given`` grid is taken for every self-attention site that has its number of tokens. A grid that is another one in
+    a world of ``others`` (other sizes of the inputs) is none: a grid is numbers.
     """
+    found = find_grid(index, world, site, given, others)
+    return found if isinstance(found, TokenGrid) else None
+
+
+def find_grid(
+    index: GraphIndex,
+    world: World,
+    site: AttentionSite,
+    given: TokenGrid | None = None,
+    others: Iterable[World | None] = (),
+) -> TokenGrid | str | None:
+    """The same, but the evidence, in words, where the graph contradicts itself or the grid changes with the sizes."""
     if site.query_length != site.key_length:
         return None
     if given is not None:
         return given if given.tokens == site.query_length else None
-    found = None
-    for node in index.order:
-        if node.op_type != "Conv" or not _is_patchify(node):
-            continue
-        shape = world.shapes.get(node.output[0])
-        if shape is None or len(shape) not in (4, 5):
-            continue
-        grid = _follow(index, world, node, shape[2:], int(site.query_length))
-        if grid is not None:
-            if found is not None and found != grid:
-                return None  # two patch embeddings disagree: the user has to say
-            found = grid
+    query, key = (_laid_out(index, world, x) for x in (site.query, site.key))
+    found = query if query is not None else key
+    if not isinstance(found, TokenGrid):
+        return found
+    if isinstance(key, TokenGrid) and (key.shape, key.prefix, key.suffix) != (found.shape, found.prefix, found.suffix):
+        return f"the queries lie on {words(found)}, the keys on {words(key)}"
+    for other in others:
+        again = _laid_out(index, other, site.query) if other is not None else found
+        if isinstance(again, TokenGrid) and again.shape != found.shape:
+            return f"the grid changes with the inputs' sizes: {words(found)} and {words(again)}"
     return found
 
 
-def _is_patchify(node: NodeProto) -> bool:
-    attributes = {a.name: list(a.ints) for a in node.attribute if a.ints}
-    kernel, strides = attributes.get("kernel_shape"), attributes.get("strides")
-    return kernel is not None and kernel == strides and max(kernel) > 1
+def grid_with(index: GraphIndex, world: World, tokens: int, given: TokenGrid | None = None) -> TokenGrid | None:
+    """A grid of the model with this number of tokens, for masks: what it says is compared element by element."""
+    if given is not None:
+        return given if given.tokens == tokens else None
+    return next((g for g in _layout(index, world).grids if g.tokens == tokens), None)
 
 
-def _follow(
-    index: GraphIndex, world: World, conv: NodeProto, spatial: tuple[int, ...], tokens: int
-) -> TokenGrid | None:
-    """From the convolution to the tokens; a Concat on the way adds prefix or suffix tokens."""
-    prefix = suffix = 0
-    value = conv.output[0]
-    for _ in range(12):
-        if prefix + prod(spatial) + suffix == tokens and len(world.shapes.get(value, ())) == 3:
-            evidence = f"patch embedding '{conv.name or conv.output[0]}' gives {'x'.join(map(str, spatial))}"
-            return TokenGrid(tuple(spatial), prefix, suffix, evidence)
-        readers = [n for n in index.consumers.get(value, []) if n.op_type in _THROUGH or n.op_type == "Concat"]
-        if not readers:
-            return None
-        node = readers[0]
-        if node.op_type == "Concat":
-            axis = next(a.i for a in node.attribute if a.name == "axis")
-            sizes = [world.shapes.get(i, (0,) * 3)[axis] for i in node.input]
-            at = list(node.input).index(value)
-            prefix, suffix = prefix + sum(sizes[:at]), suffix + sum(sizes[at + 1 :])
-        value = node.output[0]
-    return None
+def words(grid: TokenGrid) -> str:
+    """The grid and what it was read from, for people."""
+    return f"{grid.prefix}+{'x'.join(map(str, grid.shape))}+{grid.suffix} ({grid.evidence})"
+
+
+def _layout(index: GraphIndex, world: World) -> TokenLayout:
+    """Computed once a world."""
+    found = world.kept.get("token layout")
+    if not isinstance(found, TokenLayout):
+        found = world.kept["token layout"] = TokenLayout(index, world)
+    return found
+
+
+def _laid_out(index: GraphIndex, world: World, operand: Operand) -> TokenGrid | str | None:
+    return _layout(index, world).grid(operand.value, operand.layout.index("N"))

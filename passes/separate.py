@@ -15,14 +15,17 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.mask import MaskFacts
+from attncompile.core.mask import Certificate, MaskFacts
 from attncompile.core.model import Model
 from attncompile.core.profile import ShapeProfile
-from attncompile.passes.detect import FORMS, detection_binding
+from attncompile.passes.detect import detection_binding, form_of, worth_looking
 from attncompile.passes.detect.homes import NotSeparate, Separation, ShapeRead
+from attncompile.passes.detect.sinks import NotStored
+from attncompile.passes.detect.softmax import MaskQuery
 from attncompile.passes.evaluate import GraphIndex, World
+from attncompile.passes.index import graph_at, graphs_within, local_names
 
-HELPED = frozenset({"layout", "shape-read"})
+HELPED = frozenset({"layout", "shape-read", "not-stored"})
 """Codes of near misses that may become sites."""
 
 _ROUNDS = 3
@@ -33,10 +36,12 @@ def separate(model: Model, profile: ShapeProfile) -> Model:
     """``model`` unchanged, or a copy in which every operand that needs it has a rank-4 value; ``notes`` say how many.
     A key that exists only as [.., D, N] gets a Transpose and its inverse too.
 
-    Where nothing is dynamic, Shape nodes that read inside a site become constants too. Run it where detection gave
-    near misses with a code of ``HELPED``; opset 18 or later.
+    Where nothing is dynamic, Shape nodes that read inside a site become constants too. A sink's logits that are written
+    out for every query, or in no value at all, get an initializer of their own, which nobody reads yet. Run it where
+    detection gave near misses with a code of ``HELPED``; opset 18 or later.
     """
     for _ in range(_ROUNDS):
+        model = _stored(model, profile)
         changed = _operands(model if profile.ranges else _without_shapes(model, profile), profile)
         if changed is model:
             break
@@ -45,33 +50,75 @@ def separate(model: Model, profile: ShapeProfile) -> Model:
 
 
 def _operands(model: Model, profile: ShapeProfile) -> Model:
-    world = World(GraphIndex(model), detection_binding(profile)).without_idle()
-    found = [e for e in _failures(world) if isinstance(e, NotSeparate)]
-    wanted = list(dict.fromkeys(s for e in found for s in e.separations))
-    if not wanted:
+    proto, count = model.proto, 0
+    for outside in _every(World(GraphIndex(model), detection_binding(profile))):
+        world = outside.without_idle()
+        found = [e for e in _failures(world) if isinstance(e, NotSeparate)]
+        wanted = list(dict.fromkeys(s for e in found for s in e.separations))
+        if not wanted:
+            continue
+        if proto is model.proto:
+            proto = ModelProto()
+            proto.CopyFrom(model.proto)
+        editor = _Editor(proto, world.index.scope)
+        for separation in wanted:
+            if separation.reader:
+                editor.operand(separation, len(world.shapes[separation.value]))
+            else:
+                editor.output(separation)
+        editor.finish()
+        count += len(wanted)
+    if proto is model.proto:
         return model
-    proto = ModelProto()
-    proto.CopyFrom(model.proto)
-    editor = _Editor(proto)
-    for separation in wanted:
-        if separation.reader:
-            editor.operand(separation, len(world.shapes[separation.value]))
-        else:
-            editor.output(separation)
-    editor.finish()
-    note = f"{len(wanted)} attention operands were given rank 4 by a Reshape and its inverse"
+    note = f"{count} attention operands were given rank 4 by a Reshape and its inverse"
     return replace(model, proto=proto, notes=(*model.notes, note))
+
+
+def _every(world: World) -> Iterator[World]:
+    """The world of a graph, and those of the bodies in it that may hold attention."""
+    yield world
+    for body in (b for group in world.index.bodies.values() for b in group):
+        if worth_looking(world.index, body):
+            yield from _every(world.within(body.scope))
+
+
+class _Silent:
+    """Says nothing about masks: operands alone are looked at here."""
+
+    def __call__(self, query: MaskQuery) -> MaskFacts:
+        return MaskFacts()
+
+    def of_tokens(
+        self, visible: np.ndarray, how: Certificate, fills: tuple[float, ...], guarded: bool
+    ) -> MaskFacts:  # fmt: skip
+        return MaskFacts()
 
 
 def _failures(world: World) -> Iterator[Unsupported]:
     """Why each candidate is not a site."""
-    for node in world.index.order:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in FORMS:
+    for node in world.index.own_order:
+        family = form_of(node)
+        if family is None:
             continue
         try:
-            FORMS[node.op_type][1](world.index, world, node, lambda query: MaskFacts())
+            family[1](world.index, world, node, _Silent())
         except Unsupported as error:
             yield error
+
+
+def _stored(model: Model, profile: ShapeProfile) -> Model:
+    """``model`` with an initializer for every array that a site needs and no value holds."""
+    world = World(GraphIndex(model), detection_binding(profile)).without_idle()
+    arrays = {(str(e.array.dtype), e.array.tobytes()): e.array for e in _failures(world) if isinstance(e, NotStored)}
+    if not arrays:
+        return model
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    editor = _Editor(proto)
+    for array in arrays.values():
+        editor.constant(array)
+    note = f"{len(arrays)} sets of sink logits were given a value of their own"
+    return replace(model, proto=proto, notes=(*model.notes, note))
 
 
 def _without_shapes(model: Model, profile: ShapeProfile) -> Model:
@@ -91,13 +138,12 @@ def _without_shapes(model: Model, profile: ShapeProfile) -> Model:
 
 
 class _Editor:
-    """Inserts pairs of Reshape nodes into ``proto``."""
+    """Inserts pairs of Reshape nodes into the graph of ``proto`` that ``scope`` names."""
 
-    def __init__(self, proto: ModelProto) -> None:
-        self._graph = proto.graph
-        self._names = {o for n in proto.graph.node for o in n.output} | {t.name for t in proto.graph.initializer}
-        self._names |= {i.name for i in proto.graph.input}
-        self._producer = {o: i for i, n in enumerate(proto.graph.node) for o in n.output if o}
+    def __init__(self, proto: ModelProto, scope: str = "") -> None:
+        self._graph = graph_at(proto.graph, scope)
+        self._names = {name for graph in graphs_within(proto.graph) for name in local_names(graph)}
+        self._producer = {o: i for i, n in enumerate(self._graph.node) for o in n.output if o}
         self._before: dict[int, list[NodeProto]] = {}
         self._after: dict[int, list[NodeProto]] = {}
 
@@ -134,10 +180,12 @@ class _Editor:
             if name == s.value:
                 node.output[i] = core
         made: list[NodeProto] = []
-        rank = len(s.groups) + (2 if s.form == "outer" else 3)
+        rank = 2 if s.form == "matrix" else len(s.groups) + (2 if s.form == "outer" else 3)
         split = self._split(s, core, rank, made)
         # The shape is written without asking the core for it: a site's inner values are read by nobody else.
-        if s.form == "outer":
+        if s.form == "matrix":
+            shape = self._const([-1, s.dim])
+        elif s.form == "outer":
             shape = self._const([0, 0, *s.groups])
         elif rank > 3:
             shape = self._const([0, *s.groups, -1, s.dim])
@@ -155,6 +203,8 @@ class _Editor:
         self._graph.node.extend(nodes)
 
     def _split(self, s: Separation, value: str, rank: int, made: list[NodeProto]) -> str:
+        if s.form == "matrix":  # one batch entry and one head
+            return self._op(made, "Reshape", [value, self._const([1, 1, -1, s.dim])])
         if s.form == "outer":  # batch and sequence are the first two axes
             return self._op(made, "Reshape", [value, self._const([0, 0, s.heads, s.dim])])
         if rank > 3:  # batch is the first axis, and the sequence is what is left
@@ -169,7 +219,10 @@ class _Editor:
         return out
 
     def _const(self, values: list[int]) -> str:
-        tensor: TensorProto = numpy_helper.from_array(np.array(values, np.int64), self._name("separate/shape"))
+        return self.constant(np.array(values, np.int64), "separate/shape")
+
+    def constant(self, array: np.ndarray, wish: str = "separate/logits") -> str:
+        tensor: TensorProto = numpy_helper.from_array(array, self._name(wish))
         self._graph.initializer.append(tensor)
         return str(tensor.name)
 

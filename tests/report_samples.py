@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from attncompile.core.assumption import Assumption
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.plan import Decision, Refusal
 from attncompile.core.profile import Range
@@ -20,6 +21,7 @@ from attncompile.report import (
     Parity,
     Report,
     ShapeTiming,
+    SiteCase,
     SiteFidelity,
     SiteReport,
     TargetFile,
@@ -61,14 +63,27 @@ def shape_timing(label: str = "usual", **changes: float) -> ShapeTiming:
 METRICS = Metrics(3e-7, 1e-6, 1.0, math.inf, None, 1.0, 4096)
 
 
+ASSUMED = (
+    Assumption("sizes", "seq is 1 to 4096", "checked at 1, 512, 4096 and at prime lengths", ("ids", "mask"), True),
+    Assumption("dtype", "the site runs in float32", "checked against float64 on the CPU"),
+)
+CHECKS = (
+    SiteCase("random", "usual shapes", True, True, 1e-7, 1.1e-7),
+    SiteCase("large logits", "usual shapes", True, True, 2e-7, 2e-7),
+    SiteCase("random", "prime lengths", True, True, 1.5e-7, 1e-7),
+    SiteCase("logits beyond float16", "usual shapes", False, False, math.nan, math.nan, "nothing finite to compare"),
+    SiteCase("logits beyond float16", "prime lengths", True, True, 3e-7, 2e-7, "the original is finite in 40% of it"),
+)
+
+
 def site_report(name: str = "layers.0", **changes: object) -> SiteReport:
     replaced = SiteReport(
         site=site(name),
         decision=Decision(
             name, "NeighborhoodAttention", "a window of 256 in 4096 tokens", True, {"kernel_size": [256]}, 3.5,
-            (Refusal("Attention", "slower", "it reads all keys"),),
+            (Refusal("Attention", "slower", "it reads all keys"),), ASSUMED,
         ),
-        exactness=Exactness(True, 14, 1.1, 2e-7, worst_case="large logits"),
+        exactness=Exactness(True, 14, 1.1, 2e-7, worst_case="large logits", checks=CHECKS),
         timings=(shape_timing(),),
     )  # fmt: skip
     return dataclasses.replace(replaced, **changes)

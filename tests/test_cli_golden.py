@@ -4,6 +4,7 @@ the files; read the diff before you commit it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -94,7 +95,7 @@ def _check(name: str, arguments: list[str], code: int, capfd: pytest.CaptureFixt
 
 
 @needs_typer
-@pytest.mark.parametrize("verb", ["", "compile", "inspect", "plan", "verify", "profile"])
+@pytest.mark.parametrize("verb", ["", "compile", "inspect", "explain", "plan", "verify", "profile"])
 def test_help(verb: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     _check(f"help{'-' * bool(verb)}{verb}", [*([verb] if verb else []), "--help"], 0, capfd)
 
@@ -104,6 +105,9 @@ def test_help(verb: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     [
         ("inspect", ["inspect", "two-layer.onnx"], 0),
         ("inspect-json", ["inspect", "two-layer.onnx", "--format", "json", "-q"], 0),
+        ("explain", ["explain", "two-layer.onnx"], 0),
+        ("explain-json", ["explain", "two-layer.onnx", "--node", "/head/Softmax", "--format", "json"], 0),
+        ("explain-value", ["explain", "two-layer.onnx", "--node", "scale"], 0),
         ("explain-site", ["explain", "two-layer.onnx", "/layers.0/attn/Softmax"], 0),
         ("explain-near-miss", ["explain", "two-layer.onnx", "/head/Softmax"], 0),
         ("plan", ["plan", "two-layer.onnx", "--profile", "seq=1:64:128,batch=1"], 0),
@@ -128,6 +132,44 @@ def test_output(name: str, arguments: list[str], code: int, folder: Path, capfd:
     _check(name, arguments, code, capfd)
     after = sorted(p.name for p in folder.iterdir())
     assert after == sorted([*before, "two-layer.plan.toml"] if name == "plan" else before)
+
+
+def test_explain_tells_all_that_was_understood(tmp_path: Path) -> None:
+    """Made-up sites with everything that a site can have, word for word."""
+    from attncompile.core.assumption import Assumption
+    from attncompile.core.linear import LinearFacts
+    from attncompile.core.mask import Certificate, MaskFacts, MaskPart
+    from attncompile.core.plan import Decision
+    from attncompile.core.site import Cache, NearMiss
+    from attncompile.core.verdict import Verdict
+    from attncompile.report_explain import Explanation, Explanations
+
+    how = Certificate("evaluated", "every element compared at 12 lengths", tuple((n, n) for n in range(1, 13)), True)
+    mask = MaskFacts(
+        (MaskPart("window", how, left=255, right=0),
+         MaskPart("padding", Certificate("structure", "from input mask"), source="mask"),
+         MaskPart("bias", Certificate("evaluated", "12 values"), source="slopes", additive=True)), "zero", guarded=True,
+    )  # fmt: skip
+    full = dataclasses.replace(
+        samples.site("decoder", mask), softcap=50.0, sinks="sink_logits", scope="If_7/then_branch", value_dim=128,
+        cache=Cache("concat", "past.key", "past.value", "present.key", "present.value"), dtype="float16",
+    )  # fmt: skip
+    linear = dataclasses.replace(
+        samples.site("efficient", MaskFacts()), kind="linear", quantised="int8, per tensor",
+        linear=LinearFacts("relu", "relu", "sum", 1e-6, True, "chunked", "head"),
+    )  # fmt: skip
+    assumed = (Assumption("sizes", "seq is 1 to 4096", "checked at 1, 512, 4096"),)
+    decision = Decision("decoder", "NeighborhoodAttention", "a window of 256", assumptions=assumed)
+    verdicts = (("NeighborhoodAttention", Verdict.yes("a window")), ("Other", Verdict.no("mask", "no bias", "drop it")))
+    candidates = (
+        Explanation("decoder", full, None, verdicts, decision), Explanation("efficient", linear),
+        Explanation("/gate/Softmax", near_miss=NearMiss("/gate/Softmax", "no values", "matmul-softmax-matmul", "v")),
+    )  # fmt: skip
+    text = "\n".join(Explanations("m.onnx", candidates).lines) + "\n"
+    path = HERE / "golden" / "explain-all-facts.txt"
+    if os.environ.get("ATTNCOMPILE_UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["replaced", "unchanged", "rolled-back", "approximate"])

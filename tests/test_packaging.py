@@ -83,6 +83,16 @@ def test_wheel_holds_the_data(wheel: zipfile.ZipFile) -> None:
     assert "attncompile/policies/sparse.toml" in names
 
 
+def test_wheel_leaves_out_the_zoos_graphs(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert "attncompile/models/zoo/graphs.py" in names
+    assert not [
+        n
+        for n in names
+        if n.endswith(".gz") or n.startswith(("attncompile/models/zoo/graphs/", "attncompile/models/zoo/truth/"))
+    ]
+
+
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = message_from_string(wheel.read(name).decode())

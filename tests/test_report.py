@@ -16,7 +16,8 @@ from rich.console import Console
 from attncompile.core.mask import MaskFacts
 from attncompile.core.plan import Decision
 from attncompile.core.verdict import Verdict
-from attncompile.report import Explanation, Parity, Report, dumps, mask_text, schema
+from attncompile.report import Bisection, Parity, Report, dumps, mask_text, schema
+from attncompile.report_explain import Explanation
 from attncompile.report_text import closing_line, print_plan, print_sites, print_table, size_text
 
 _spec = importlib.util.spec_from_file_location("report_samples", Path(__file__).with_name("report_samples.py"))
@@ -37,6 +38,7 @@ REPORTS = {
     "approximate": samples.report(
         sites=(samples.approximate(),), parity=Parity(True, "relative_l2", 0.01, 0.004, "inputs")
     ),
+    "bisected": samples.report(bisection=Bisection((("layers.2",), ("layers.3", "layers.5")), 12, 14)),
     "not finite": samples.report(parity=Parity(False, "relative_l2", 0.01, math.nan, "inputs", (), "NaN in logits")),
 }
 
@@ -160,7 +162,8 @@ def test_table_has_a_row_for_equal_neighbours() -> None:
 
 def test_different_sites_have_their_own_rows() -> None:
     text = _text(samples.report(sites=(samples.site_report("a"), samples.kept("b"), samples.site_report("c"))))
-    rows = [line for line in text.splitlines() if line.startswith(("a ", "b ", "c "))]
+    table = text.partition("\n\n")[0]
+    rows = [line for line in table.splitlines() if line.startswith(("a ", "b ", "c "))]
     assert [row.split()[0] for row in rows] == ["a", "b", "c"]
     assert "keep" in rows[1]
     assert "\nb: no gain predicted\n" in text, "the reason has a line of its own"
@@ -218,7 +221,7 @@ def test_explanations() -> None:
     ):
         assert words in text
     assert json.loads(dumps(found.to_json()))["verdicts"][1]["hint"] == "drop it"
-    assert "the product with V is missing" in Explanation("n", near_miss=samples.NEAR_MISS).lines[0]
+    assert "the product with V is missing" in "\n".join(Explanation("n", near_miss=samples.NEAR_MISS).lines)
     assert "nothing in it looks like attention" in Explanation("n").lines[0]
 
 

@@ -36,6 +36,7 @@ from attncompile.verify import (
     exact_budget,
     load_inputs,
     make_inputs,
+    padded_feeds,
 )
 
 F32, F16, BF16, BOOL, I64 = (
@@ -48,6 +49,13 @@ F32, F16, BF16, BOOL, I64 = (
 H, D = 2, 8
 ROLES = {"query": "q", "key": "k", "value": "v"}
 NEGATIVE: dict[int, float] = {F32: -3e38, F16: -6e4, BF16: -3e38}
+
+
+COMMON = (
+    "random", "large logits", "uniform", "equal keys", "zeros", "one key dominates", "logits of 10,000", "denormals",
+    "huge values",
+)  # fmt: skip
+BEYOND = ("products beyond float16", "logits beyond float16")
 
 
 def model_of(
@@ -162,7 +170,7 @@ def blocked(
 
 def site_cases(n: int, dtype: int = F32, padding: bool = False) -> tuple[Case, ...]:
     roles = {**ROLES, "padding": "keep"} if padding else ROLES
-    return cases(operands(n, dtype, padding), {}, roles, seed=7)
+    return cases(operands(n, dtype, padding), {}, roles, seed=7, fill=NEGATIVE[dtype])
 
 
 def failed(check: SiteCheck) -> set[str]:
@@ -176,9 +184,10 @@ def failed(check: SiteCheck) -> set[str]:
 def test_right_replacement_passes(dtype: int) -> None:
     check = check_site(dense(130, dtype=dtype), blocked(130, dtype=dtype), site_cases(130, dtype))
     assert check.passed, check.verdict.reason
-    assert {c.case for c in check.checks} == {"random", "large logits", "uniform"}
-    assert all(c.reference == "float64 (ONNX Runtime)" and c.rows == 130 * H for c in check.checks)
-    assert check.error < (1e-6 if dtype == F32 else 1e-2)
+    assert {c.case for c in check.checks} == {*COMMON, *(BEYOND if dtype == F16 else ())}
+    assert all(c.reference == "float64 (ONNX Runtime)" for c in check.checks)
+    assert all(c.rows == 130 * H for c in check.checks if "float16" not in c.case)
+    assert max(c.error for c in check.checks if c.case in COMMON[:3]) < (1e-6 if dtype == F32 else 1e-2)
     assert json.loads(json.dumps(check.to_json()))["passed"] is True
 
 
@@ -225,7 +234,7 @@ def test_missing_max_subtraction_fails_on_large_logits() -> None:
     del wrong.graph.node[:]
     wrong.graph.node.extend(nodes)
     wrong.graph.initializer.append(nh.from_array(np.array([-1], np.int64), "last"))
-    normal, large, uniform = site_cases(40)
+    normal, large, uniform = site_cases(40)[:3]
     assert check_site(dense(40, 40, 40), wrong, [normal, uniform]).passed
     hotter = {k: v * np.float32(1.2) if k in "qk" else v for k, v in large.feed.items()}
     check = check_site(dense(40, 40, 40), wrong, [Case("hot", hotter)])
@@ -235,15 +244,17 @@ def test_missing_max_subtraction_fails_on_large_logits() -> None:
 def test_padding_cases() -> None:
     original, good = dense(70, padding=True), blocked(70, padding=True)
     all_cases = site_cases(70, padding=True)
-    assert {"left padding", "right padding", "fully masked"} <= {c.name for c in all_cases}
+    paddings = {f"{x} padding" for x in ("left", "right", "middle", "scattered")} | {"fully masked"}
+    assert paddings <= {c.name for c in all_cases}
     # A finite mask makes fully masked rows uniform over *all* keys, which a window of keys cannot give.
     check = check_site(original, good, all_cases)
-    assert failed(check) == {"left padding", "right padding", "fully masked"}
+    assert failed(check) == paddings - {"scattered padding"}, "only there every window keeps a key"
     # With -inf such rows are NaN on both sides, which is the same.
     original, good = (f(70, padding=True, masked=-np.inf) for f in (dense, blocked))
-    check = check_site(original, good, [c for c in all_cases if c.name != "fully masked"])
+    check = check_site(original, good, all_cases)
     assert check.passed, check.verdict.reason
     assert max(c.masked for c in check.checks) > 0
+    assert any("'fully masked' not judged" in x for x in check.labels)  # nothing but NaN, on both sides
 
 
 def test_nothing_but_nan_is_no_pass() -> None:
@@ -452,7 +463,7 @@ def test_cases_are_seeded_and_keep_fixed_values() -> None:
     shapes = operands(20, F32, True)
     fixed = {"keep": np.ones((1, 1, 1, 20), bool)}
     a, b = (cases(shapes, fixed, {**ROLES, "padding": "keep"}, seed=3) for _ in range(2))
-    assert [c.name for c in a] == ["random", "large logits", "uniform"]
+    assert [c.name for c in a] == list(COMMON)
     for x, y in zip(a, b, strict=True):
         assert all(np.array_equal(x.feed[k], y.feed[k]) for k in shapes)
         assert x.feed["keep"] is fixed["keep"]
@@ -462,7 +473,7 @@ def test_cases_are_seeded_and_keep_fixed_values() -> None:
 
 @pytest.mark.parametrize("scale", [None, 1.0, D**-0.5])
 def test_large_logits_reach_about_eighty(scale: float | None) -> None:
-    (large,) = [c for c in cases(operands(100, F32, False), {}, ROLES, scale=scale) if c.large]
+    (large,) = [c for c in cases(operands(100, F32, False), {}, ROLES, scale=scale) if c.name == "large logits"]
     q, k = large.feed["q"], large.feed["k"]
     scores = np.einsum("bhqd,bhkd->bhqk", q, k) * (D**-0.5 if scale is None else scale)
     assert 50 < np.abs(scores).max() < 130
@@ -478,9 +489,120 @@ def test_cases_need_their_roles() -> None:
 def test_additive_padding_uses_the_lowest_number() -> None:
     shapes = {**operands(9, F32, False), "pad": ([1, 1, 1, 9], F32)}
     by_name = {c.name: c.feed["pad"] for c in cases(shapes, {}, {**ROLES, "padding": "pad"})}
-    assert (by_name["random"] == 0).all() and "fully masked" not in by_name
+    assert (by_name["random"] == 0).all()
+    assert (by_name["fully masked"] == np.finfo(np.float32).min).all()
+    assert np.isneginf(by_name["fully masked, -inf"]).all()
+    assert np.isneginf(by_name["left padding, -inf"][..., :3]).all()
+    assert (by_name["left padding, -inf"][..., 3:] == 0).all()
     assert (by_name["left padding"][..., :3] == np.finfo(np.float32).min).all()
     assert (by_name["right padding"][..., :6] == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_padding_hides_what_its_name_says(n: int, batch: int) -> None:
+    shapes = {x: ([batch, H, n, D], F32) for x in "qkv"} | {"keep": ([batch, 1, 1, n], BOOL)}
+    found = {c.name: c.feed["keep"][:, 0, 0] for c in cases(shapes, {}, {**ROLES, "padding": "keep"})}
+    assert not found["fully masked"][0].any() and found["fully masked"][1:].all()
+    assert found["scattered padding"].any(axis=1).all()
+    if n > 2:
+        assert not found["left padding"][:, 0].any() and found["left padding"][:, -1].all()
+        assert not found["right padding"][:, -1].any() and found["right padding"][:, 0].all()
+        middle = found["middle padding"]
+        assert middle[:, [0, -1]].all() and not middle.all()
+    if n == 17 and batch == 3:
+        assert len(np.unique(found["scattered padding"], axis=0)) == 3
+
+
+def test_extremes_are_what_their_names_say() -> None:
+    shapes = operands(50, F16, False)
+    scale = 0.5
+    found = {c.name: c.feed for c in cases(shapes, {}, ROLES, scale=scale)}
+
+    def logits(name: str) -> np.ndarray:
+        q, k = (found[name][x].astype(np.float64) for x in "qk")
+        return np.asarray(np.einsum("bhqd,bhkd->bhqk", q, k) * scale)
+
+    assert np.ptp(logits("equal keys"), axis=-1).max() < 1e-9
+    assert np.abs(logits("logits of 10,000")).max() == pytest.approx(1e4, rel=1e-2)
+    assert np.abs(logits("logits beyond float16")).max() > 65504
+    assert (
+        np.abs(logits("products beyond float16")).max() / scale
+        > 65504
+        > np.abs(logits("products beyond float16")).max()
+    )
+    top = np.sort(logits("one key dominates"), axis=-1)
+    assert np.unique(np.diff(np.unique(np.round(top))).round(-1)).tolist() == [40.0]
+    tiny = found["denormals"]["v"]
+    assert (np.abs(tiny[tiny != 0]) < np.finfo(np.float16).smallest_normal).all() and np.any(tiny != 0)
+    assert np.abs(found["huge values"]["v"]).max() > 1e4
+    assert not any(found["zeros"][x].any() for x in "qkv")
+    assert np.abs(cases(operands(50, F32, False), {}, ROLES)[-1].feed["v"]).max() > 1e30
+
+
+def test_added_inputs_get_infinities_and_very_large_values() -> None:
+    """A bias from an input: what drops -inf, or adds a large one twice, is found; what adds it elsewhere is not."""
+    shapes = {**operands(20, F32, False), "bias": ([1, 1, 20, 20], F32)}
+    made = cases(shapes, {}, ROLES, biases=["bias", "other"])
+    by_name = {c.name.removesuffix(" in bias"): c.feed["bias"] for c in made if "bias of" in c.name}
+    assert set(by_name) == {"bias of -inf", "bias of the lowest number", "bias of 10,000s", "bias of -10,000s"}
+    assert np.isneginf(by_name["bias of -inf"]).any() and by_name["bias of 10,000s"].max() == 1e4
+    assert by_name["bias of the lowest number"].min() == np.finfo(np.float32).min
+
+    def biased(*more: NodeProto) -> ModelProto:
+        model = dense(20, 20, 20)
+        nodes = list(model.graph.node)
+        at = next(i for i, n in enumerate(nodes) if n.op_type == "Softmax")
+        nodes[at].input[0] = "biased"
+        last = more[-1].output[0] if more else "bias"
+        nodes[at:at] = [*more, helper.make_node("Add", ["windowed", last], ["biased"])]
+        inits = {t.name: nh.to_array(t) for t in model.graph.initializer} | {"least": np.array(-6, np.float32)}
+        return model_of(nodes, shapes, ([1, H, 20, D], F32), inits)
+
+    assert check_site(biased(), biased(), made).passed
+    clipped = check_site(biased(), biased(helper.make_node("Max", ["bias", "least"], ["clipped"])), made)
+    hiding = {"bias of -inf in bias", "bias of the lowest number in bias", "bias of -10,000s in bias"}
+    assert failed(clipped) == hiding, "a bias of a few units is left as it is"
+    twice = check_site(biased(), biased(helper.make_node("Add", ["bias", "bias"], ["twice"])), made)
+    assert {"random", "huge values", "large logits"} <= failed(twice)
+
+
+def test_the_head_dim_may_lie_on_any_axis() -> None:
+    """[B, H, D, N], as some linear attention has it: the same products as of [B, H, N, D]."""
+    (plain,), (turned,) = (
+        [c for c in cases(dict.fromkeys("qkv", (s, F32)), {}, ROLES, dims=d) if c.name == "logits of 10,000"]
+        for s, d in (([1, H, 50, D], (-1, -1, -1)), ([1, H, D, 50], (2, 2, 2)))
+    )
+    scores = np.einsum("bhdq,bhdk->bhqk", turned.feed["q"], turned.feed["k"])
+    assert np.array_equal(scores, np.einsum("bhqd,bhkd->bhqk", plain.feed["q"], plain.feed["k"]))
+
+
+def test_a_fill_within_reach_of_the_logits_gets_one_sign_only() -> None:
+    """Scores filled with -1e4 do not hide a key from a query whose visible scores are all -1e4."""
+    for fill, least in ((-1e4, 0.0), (-np.inf, -1e4)):
+        (found,) = [c for c in cases(operands(50, F32, False), {}, ROLES, fill=fill) if c.name == "logits of 10,000"]
+        scores = np.einsum("bhqd,bhkd->bhqk", found.feed["q"], found.feed["k"]) * D**-0.5
+        assert scores.max() == pytest.approx(1e4, rel=1e-5) and scores.min() == pytest.approx(least, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_extreme_cases_follow_the_original(dtype: int) -> None:
+    """Where the original overflows nothing is asked of the replacement; where it does not, everything is."""
+    shapes = {"q": ([1, H, 8, D], dtype), "k": ([1, H, 8, D], dtype), "v": ([1, H, 8, D], dtype)}
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+    square = [helper.make_node("Mul", ["q", "q"], ["out"])]
+    original = model_of(square, shapes, ([1, H, 8, D], dtype), {})
+    bound = [*square[:0], helper.make_node("Mul", ["q", "q"], ["s"]), helper.make_node("Min", ["s", "top"], ["out"])]
+    guarded = model_of(bound, shapes, ([1, H, 8, D], dtype), {"top": np.array(1e4, kind)})
+    q = np.ones((1, H, 8, D), kind)
+    q[0, 0] = 1e3 if dtype == F16 else 1e30
+    feed = {"q": q, "k": q, "v": q}
+    assert check_site(original, guarded, [Case("hot", feed)]).verdict.code == "nan_pattern"
+    check = check_site(original, guarded, [Case("hot", feed, extreme=True)])
+    assert check.passed and any("finite in 50%" in x for x in check.labels)
+    feed["q"] = np.where(q > 1, np.array(150, kind), q)  # finite in both: the bound is a mistake now
+    assert not check_site(original, guarded, [Case("hot", feed, extreme=True)]).passed
+    assert not check_site(guarded, original, [Case("hot", {**feed, "q": q}, extreme=True)]).passed  # ours overflows
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------
@@ -644,6 +766,20 @@ def language_model() -> ModelProto:
 
 def loaded(proto: ModelProto) -> Model:
     return Model(Path("m.onnx"), proto, "sha256:0", 18)
+
+
+def test_padded_feeds_hide_keys_of_masks_alone() -> None:
+    feed = {"mask": np.ones((2, 9), np.int64), "flag": np.ones(1, bool), "ids": np.ones((2, 9), np.int64),
+            "other_mask": np.zeros((2, 9), np.int64)}  # fmt: skip
+    found = dict(padded_feeds(feed, ("mask", "flag", "other_mask")))
+    assert list(found) == ["left padding", "right padding", "middle padding"]
+    assert found["left padding"]["mask"].tolist() == [[0] * 3 + [1] * 6, [0] * 2 + [1] * 7]
+    assert found["right padding"]["mask"].tolist() == [[1] * 6 + [0] * 3, [1] * 7 + [0] * 2]
+    middle = found["middle padding"]["mask"]
+    assert middle[:, [0, -1]].all() and (middle.sum(axis=1) == [6, 7]).all()
+    for padded in found.values():
+        assert all(padded[n] is feed[n] for n in ("flag", "ids", "other_mask"))
+    assert feed["mask"].all() and padded_feeds(feed, ()) == [] and padded_feeds({"m": np.ones((1, 2))}, ("m",)) == []
 
 
 def test_make_inputs_by_type_and_table() -> None:

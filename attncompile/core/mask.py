@@ -6,7 +6,7 @@ Convention: query i sees key j iff ``-left <= j - i - offset <= right`` for a wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from attncompile.core.pattern import Pattern
@@ -16,6 +16,12 @@ MaskKind = Literal[
     "document", "global", "stripe", "radial", "bias", "opaque",
 ]  # fmt: skip
 MaskedRows = Literal["zero", "uniform", "nan"]
+
+_ORDER: tuple[MaskKind, ...] = (
+    "opaque", "block_sparse", "neighborhood", "radial", "stripe", "global", "document", "blocked", "dilated", "prefix",
+    "window", "causal", "padding", "bias",
+)  # fmt: skip
+"""Of several factors the first of these names the mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +46,13 @@ class MaskPart:
 
     ``left``/``right`` are set for ``window`` (and ``causal``: -1, 0). ``source`` names the graph value that holds
     a ``padding`` (bool, or additive float, broadcastable to [batch, heads, query, key] with query = 1), ``bias`` or
-    ``opaque`` factor. ``additive`` says whether ``source`` is added to the scores (else it is a bool, True = visible).
+    ``opaque`` factor; of other kinds it is set where one value holds that factor alone. ``additive`` says whether
+    ``source`` is added to the scores (else it is a bool, True = visible, or False where the graph negates it).
     ``pattern`` is the exact structure of every other kind.
+
+    A bias that came merged with a mask in one tensor keeps that tensor as its source: at keys that the mask hides it
+    holds a number that hides them once more, at the others the bias. A bias whose certificate's method is ``structure``
+    is not added to scores of [batch, heads, query, key]; with a ``pattern`` it is one finite number outside of it.
     """
 
     kind: MaskKind
@@ -64,19 +75,35 @@ class MaskPart:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyEnds:
+    """Every batch entry has its own number of keys: ``source`` (int [batch]) plus ``plus``; later keys are hidden.
+
+    ``offset`` is where query 0 stands among the keys, for causal and window parts: ``sequence``: where it stands
+    without ends; ``ends``: at ends - query_length (below 0, its first queries see nothing); ``ends-or-start``: there,
+    but never below 0 (an entry with fewer keys than queries has its padded queries last, and what they give is not
+    said).
+    """
+
+    source: str
+    plus: int
+    offset: Literal["sequence", "ends", "ends-or-start"]
+
+
+@dataclass(frozen=True, slots=True)
 class MaskFacts:
     """All factors of a site's mask. No factor at all is an unmasked site.
 
     ``masked_rows`` is what the source gives for a query that sees no key: ``zero`` (a NaN guard, or an operator that
     says so), ``uniform`` (masked scores are finite, so softmax averages over all keys) or ``nan``. ``fills`` are the
     values that hidden scores get or have added, one for every place where the graph applies a mask; ``guarded`` says
-    that a NaN guard follows the softmax.
+    that a NaN guard follows the softmax. ``ends``: each batch entry's own number of keys, where an operator takes it.
     """
 
     parts: tuple[MaskPart, ...] = ()
     masked_rows: MaskedRows = "nan"
     fills: tuple[float, ...] = ()
     guarded: bool = False
+    ends: KeyEnds | None = None
 
     def part(self, *kinds: MaskKind) -> MaskPart | None:
         """The first factor of one of these kinds, or None."""
@@ -85,18 +112,21 @@ class MaskFacts:
     @property
     def kind(self) -> MaskKind:
         """The structural kind: the factor that says most about which keys are seen."""
-        for kind in ("opaque", "window", "causal", "padding", "bias"):
+        for kind in _ORDER:
             for p in self.parts:
                 if p.kind == kind:
                     return p.kind
-        return self.parts[0].kind if self.parts else "none"
+        if not self.parts:
+            return "padding" if self.ends else "none"
+        return self.parts[0].kind
 
     def to_json(self) -> dict[str, Any]:
+        ends = {"ends": asdict(self.ends)} if self.ends else {}
         if not self.parts:
-            return {"kind": "none"}
+            return {"kind": self.kind, **ends}
         main = self.part(self.kind)
         assert main is not None
-        out: dict[str, Any] = {"kind": self.kind, **main.parameters(), "masked_rows": self.masked_rows}
+        out: dict[str, Any] = {"kind": self.kind, **main.parameters(), "masked_rows": self.masked_rows, **ends}
         out["certificate"] = _certificate_json(main.certificate)
         if len(self.parts) > 1:
             out["parts"] = [

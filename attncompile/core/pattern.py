@@ -7,6 +7,7 @@ what a mask is compared with, element by element, before a site is said to have 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +28,10 @@ class Pattern(Protocol):
 
     def parameters(self) -> dict[str, Any]:
         """What the CLI's JSON shows beside the kind: JSON values only."""
+        ...
+
+    def rows(self, queries: np.ndarray, query_length: int, key_length: int) -> np.ndarray:
+        """The rows of ``visible`` for these query indices alone, [len(queries), key_length]. Raises like it."""
         ...
 
 
@@ -59,6 +64,9 @@ class BlockSparse:
         rows = np.frombuffer(self.bits, dtype=np.uint8).reshape(query_length, -(-key_length // 8))
         return np.unpackbits(rows, axis=1, count=key_length).astype(bool)
 
+    def rows(self, queries: np.ndarray, query_length: int, key_length: int) -> np.ndarray:
+        return np.asarray(self.visible(query_length, key_length)[queries])
+
     def parameters(self) -> dict[str, Any]:
         return {"block": self.block, "density": round(self.density, 6)}
 
@@ -70,8 +78,8 @@ class GridWindow:
     One entry an axis of ``grid.shape``. A kernel size k sees k // 2 tokens to the left and k - 1 - k // 2 to the right,
     in steps of ``dilation``; ``border``: clamp moves the window inward (NATTEN), truncate cuts it, circular wraps it.
     ``stride`` > 1: queries in groups of it share the window of the group's leader (GNA). ``causal`` axes see no token
-    after the query. ``shape`` ball keeps the tokens with sum(((d / (k // 2)) ** 2)) <= 1 (CLEAR). Prefix and suffix
-    tokens of ``grid`` see and are seen by all.
+    after the query: their window is the kernel_size tokens up to the group's last. ``shape`` ball keeps the tokens
+    with sum(((d / (k // 2)) ** 2)) <= 1 (CLEAR). Prefix and suffix tokens of ``grid`` see and are seen by all.
     """
 
     grid: TokenGrid
@@ -83,7 +91,75 @@ class GridWindow:
     shape: Literal["box", "ball"] = "box"
 
     def visible(self, query_length: int, key_length: int) -> np.ndarray:
-        raise NotImplementedError
+        return self.rows(np.arange(query_length), query_length, key_length)
+
+    def rows(self, queries: np.ndarray, query_length: int, key_length: int) -> np.ndarray:
+        """Every query and key are tokens of the grid: both lengths are ``grid.tokens``.
+
+        Neighborhood Attention, arXiv:2204.07143; dilation, arXiv:2209.15001; stride, arXiv:2504.16922; CLEAR,
+        arXiv:2412.16112.
+        """
+        if (query_length, key_length) != (self.grid.tokens, self.grid.tokens):
+            raise ValueError(f"the grid has {self.grid.tokens} tokens, the mask {query_length}x{key_length}")
+        self._check()
+        sizes, rank = self.grid.shape, len(self.grid.shape)
+        first, last = self.grid.prefix, self.grid.prefix + prod(sizes)
+        on_grid = (queries >= first) & (queries < last)
+        coordinates = np.unravel_index(queries[on_grid] - first, sizes)
+        inside: np.ndarray = np.ones((1,) * (rank + 1), dtype=bool)
+        distance: np.ndarray = np.zeros((1,) * (rank + 1))
+        for axis, size in enumerate(sizes):
+            spread = (-1, *(size if other == axis else 1 for other in range(rank)))
+            seen, away = self._axis(axis, np.asarray(coordinates[axis], dtype=np.int32)[:, None])
+            inside = inside & seen.reshape(spread)
+            if self.shape == "ball":
+                distance = distance + away.reshape(spread) ** 2
+        if self.shape == "ball":
+            inside = inside & (distance <= 1 + 1e-9)
+        out = np.ones((len(queries), key_length), dtype=bool)
+        out[on_grid, first:last] = np.broadcast_to(inside, (int(on_grid.sum()), *sizes)).reshape(-1, last - first)
+        return out
+
+    def _check(self) -> None:
+        sizes = {len(x) for x in (self.kernel_size, self.dilation, self.stride, self.causal, self.grid.shape)}
+        if len(sizes) != 1 or min(*self.kernel_size, *self.dilation, *self.stride) < 1:
+            raise ValueError("a neighborhood has one positive kernel size, dilation and stride an axis")
+        if self.border == "circular" and any(self.causal):
+            raise ValueError("nothing is causal on an axis that wraps around")
+        for kernel, dilation, size in zip(self.kernel_size, self.dilation, self.grid.shape, strict=True):
+            if self.border != "truncate" and kernel * dilation > size:
+                raise ValueError(f"a window of {kernel} with dilation {dilation} does not fit into {size} tokens")
+
+    def _axis(self, axis: int, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One axis of size s: what coordinates ``query`` [R, 1] see, [R, s], and how far that lies from the window's
+        centre, in radii.
+
+        Tokens with the same remainder modulo the dilation form a line; the window is on that line.
+        """
+        size, kernel = self.grid.shape[axis], self.kernel_size[axis]
+        dilation, stride = self.dilation[axis], self.stride[axis]
+        key = np.arange(size, dtype=np.int32)[None, :]
+        line = -(-(size - query % dilation) // dilation)  # tokens on the query's line
+        group = query // dilation // stride * stride
+        left = kernel // 2
+        if self.causal[axis]:
+            leader = np.minimum(group + stride - 1, line - 1)
+            step = key // dilation - leader
+            seen = (step > -kernel) & (key <= query) & (query % dilation == key % dilation)
+            return seen, step / max(left, 1)
+        centre = np.minimum(group + stride // 2, line - 1)
+        if self.border == "circular":
+            ahead = (key - (centre * dilation + query % dilation)) % size
+            behind = size - ahead
+            right_seen = (ahead % dilation == 0) & (ahead // dilation <= kernel - 1 - left)
+            left_seen = (behind % dilation == 0) & (behind // dilation <= left)
+            steps = np.where(right_seen, ahead // dilation, behind // dilation)
+            return right_seen | left_seen, steps / max(left, 1)
+        if self.border == "clamp":
+            centre = np.clip(centre, left, line - (kernel - left))
+        step = key // dilation - centre
+        seen = (step >= -left) & (step <= kernel - 1 - left) & (query % dilation == key % dilation)
+        return seen, step / max(left, 1)
 
     def parameters(self) -> dict[str, Any]:
         return {

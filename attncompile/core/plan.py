@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from attncompile.core.assumption import Assumption
 from attncompile.core.mechanism import Parameters
 
 PLAN_SCHEMA_VERSION = 1
@@ -24,6 +25,7 @@ class Decision:
     """``mechanism`` is ``keep`` or the name of a mechanism; ``reason`` says why.
 
     ``predicted_gain`` is the predicted time of the site's subgraph before / after at the profile's usual shape.
+    ``assumptions`` are what the replacement relies on; a site that is kept has none.
     """
 
     site: str
@@ -33,6 +35,7 @@ class Decision:
     parameters: Parameters = field(default_factory=dict)
     predicted_gain: float = 1.0
     refusals: tuple[Refusal, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
 
     @property
     def kept(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import tomli_w
 
+from attncompile.core.assumption import KINDS, Assumption
 from attncompile.core.errors import BadArguments
 from attncompile.core.plan import PLAN_SCHEMA_VERSION, Decision, Plan, Refusal
 
@@ -22,6 +23,7 @@ _HEADER = """\
 #   mechanism   "keep" leaves the site as it is; another mechanism's name replaces it.
 #   parameters  the mechanism's settings. Delete a line to get its default.
 #   exact       whether the replacement changes nothing but rounding; checked again when the plan is applied.
+#   assumptions what the replacement relies on and how it was shown. For your information; made again when applied.
 #   considered  what else was looked at for the site, and why it was not taken. For your information only.
 #
 # A site that is not listed here is kept. `attncompile explain MODEL NODE` tells more about one site.
@@ -33,7 +35,10 @@ _PLAN_KEYS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 _SITE_KEYS: dict[str, tuple[type, ...]] = {
     "id": (str,), "mechanism": (str,), "reason": (str,), "exact": (bool,), "predicted_gain": (int, float),
-    "parameters": (dict,), "considered": (list,),
+    "parameters": (dict,), "considered": (list,), "assumptions": (list,),
+}  # fmt: skip
+_ASSUMPTION_KEYS: dict[str, tuple[type, ...]] = {
+    "kind": (str,), "statement": (str,), "shown_by": (str,), "inputs": (list,), "checked": (bool,),
 }  # fmt: skip
 _REFUSAL_KEYS: dict[str, tuple[type, ...]] = {"mechanism": (str,), "code": (str,), "reason": (str,)}
 
@@ -120,6 +125,7 @@ def decision_json(decision: Decision) -> dict[str, Any]:
         "id": decision.site, "mechanism": decision.mechanism, "reason": decision.reason, "exact": decision.exact,
         "predicted_gain": decision.predicted_gain, "parameters": dict(decision.parameters),
         "considered": [{"mechanism": r.mechanism, "code": r.code, "reason": r.reason} for r in decision.refusals],
+        "assumptions": [a.to_json() for a in decision.assumptions],
     }  # fmt: skip
 
 
@@ -161,7 +167,20 @@ def _decision(table: Any, reader: _Reader) -> Decision:
         parameters=table.get("parameters", {}),
         predicted_gain=gain,
         refusals=tuple(refusals),
+        assumptions=tuple(_assumption(entry, reader) for entry in table.get("assumptions", [])),
     )
+
+
+def _assumption(entry: Any, reader: _Reader) -> Assumption:
+    if not isinstance(entry, dict):
+        raise BadArguments(f"{reader.where('assumptions')} 'assumptions' must be a list of tables", "delete it")
+    reader.check(entry, _ASSUMPTION_KEYS, required=("kind", "statement", "shown_by"))
+    inputs = entry.get("inputs", [])
+    if entry["kind"] not in KINDS or not all(isinstance(name, str) for name in inputs):
+        raise BadArguments(
+            f"{reader.where('assumptions')} an assumption has an unknown kind, or inputs that are no names", "delete it"
+        )
+    return Assumption(entry["kind"], entry["statement"], entry["shown_by"], tuple(inputs), entry.get("checked", False))
 
 
 class _Reader:

@@ -12,8 +12,8 @@ from attncompile.core.mask import MaskFacts
 Dim = int | str
 """A dimension: a number, or the graph's symbol (or an expression of symbols) for a dynamic one."""
 
-Layout = Literal["BNHD", "BHND"]
-"""Axis order of a rank-4 operand: batch, sequence, heads, head dim."""
+Layout = Literal["BNHD", "BHND", "BHDN"]
+"""Axis order of a rank-4 operand: batch, sequence, heads, head dim. BHDN is found around linear attention alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Operand:
     layout: Layout
 
 
-Need = Literal["sinks", "head-scale", "log-sum-exp", "cache", "linear", "quantised", "body"]
+Need = Literal["sinks", "head-scale", "log-sum-exp", "cache", "linear", "quantised", "body", "key-ends"]
 """What a site may have beyond softmax(scale * Q K^T + mask) V in the main graph. A mechanism that does not say that it
 understands a need is never offered a site with it."""
 
@@ -53,7 +53,8 @@ class AttentionSite:
     operands and the output, which a replacement makes dead unless someone else reads them (never the scores or the
     weights); ``interior`` holds their output values, unique in the graph. ``dtype`` is the operands' ONNX element
     type in lower case (``float32``), ``softmax_dtype`` that of the softmax. ``query_length`` and ``key_length`` are
-    numbers or the graph's symbols.
+    numbers or the graph's symbols. ``scope`` names the body that holds the site (``If 'name'/then_branch``, outer ones
+    first), empty for the main graph and for what local functions were inlined to; names of values are those seen there.
     """
 
     id: str
@@ -92,7 +93,7 @@ class AttentionSite:
         has: dict[Need, object] = {
             "sinks": self.sinks, "head-scale": self.head_scale, "log-sum-exp": self.log_sum_exp,
             "cache": self.cache is not None and self.cache.form == "operator", "linear": self.kind == "linear",
-            "quantised": self.quantised, "body": self.scope,
+            "quantised": self.quantised, "body": self.scope, "key-ends": self.mask.ends,
         }  # fmt: skip
         return frozenset(need for need, present in has.items() if present)
 

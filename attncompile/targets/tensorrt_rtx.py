@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import ModelProto, ValueInfoProto
+from onnx import ModelProto, NodeProto, ValueInfoProto
 
 from attncompile.core.errors import BadArguments, MissingDependency, TargetError
 from attncompile.core.model import Model
@@ -55,7 +55,16 @@ class TensorRTRTX:
 
     def supports(self, proto: ModelProto) -> Verdict:
         """Whether nothing but standard ops is left once the bodies are inlined."""
-        foreign = g.foreign_nodes(g.inlined(proto))
+        inlined = g.inlined(proto)
+        for node in (n for graph in g.graphs(inlined.graph) for n in graph.node):
+            if _dropped(node):
+                return Verdict.no(
+                    "dropped",
+                    f"the parser of TensorRT-RTX reads Attention '{g.label(node)}' but drops {_dropped(node)}: hidden "
+                    "keys would be seen",
+                    "export them as a boolean mask",
+                )
+        foreign = g.foreign_nodes(inlined)
         if not foreign:
             return Verdict.yes("standard ops only")
         node = foreign[0]
@@ -152,6 +161,15 @@ class TensorRTRTX:
                 f"TensorRT-RTX cannot load {folder / ENGINE}", "build it again with the installed version"
             )
         return engine
+
+
+def _dropped(node: NodeProto) -> str:
+    """What hides keys in a standard Attention and is not in the network that the parser makes of it (1.7.1)."""
+    if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
+        return ""
+    if any(a.name in ("left_window_size", "right_window_size") and a.i >= 0 for a in node.attribute):
+        return "its window (opset 25)"
+    return "nonpad_kv_seqlen" if len(node.input) > 6 and node.input[6] else ""
 
 
 def shapes(proto: ModelProto, profile: ShapeProfile) -> dict[str, list[list[int]]]:

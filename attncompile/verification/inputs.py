@@ -16,6 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from attncompile.core.errors import BadArguments
 from attncompile.core.model import Model
+from attncompile.passes.index import graphs_within
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _INTEGERS = (TensorProto.INT64, TensorProto.INT32, TensorProto.INT16, TensorProto.INT8, TensorProto.UINT8)
@@ -70,6 +71,29 @@ def make_inputs(model: Model, binding: Mapping[str, int], seed: int = 0) -> dict
     return {s.name: _make(s, _concrete(s, binding), model.proto, seed) for s in input_specs(model.proto)}
 
 
+def padded_feeds(feed: Mapping[str, np.ndarray], masks: Iterable[str]) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """``feed`` with a third of the keys hidden in its mask inputs (those of ``masks`` that hold nothing but ones or
+    True, keys on their last axis): ``left padding``, ``right padding``, ``middle padding``. Every row of a mask keeps
+    its first or its last key, and later rows hide fewer.
+    """
+    names = [n for n in masks if n in feed and feed[n].ndim and feed[n].shape[-1] > 2 and bool((feed[n] == 1).all())]
+    if not names:
+        return []
+    found = []
+    for side in ("left", "right", "middle"):
+        changed = {}
+        for name in names:
+            mask = feed[name].copy()
+            keys = mask.shape[-1]
+            for row, values in enumerate(mask.reshape(-1, keys)):
+                hidden = max(1, keys // (3 + row))
+                start = {"left": 0, "right": keys - hidden, "middle": min(keys // 2, keys - 1 - hidden)}[side]
+                values[start : start + hidden] = 0
+            changed[name] = mask
+        found.append((f"{side} padding", {**feed, **changed}))
+    return found
+
+
 def _concrete(spec: InputSpec, binding: Mapping[str, int]) -> tuple[int, ...]:
     if spec.shape is None:
         raise BadArguments(f"input {spec.name} declares no shape", "give its values with --inputs")
@@ -112,15 +136,19 @@ def _make(spec: InputSpec, shape: tuple[int, ...], proto: ModelProto, seed: int)
 
 
 def _table_size(graph: GraphProto, name: str) -> int | None:
-    """The smallest table that is indexed (Gather axis 0) by ``name``, followed through casts and reshapes."""
-    tables = {t.name: list(t.dims) for t in graph.initializer}
-    for node in graph.node:
+    """The smallest table that is indexed (Gather axis 0) by ``name``, followed through casts and reshapes, also in the
+    bodies of control flow.
+    """
+    every = list(graphs_within(graph))
+    nodes = [n for g in every for n in g.node]
+    tables = {t.name: list(t.dims) for g in every for t in g.initializer}
+    for node in nodes:
         if node.op_type == "Constant":
             for attribute in node.attribute:
                 if attribute.name == "value":
                     tables[node.output[0]] = list(attribute.t.dims)
     consumers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
+    for node in nodes:
         for value in node.input:
             consumers.setdefault(value, []).append(node)
     sizes: list[int] = []
@@ -130,7 +158,7 @@ def _table_size(graph: GraphProto, name: str) -> int | None:
         for node in consumers.get(value, []):
             if node.op_type == "Gather" and len(node.input) > 1 and node.input[1] == value:
                 axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-                table = _through(graph, node.input[0], tables)
+                table = _through(nodes, node.input[0], tables)
                 if table:
                     sizes.append(table[axis])
             elif node.op_type in _PASS_THROUGH and node.input[0] == value and node.output[0] not in seen:
@@ -139,11 +167,11 @@ def _table_size(graph: GraphProto, name: str) -> int | None:
     return min(sizes, default=None)
 
 
-def _through(graph: GraphProto, name: str, tables: Mapping[str, list[int]]) -> list[int] | None:
+def _through(nodes: Sequence[NodeProto], name: str, tables: Mapping[str, list[int]]) -> list[int] | None:
     """The table's shape, also where it is stored in another type and cast (or is dequantised) first."""
     if name in tables:
         return tables[name]
-    for node in graph.node:
+    for node in nodes:
         if name in node.output and node.op_type in ("Cast", "Identity", "DequantizeLinear"):
             return tables.get(node.input[0])
     return None

@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import onnx
 
-from attncompile.core.errors import AttncompileError
+from attncompile.core.errors import AttncompileError, BadModel
 from attncompile.core.verdict import Verdict
 from attncompile.measure import open_session
 from attncompile.verification.retype import TO_TWIN, convert_feed, retype
 
 ORIGINAL, REWRITTEN = "original", "attncompile"
+
+
+class RewrittenFailed(AttncompileError):
+    """The rewritten model loads and does not run; the original does."""
 
 
 class Baseline:
@@ -46,12 +50,17 @@ class Baseline:
 
 
 def run(baseline: Baseline, original: Path, rewritten: Path, feeds: list[dict[str, np.ndarray]]) -> Any:
-    """Polygraphy ``RunResults`` of both models; one session lives at a time."""
+    """Polygraphy ``RunResults`` of both models; one session lives at a time. Raises RewrittenFailed."""
     from polygraphy.comparator import RunResults
 
     results = RunResults()
     results.append((ORIGINAL, baseline.results(original, feeds)))
-    results.append((REWRITTEN, _run_one(rewritten, REWRITTEN, feeds)))
+    try:
+        results.append((REWRITTEN, _run_one(rewritten, REWRITTEN, feeds)))
+    except BadModel:
+        raise
+    except AttncompileError as error:
+        raise RewrittenFailed(error.message, error.hint) from error
     return results
 
 

@@ -2,8 +2,8 @@
 
 The rule: RMSE of the replacement against float64 at most 3 times
 that of the original in its own precision, with a floor of a few rounding units of the output's type. NaN and infinity
-patterns must agree row by row. The reference is the *original* subgraph converted to float64, so it shares no code
-with our operators.
+patterns must agree row by row; in extreme cases the original decides: where it is not finite, nothing is compared. The
+reference is the *original* subgraph converted to float64, so it shares no code with our operators.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from attncompile.core.site import Operand
 from attncompile.core.verdict import Verdict
 from attncompile.measure import Session, open_session, run_session
 from attncompile.verification.cases import Case
-from attncompile.verification.judge import CaseCheck, compare_output, compare_patterns
+from attncompile.verification.judge import (
+    LARGE_ROW_FLOOR_UNITS,
+    ROW_FLOOR_UNITS,
+    CaseCheck,
+    compare_output,
+    compare_patterns,
+    where_finite,
+)
 from attncompile.verification.reference import Reference
 from attncompile.verification.retype import TO_TWIN, convert_feed, retype, uses
 
@@ -102,6 +109,7 @@ def _overall(checks: Sequence[CaseCheck], labels: list[str]) -> Verdict:
         return Verdict.no(worst.verdict.code, f"case '{worst.case}': {worst.verdict.reason}")
     passed = [c for c in checks if c.verdict.ok]
     labels.extend(f"case '{c.case}' not judged: {c.verdict.reason}" for c in checks if not c.verdict.ok)
+    labels.extend(f"case '{c.case}': {c.note}, and compared there" for c in passed if c.note)
     if not passed:
         return Verdict.no("nothing_compared", "no case gave anything to compare")
     worst_error = max(c.error for c in passed)
@@ -126,18 +134,27 @@ def _check_case(
         return [CaseCheck(case.name, names[0], Verdict.no("no_reference", error.message))]
     checks = []
     for name, a, b, truth in zip(names, outputs, replaced, truths, strict=True):
+        note = ""
+        if case.extreme:
+            a, b, note = where_finite(a, b)
         if truth is None and case.large:
             why = "large logits amplify rounding and need a float64 reference, which is above the memory cap"
             checks.append(CaseCheck(case.name, name, Verdict.no("not_judged", why)))
             continue
         a_rows, b_rows = (a, b) if truth is None or truth.rows is None else (truth.rows.take(a), truth.rows.take(b))
         pattern = compare_patterns(a, b)  # on all rows, also those that are not sampled
-        check = compare_output(a_rows, b_rows, None if truth is None else truth.value)
+        if pattern.ok and a.dtype.kind == "f" and not np.isfinite(a_rows).any():
+            why = "the original gives no finite value to compare with"
+            checks.append(CaseCheck(case.name, name, Verdict.no("not_judged", why), note=note))
+            continue
+        units = LARGE_ROW_FLOOR_UNITS if case.large else ROW_FLOOR_UNITS
+        check = compare_output(a_rows, b_rows, None if truth is None else truth.value, units)
         verdict = check.verdict if pattern.ok else pattern
         checks.append(
             CaseCheck(
                 case.name, name, verdict, "original in its own precision" if truth is None else truth.kind,
-                check.error, check.original_error, check.budget, check.rows, check.masked,
+                check.error, check.original_error, check.budget, check.rows, check.masked, note,
+                case.extreme,
             )
         )  # fmt: skip
     return checks

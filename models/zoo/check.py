@@ -1,26 +1,36 @@
-"""Export an entry, detect in the file, compare with what the torch model did."""
+"""Export an entry, detect in the file, compare with what the torch model did; the same with committed graphs."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module, util
 from pathlib import Path
 
+import numpy as np
+from onnx import ModelProto
+from onnx.checker import ValidationError
+
+from attncompile.core.mask import MaskPart
+from attncompile.core.model import Model
 from attncompile.core.site import AttentionSite, Detection
 from attncompile.models.export import export_built, quiet
 from attncompile.models.recipe import Built, Options
+from attncompile.models.zoo import graphs
 from attncompile.models.zoo.entry import Call, Entry
+from attncompile.models.zoo.seen import from_words, window
 from attncompile.models.zoo.table import ENTRIES
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One entry compared. ``missed`` are true sites that are neither found nor declared as refused; ``false`` are
-    found sites that are not true; ``wrong`` says which masks differ.
+    found sites that are not true; ``wrong`` says what else differs: masks, sinks, the committed truth.
     """
 
     entry: Entry
@@ -39,6 +49,13 @@ class Outcome:
         return not (self.missed or self.false or self.wrong)
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An entry that cannot be exported here, and why."""
+
+    reason: str
+
+
 def make(entry: Entry) -> Built:
     """The torch module of ``entry``, in its element type."""
     import torch
@@ -53,98 +70,212 @@ def make(entry: Entry) -> Built:
     return cast(built, Options(dtype=entry.dtype))
 
 
-def run(entry: Entry) -> Outcome:
-    """Makes, counts, exports into a temporary folder, detects, compares."""
+def exported(entry: Entry, path: Path) -> list[Call]:
+    """Writes the model of ``entry`` to ``path`` and returns what its torch module did."""
+    from attncompile.models.zoo import after
     from attncompile.models.zoo.truth import calls_of
-    from attncompile.passes.detect import detect
+
+    with quiet():
+        built = make(entry)
+        calls = calls_of(built, entry.modules, entry.linear, entry.sparse, entry.varied)
+        options = Options(exporter=entry.exporter, opset=entry.opset, dynamic=entry.dynamic)
+        export_built(built, options, path)
+        for step in entry.after:
+            calls = after.STEPS[step](entry, built, path, calls)
+    return calls
+
+
+def run(entry: Entry, write: bool = False) -> Outcome:
+    """Makes, counts, exports into a temporary folder, detects, compares: with the truth, and that with the committed
+    one. ``write`` writes graph and truth in place of the latter.
+    """
     from attncompile.passes.load import load
-    from attncompile.passes.normalise import normalise
-    from attncompile.passes.separate import HELPED, separate
-    from attncompile.passes.symbols import profile_for
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="attncompile-zoo-") as folder:
         path = Path(folder) / "model.onnx"
-        with quiet():
-            built = make(entry)
-            calls = calls_of(built, entry.modules)
-            options = Options(exporter=entry.exporter, opset=entry.opset, dynamic=entry.dynamic)
-            export_built(built, options, path)
-        model = normalise(load(path))
-        profile = profile_for(model, {})
-        detection = detect(model, profile)
-        if any(m.code in HELPED for m in detection.near_misses):
-            detection = detect(separate(model, profile), profile)
-    return compare(entry, calls, detection, len(model.proto.graph.node), time.perf_counter() - start)
+        calls = exported(entry, path)
+        model = load(path)
+        detection = _written(entry, model, calls) if write else found_in(model)
+    outcome = compare(entry, calls, detection, model.proto, time.perf_counter() - start)
+    if not graphs.truth_path(entry).is_file():
+        return replace(outcome, wrong=(*outcome.wrong, "no truth is committed: --write-graphs"))
+    if graphs.read_truth(entry)["calls"] != calls:
+        return replace(outcome, wrong=(*outcome.wrong, "the committed truth is another one"))
+    return outcome
 
 
-def compare(entry: Entry, calls: list[Call], detection: Detection, nodes: int, seconds: float) -> Outcome:
-    """True calls against sites: as multisets of heads, head dim and lengths, then their masks in order."""
-    true = Counter(_key(c) for c in calls)
-    found = Counter(_site_key(s, calls) for s in detection.sites)
-    missing, false = true - found, found - true
-    codes = Counter(m.code for m in detection.near_misses)
+def _written(entry: Entry, model: Model, calls: list[Call]) -> Detection:
+    """Writes the graph and detects in it. What a mask is computed from (SwinV2's bias is a small network of constants)
+    has to be read: such tensors keep their data.
+    """
+    kept: frozenset[str] = frozenset()
+    while True:
+        graphs.write(entry, model.proto, calls, kept)
+        try:
+            return found_in(graphs.read_graph(entry))
+        except ValidationError as error:
+            named = re.search(r"tensor name: (.+?)\) should be stored", str(error))
+            if named is None or named[1] in kept:
+                raise
+            kept |= {named[1]}
+
+
+def run_graph(entry: Entry) -> Outcome:
+    """Detects in the committed graph and compares with the committed truth."""
+    start = time.perf_counter()
+    model = graphs.read_graph(entry)
+    calls = graphs.read_truth(entry)["calls"]
+    detection = found_in(model)
+    return compare(entry, calls, detection, model.proto, time.perf_counter() - start)
+
+
+def found_in(model: Model) -> Detection:
+    """What the compiler finds: as in the pipeline, detection runs again where giving operands rank 4 helps."""
+    from attncompile.passes.detect import detect
+    from attncompile.passes.normalise import normalise
+    from attncompile.passes.separate import HELPED, separate
+    from attncompile.passes.symbols import profile_for
+
+    model = normalise(model)
+    profile = profile_for(model, {})
+    detection = detect(model, profile)
+    if any(m.code in HELPED for m in detection.near_misses):
+        detection = detect(separate(model, profile), profile)
+    return detection
+
+
+def compare(entry: Entry, calls: Sequence[Call], found: Detection, proto: ModelProto, seconds: float) -> Outcome:
+    """True calls against sites: kind, heads, dims and lengths have to agree, then masks and sinks are looked at."""
+    pairs = _paired(calls, found.sites)
+    missing = [c for i, c in enumerate(calls) if i not in {i for i, _ in pairs}]
+    false = [s for j, s in enumerate(found.sites) if j not in {j for _, j in pairs}]
+    codes = Counter(m.code for m in found.near_misses)
     refused = sum(min(count, codes[code]) for code, count in entry.refused.items())
     declared = sum(entry.refused.values())
-    missed = [f"{n} x {_words(k)}" for k, n in missing.items()] if missing.total() != refused else []
+    missed = [_words(c) for c in missing] if len(missing) != refused else []
     if refused != declared:
         missed.append(f"{declared} sites are declared as refused, {refused} were")
-    wrong = _wrong_masks(calls, detection.sites) if not missing and not false else []
     return Outcome(
-        entry, tuple(calls), found.total() - false.total(), refused, tuple(missed),
-        tuple(f"{n} x {_words(k)}" for k, n in false.items()), tuple(wrong),
-        tuple(f"{m.code}: {m.reason}" for m in detection.near_misses), nodes, seconds,
+        entry, tuple(calls), len(pairs), refused, tuple(missed), tuple(_words(s) for s in false),
+        tuple(said for i, j in pairs for said in _differences(found.sites[j], calls[i])),
+        tuple(f"{m.code}: {m.node}: {m.reason}" for m in found.near_misses), len(proto.graph.node), seconds,
     )  # fmt: skip
 
 
-_Key = tuple[int, int, int | str, int | str]
+def _paired(calls: Sequence[Call], sites: Sequence[AttentionSite]) -> list[tuple[int, int]]:
+    """Positions of calls and sites of the same kind, heads, dims and lengths. Both come in the order of execution;
+    where some are missing, a site goes to a call with the same mask if there is one.
+    """
+    left, rest, pairs = list(range(len(calls))), list(range(len(sites))), []
+    for strict in (False,) if len(calls) == len(sites) else (True, False):
+        for j in list(rest):
+            fitting = (i for i in left if _fits(sites[j], calls[i]))
+            i = next((i for i in fitting if not (strict and _differences(sites[j], calls[i]))), None)
+            if i is not None:
+                left.remove(i)
+                rest.remove(j)
+                pairs.append((i, j))
+    return pairs
 
 
-def _key(call: Call) -> _Key:
-    return call.heads, call.head_dim, call.query_length, call.key_length
+def _fits(site: AttentionSite, call: Call) -> bool:
+    """A symbolic length has no number here and stands for any.
+
+    transformers hands the one query of a decoding step over as a row for each query head of a group: heads that meet
+    the same keys become queries of one head. That is the same function, and a graph may say it either way.
+    """
+    own = (site.kind, site.head_dim, site.value_dim)
+    if own != (call.kind, call.head_dim, call.value_dim):
+        return False
+    if not isinstance(site.key_length, str) and site.key_length != call.key_length:
+        return False
+    lengths = isinstance(site.query_length, str) or site.query_length == call.query_length
+    if lengths and (site.heads, site.kv_heads) == (call.heads, call.kv_heads):
+        return True
+    return _unfolded(site) == _unfolded(call)
 
 
-def _site_key(site: AttentionSite, calls: list[Call]) -> _Key:
-    """A symbolic length has no number here: it stands for that of a true call with the same heads, if there is one."""
-    lengths: list[int | str] = [site.query_length, site.key_length]
-    for call in calls:
-        if (call.heads, call.head_dim) == (site.heads, site.head_dim):
-            pairs = zip(lengths, (call.query_length, call.key_length), strict=True)
-            if all(isinstance(have, str) or have == want for have, want in pairs):
-                return _key(call)
-    return site.heads, site.head_dim, lengths[0], lengths[1]
+def _unfolded(of: Call | AttentionSite) -> tuple[int, int, int | str]:
+    """Heads, key heads and queries, with the query heads of a group as queries where there is one query."""
+    if of.query_length == 1 and of.heads > of.kv_heads:
+        return of.kv_heads, of.kv_heads, of.heads // of.kv_heads
+    return of.heads, of.kv_heads, of.query_length
 
 
-def _words(key: _Key) -> str:
-    return f"{key[0]} heads of {key[1]}, {key[2]} queries, {key[3]} keys"
+def _words(of: Call | AttentionSite) -> str:
+    groups = f" ({of.kv_heads} of keys)" if of.kv_heads != of.heads else ""
+    dims = f"{of.head_dim}/{of.value_dim}" if of.value_dim != of.head_dim else f"{of.head_dim}"
+    name = f"{of.id}: " if isinstance(of, AttentionSite) else ""
+    return f"{name}{of.kind}, {of.heads} heads{groups} of {dims}, {of.query_length} queries, {of.key_length} keys"
 
 
-def _wrong_masks(calls: list[Call], sites: tuple[AttentionSite, ...]) -> list[str]:
-    """Sites and calls come in the order of execution; those of one key are compared one by one."""
-    wrong = []
-    by_key: dict[_Key, list[Call]] = {}
-    for call in calls:
-        by_key.setdefault(_key(call), []).append(call)
-    for site in sites:
-        queue = by_key.get(_site_key(site, calls), [])
-        if not queue:
-            continue
-        call = queue.pop(0)
-        part = site.mask.part("window", "causal")
-        said = "none" if part is None else "causal" if part.kind == "causal" else f"window {part.left} {part.right}"
-        others = [p.kind for p in site.mask.parts if p is not part]
-        want, *data = call.mask.split("+")
-        # A mask that is nothing but data says no structure; one with padding beside it needs a part for it.
-        agrees = want == "unknown" or (bool(others) if want == "data" else said == want and (bool(others) or not data))
-        if not agrees:
-            wrong.append(f"{site.id}: mask {call.mask} taken for {said}" + (f" and {others}" if others else ""))
+def _differences(site: AttentionSite, call: Call) -> list[str]:
+    said = _mask_difference(site, call)
+    wrong = [f"{site.id}: {said}"] if said else []
+    if bool(site.sinks) != call.sinks:
+        wrong.append(f"{site.id}: sinks are {'missed' if call.sinks else 'claimed'}")
     return wrong
 
 
-def attempt(position: int) -> Outcome | str:
+_STRUCTURE = frozenset({"padding", "bias", "opaque"})
+
+
+def _mask_difference(site: AttentionSite, call: Call) -> str:
+    """How the site's mask facts differ from the elements that were seen, or nothing."""
+    structure, *words = call.mask.split("+")
+    queries, keys = call.query_length, call.key_length
+    want = from_words(structure, queries, keys)
+    causal = site.linear is not None and site.linear.causal
+    have = window(-1, 0, queries, keys) if causal else np.ones((queries, keys), dtype=bool)
+    for part in site.mask.parts:
+        if part.kind not in _STRUCTURE:
+            have = have & _visible(part, queries, keys)
+    kinds = {p.kind for p in site.mask.parts}
+    said = " and ".join(f"{p.kind} {p.parameters()}" for p in site.mask.parts) or "none"
+    name = call.mask if not structure.startswith("pattern") else "+".join(["a pattern", *words])
+    if "data" in words and queries == 1 and "padding" in kinds:
+        words = ["padding"]  # whatever one query does not see are whole keys
+    agrees = np.array_equal(want, have)
+    # A bias that is computed from the queries (SAM, DeBERTa) is opaque to the detector, and rightly so.
+    if site.query_length == 1 and "padding" in kinds:
+        words = ["padding" if word == "data" else word for word in words]  # with one query data can hide only keys
+    agrees &= bool({"bias", "data"} & set(words)) == bool(kinds & {"bias", "opaque"})
+    agrees &= "data" not in words or "opaque" in kinds
+    agrees &= ("padding" in words) == ("padding" in kinds)
+    return "" if agrees else f"mask {name} is taken for {said}"
+
+
+def _visible(part: MaskPart, queries: int, keys: int) -> np.ndarray:
+    if part.kind in ("window", "causal"):
+        return window(part.left, 0 if part.kind == "causal" else part.right, queries, keys)
+    if part.pattern is None:
+        raise ValueError(f"a mask part {part.kind} says nothing about which keys are visible")
+    return part.pattern.visible(queries, keys)
+
+
+def attempt(position: int) -> Outcome | Skipped | str:
     """The outcome of the entry at this position, or the error that it stopped with."""
+    return _guarded(position, "run")
+
+
+def attempt_writing(position: int) -> Outcome | Skipped | str:
+    """As ``attempt``, and the graph and its truth are written."""
+    return _guarded(position, "write")
+
+
+def attempt_graph(position: int) -> Outcome | Skipped | str:
+    """The outcome of the committed graph of the entry at this position."""
+    return _guarded(position, "graph")
+
+
+def _guarded(position: int, what: str) -> Outcome | Skipped | str:
+    entry = ENTRIES[position]
+    absent = [name for name in entry.needs if util.find_spec(name) is None]
+    if absent and what != "graph":
+        return Skipped(f"{', '.join(absent)} is not installed")
     try:
-        return run(ENTRIES[position])
+        return run_graph(entry) if what == "graph" else run(entry, write=what == "write")
     except Exception as error:  # whatever torch's exporters or a library raise is this entry's result
         last = traceback.extract_tb(error.__traceback__)[-1]
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

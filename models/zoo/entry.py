@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from attncompile.models.recipe import AttentionForm, Dtype, Exporter
 
@@ -13,9 +13,11 @@ from attncompile.models.recipe import AttentionForm, Dtype, Exporter
 class Entry:
     """One export. ``maker`` is ``module:function``; the function takes (``Entry``) and returns a ``Built``.
 
-    ``modules`` names torch module classes that hold attention which calls nothing that can be recorded (products and a
-    softmax in their own forward); each call counts as one site. ``refused`` says which true sites are known to stay
-    near misses, as code -> count: what an attention site cannot express yet.
+    ``modules`` names torch module classes whose own forward writes attention in products and a softmax, ``linear``
+    those with linear attention, ``sparse`` those that reach a part of the keys by gathers and chunks; ``varied`` names
+    inputs on which masks depend (see ``truth.calls_of`` for all four). ``after`` names what is done to the exported
+    file (see ``after.py``). ``refused`` says which true sites are known to stay near misses, as code -> count.
+    ``needs`` names packages that the extra ``models`` does not bring.
     """
 
     name: str
@@ -28,7 +30,12 @@ class Entry:
     dynamic: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
+    varied: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     refused: Mapping[str, int] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -36,19 +43,29 @@ class Entry:
         words = [self.name, self.exporter, str(self.opset), self.attention]
         words += [self.dtype] if self.dtype != "fp32" else []
         words += ["dynamic-" + "-".join(self.dynamic)] if self.dynamic else []
-        return "/".join(words)
+        return "/".join([*words, *self.after])
+
+    @property
+    def slug(self) -> str:
+        """The title as a file name."""
+        return self.title.replace("/", "-")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Call:
-    """One attention call of a torch model. ``mask`` is what its elements were in this call: ``none``, ``causal``,
-    ``window LEFT RIGHT``, ``data`` (anything else) or ``unknown`` (not seen); ``+data`` where batch entries differ.
-    ``how`` is what was called.
+    """One attention call of a torch model.
+
+    ``kv_heads`` counts heads of keys and values that differ. ``mask`` is what its elements were in this call (see
+    ``seen.mask_words``). ``how`` is what was called.
     """
 
     heads: int
+    kv_heads: int
     head_dim: int
+    value_dim: int
     query_length: int
     key_length: int
     mask: str
     how: str
+    kind: Literal["softmax", "linear"] = "softmax"
+    sinks: bool = False

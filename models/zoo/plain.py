@@ -174,3 +174,81 @@ class _Negative(nn.Module):
 
 def negative(entry: Entry) -> Built:
     return _built(_Negative(entry.options["kind"]), _X)
+
+
+class _Neighbourhood(nn.Module):
+    """2-D neighborhood attention written with a padded gather: every token's own keys, then products with one query."""
+
+    index: torch.Tensor
+    visible: torch.Tensor
+
+    def __init__(self, side: int, window: int) -> None:
+        super().__init__()
+        self.num_heads, self.side, self.window = _HEADS, side, window
+        self.qkv, self.out = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH)
+        near = torch.arange(side)[:, None] + torch.arange(window)[None]
+        self.register_buffer("index", near, persistent=False)
+        inside = (near >= window // 2) & (near < side + window // 2)
+        visible = inside[:, None, :, None] & inside[None, :, None, :]
+        self.register_buffer("visible", visible.reshape(side * side, 1, window * window), persistent=False)
+
+    def _gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, h, s * s, d] -> [b, h, s * s, w * w, d]."""
+        b, h, n, d = x.shape
+        s, w = self.side, self.window
+        x = nn.functional.pad(x.reshape(b * h, s, s, d), (0, 0, w // 2, w // 2, w // 2, w // 2))
+        x = x[:, self.index][:, :, :, self.index]  # [b * h, s, w, s, w, d]
+        return x.permute(0, 1, 3, 2, 4, 5).reshape(b, h, n, w * w, d)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, _HEADS, c // _HEADS).permute(2, 0, 3, 1, 4)
+        k, v = self._gathered(k), self._gathered(v)
+        scores = (q * (c // _HEADS) ** -0.5)[..., None, :] @ k.transpose(-2, -1)
+        weights = scores.masked_fill(~self.visible, float("-inf")).softmax(-1)
+        return self.out((weights @ v)[..., 0, :].transpose(1, 2).reshape(b, n, c))
+
+
+def neighbourhood(entry: Entry) -> Built:
+    return _built(_Neighbourhood(5, 3), (_BATCH, 25, _WIDTH))
+
+
+class _MaskedCross(nn.Module):
+    """Mask2Former's cross-attention: queries see the pixels that their own predicted mask covers, or all of them."""
+
+    def forward(self, queries: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        covered = (queries @ pixels.transpose(1, 2)).sigmoid() >= 0.5
+        covered = covered | ~covered.any(-1, keepdim=True)
+        q, k, v = (t.view(*t.shape[:2], _HEADS, -1).transpose(1, 2) for t in (queries, pixels, pixels))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=covered[:, None])
+        return y.transpose(1, 2).flatten(2)
+
+
+def masked_cross(entry: Entry) -> Built:
+    return _built(_MaskedCross(), (_BATCH, 7, _WIDTH), _X)
+
+
+class _Latents(nn.Module):
+    """Perceiver IO: a few learned latents read the input, mix, and are read by the input's queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(6, _WIDTH))
+        self.projections = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH) for _ in range(9))
+
+    def _attend(self, at: int, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            self.projections[at + i](x).view(*x.shape[:2], _HEADS, -1).transpose(1, 2)
+            for i, x in enumerate((queries, tokens, tokens))
+        )
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        latents = self.latents.expand(x.shape[0], -1, -1)
+        latents = latents + self._attend(0, latents, x)
+        latents = latents + self._attend(3, latents, latents)
+        return self._attend(6, x, latents)
+
+
+def latents(entry: Entry) -> Built:
+    return _built(_Latents(), _X)

@@ -53,7 +53,8 @@ class Separation:
 
     ``reader`` is the first output of the node that reads it on the way to the core, empty for the output.
     ``groups`` are the axes that an output of more than four has in place of its heads; ``swapped`` says that the last
-    two axes of ``value`` (a key, ready for its product) come in the other order.
+    two axes of ``value`` (a key, ready for its product) come in the other order. ``form``: batch and sequence come
+    first (``outer``), sequence and dim last (``inner``), or there are no other axes than these two (``matrix``).
     """
 
     value: str
@@ -61,7 +62,7 @@ class Separation:
     layout: Layout
     heads: int
     dim: int
-    form: Literal["outer", "inner"]
+    form: Literal["outer", "inner", "matrix"]
     groups: tuple[int, ...] = ()
     swapped: bool = False
 
@@ -146,6 +147,8 @@ class _Search:
         flat = tuple(x for axis in axes for x in axis)
         sizes = self.atoms.size(h), self.atoms.size(d)
         groups = tuple(self.atoms.size(a) for a in axes)
+        if axes == (s, d) and not b and not h:
+            return Separation(stage.value, reader, "BHND", *sizes, "matrix")
         if flat == (*b, *s, *h, *d) and len(axes) > 2 and axes[:2] == (b, s):
             return Separation(stage.value, reader, "BNHD", *sizes, "outer", groups[2:])
         if flat == (*b, *h, *s, *d) and len(axes) > 2 and axes[-2:] == (s, d):

@@ -25,11 +25,12 @@ class Step:
     """One node between the product and the softmax, in the direction of the data.
 
     ``add``: ``value`` is added to the scores; ``visible``/``hidden``: keys where the bool ``value`` holds are kept or
-    dropped (``fill`` is what a dropped score becomes); ``scale``: times ``factor``; ``softcap``: ``factor * tanh``.
+    dropped (``fill`` is what a dropped score becomes); ``scale``: times ``factor``; ``head-scale``: times ``value``,
+    one number a head; ``softcap``: ``factor * tanh``.
     """
 
     node: NodeProto
-    kind: Literal["view", "cast", "scale", "add", "visible", "hidden", "softcap"]
+    kind: Literal["view", "cast", "scale", "head-scale", "add", "visible", "hidden", "softcap"]
     value: str = ""
     factor: float = 1.0
     fill: float = 0.0
@@ -124,18 +125,27 @@ def _scale(index: GraphIndex, world: World, node: NodeProto) -> tuple[Step, str]
         if node.op_type == "Mul" and inner is not None and inner.op_type == "Tanh":
             return _softcap(index, world, node, inner, factor)
         return Step(node, "scale", factor=factor if node.op_type == "Mul" else 1.0 / factor), source
-    raise _tensor_scale(world, node)
+    for source, other in sides:
+        shape = world.shapes.get(source, ())
+        if node.op_type == "Mul" and shape == world.shapes.get(node.output[0]) and _is_one_a_head(world, other, shape):
+            return Step(node, "head-scale", other), source
+    raise tensor_scale(world, node)
 
 
-def _tensor_scale(world: World, node: NodeProto) -> Unsupported:
+def _is_one_a_head(world: World, factor: str, scores: tuple[int, ...]) -> bool:
+    """Whether ``factor`` is spread over queries and keys and may have one number a head (looked at with the axes)."""
+    shape = world.shapes.get(factor, ())
+    return len(shape) <= len(scores) and len(shape) >= 3 and shape[-2:] == (1, 1) and prod(shape) > 1
+
+
+def tensor_scale(world: World, node: NodeProto) -> Unsupported:
     """Why scores that are multiplied by a tensor are not taken."""
-    shapes = [world.shapes.get(v, ()) for v in node.input]
-    factor = min(shapes, key=prod)
-    if len(factor) >= 3 and factor[-1] == factor[-2] == 1 and prod(factor) == factor[-3]:
-        return Unsupported("tensor-scale", f"the scores have a scale for each of {factor[-3]} heads at "
-                           f"'{node.output[0]}' (cosine attention); a site has one number")  # fmt: skip
-    return Unsupported("tensor-scale", f"the scores are multiplied by a tensor {list(factor)}, not by a number, at "
-                       f"'{node.output[0]}'")  # fmt: skip
+    factor = min((world.shapes.get(v, ()) for v in node.input), key=prod)
+    if node.op_type == "Div" and len(factor) >= 3 and factor[-1] == factor[-2] == 1 and prod(factor) == factor[-3]:
+        return Unsupported("tensor-scale", f"the scores are divided by one number for each of {factor[-3]} heads at "
+                           f"'{node.output[0]}'; a site says what they are multiplied by")  # fmt: skip
+    return Unsupported("tensor-scale", f"the scores are multiplied by a tensor {list(factor)}, not by a number, or by "
+                       f"one number a head, at '{node.output[0]}'")  # fmt: skip
 
 
 def _softcap(index: GraphIndex, world: World, node: NodeProto, tanh: NodeProto, cap: float) -> tuple[Step, str]:
@@ -169,10 +179,28 @@ def _scores_of(index: GraphIndex, world: World, node: NodeProto, sides: tuple[st
             lengths.append((len(path.steps), scores, mask))
         except Unsupported as error:
             reasons.append(error)
+    if len(lengths) == 2:
+        _check_one_product(index, world, node, sides, depth)
     if lengths:
         _, scores, mask = min(lengths, key=lambda x: x[0])
         return scores, mask
     raise reasons[0] if reasons else Unsupported("no-product", f"no side of Add '{node.output[0]}' holds scores")
+
+
+def _check_one_product(index: GraphIndex, world: World, node: NodeProto, sides: tuple[str, str], depth: int) -> None:
+    """Queries with keys twice, over different features, are one product of what is joined there, not a bias."""
+    for side in sides:
+        path = trace(index, world, side, depth + 1)
+        if any(s.kind not in ("view", "cast", "scale") for s in path.steps):
+            return
+        if not (index.data_inputs(path.product.left) and index.data_inputs(path.product.right)):
+            return
+    raise Unsupported(
+        "sum-of-products",
+        f"the scores are the sum of two products of queries with keys at '{node.output[0]}' (as in latent attention "
+        "with its projections absorbed); a site has one product",
+        "join the two queries and the two keys along the head dim",
+    )  # fmt: skip
 
 
 def _joined(world: World, node: NodeProto) -> Unsupported:
@@ -181,6 +209,10 @@ def _joined(world: World, node: NodeProto) -> Unsupported:
     shapes = [world.shapes.get(v, ()) for v in node.input]
     last = all(shapes) and axis % len(shapes[0]) == len(shapes[0]) - 1
     if last and len(node.input) == 2 and any(s[-1] == 1 for s in shapes):
-        return Unsupported("sinks", f"'{node.output[0]}' joins one more logit to the keys' (an attention sink), which "
-                           "an attention site cannot say yet")  # fmt: skip
+        return Unsupported("sinks", f"'{node.output[0]}' joins one more logit to the keys' (an attention sink), and "
+                           "more follows before the softmax")  # fmt: skip
+    narrow = min((s[-1] for s in shapes if s), default=0)
+    if last and len(node.input) == 2:
+        return Unsupported("joined-scores", f"'{node.output[0]}' joins the scores with {narrow} other logits before "
+                           "the softmax; a site can say one sink a head")  # fmt: skip
     return Unsupported("joined-scores", f"'{node.output[0]}' joins the scores with other logits before the softmax")

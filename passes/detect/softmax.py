@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
+import numpy as np
 from onnx import NodeProto, TensorProto
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.mask import MaskFacts
+from attncompile.core.mask import Certificate, MaskFacts
 from attncompile.core.site import AttentionSite, Operand
+from attncompile.passes.detect.cache import find_cache
+from attncompile.passes.detect.checks import check_guard, check_keys, check_private, head_scale
 from attncompile.passes.detect.contraction import Contraction
-from attncompile.passes.detect.homes import Homes, NotSeparate, ShapeRead, Stage, Walk, find_homes
+from attncompile.passes.detect.homes import Walk
+from attncompile.passes.detect.log_sum_exp import log_sum_exp
 from attncompile.passes.detect.normaliser import Normaliser, softmax_operator, written_out
-from attncompile.passes.detect.scores import FLOATS, Path, Step, trace
+from attncompile.passes.detect.roles import batch_and_heads, homes_of_either, roles
+from attncompile.passes.detect.scores import Path, Step, trace
+from attncompile.passes.detect.sinks import logits_of, with_sinks
+from attncompile.passes.detect.tokens import check_tokens
 from attncompile.passes.detect.views import Atoms, Axes, Axis, forward
 from attncompile.passes.detect.walks import (
     after_softmax,
-    dies,
     node_name,
     operand_axes,
     second_product,
@@ -32,7 +38,8 @@ from attncompile.passes.evaluate import GraphIndex, World
 class MaskFactor:
     """A value added to the scores, or a bool that selects them. ``aligned`` says whether the scores' axes are
     [batch, heads, query, key] where it is applied, so that its own axes (from the right) mean the same;
-    ``factor`` is the scale that the scores, and so an added value, still pass through afterwards.
+    ``factor`` is the scale that the scores, and so an added value, still pass through afterwards. ``windows`` > 0: the
+    scores' axes are [outer batch, windows, heads, query, key] there (Swin); the batch is the first two together.
     """
 
     kind: str
@@ -40,6 +47,7 @@ class MaskFactor:
     fill: float
     aligned: bool
     factor: float
+    windows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,17 @@ _DTYPES: dict[int, str] = {
     TensorProto.DOUBLE: "float64",
 }  # fmt: skip
 
-MaskAnalysis = Callable[[MaskQuery], MaskFacts]
+
+class MaskAnalysis(Protocol):
+    """What tells the facts of a site's mask."""
+
+    def __call__(self, query: MaskQuery) -> MaskFacts:
+        """From the factors that the graph applies."""
+        ...
+
+    def of_tokens(self, visible: np.ndarray, how: Certificate, fills: tuple[float, ...], guarded: bool) -> MaskFacts:
+        """From a bool array [query, key] itself, in which every query sees a key."""
+        ...
 
 
 def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
@@ -95,7 +113,8 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
     if shape is None:
         raise Unsupported("shape-unknown", f"the shape of '{scores_value}' is not known")
     path = trace(index, world, scores_value)
-    product, query_label, key_label = _roles(path, shape, world)
+    product, query_label, key_label = roles(path, shape, world)
+    check_keys(index, product, key_label)
     interior_nodes: list[NodeProto] = [product.node, *(n for s in path.steps for n in (*s.extra, s.node)), *norm.nodes]
 
     atoms = Atoms()
@@ -115,6 +134,7 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
 
     weights, axes, guard_nodes, guarded = after_softmax(index, world, atoms, weights, axes)
     interior_nodes += guard_nodes
+    check_guard(path, guard_nodes)
     second = second_product(index, world, weights)
     interior_nodes.append(second.node)
     left_is_weights = second.left == weights
@@ -181,25 +201,40 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
     out_axes: Axes = tuple(second_axis[label] for label in second.out_labels)
     out_stages, out_nodes = walk_output(index, world, atoms, out_value, out_axes)
 
-    batch, heads = _batch_and_heads(atoms, product, label_axis, scores_axes, query_axis, label_axis[key_label])
+    batch, heads = batch_and_heads(atoms, product, label_axis, scores_axes, query_axis, label_axis[key_label])
     dim, keys = label_axis[contracted], label_axis[key_label]
     walks, sequences, dims = (query_walk, key_walk, value_walk), (query_axis, keys), (dim, value_dim)
-    homes, batch, heads = _homes_of_either(atoms, walks, out_stages, batch, heads, sequences, dims)
+    written = (batch, heads, query_axis, keys)
+    homes, batch, heads, query_axis = homes_of_either(atoms, walks, out_stages, batch, heads, sequences, dims)
+    check_tokens(index, world, atoms, (query_walk, key_walk), sequences, dim)
+    shared_keys = homes.kv_heads != atoms.leaves(heads)
     query, key, value, output = homes.operands
     query_at, key_at, value_at, output_at = homes.at
 
     scale = prod(query_walk.scales[query_at:]) * prod(key_walk.scales[key_at:])
-    scale *= product.factor * prod(s.factor for s in path.steps if s.kind == "scale" and not _after_softcap(path, s))
-    if any(s.kind == "scale" and _after_softcap(path, s) for s in path.steps):
+    scale *= product.factor * prod(s.factor for s in path.steps if s.kind == "scale")
+    if any(s.kind in ("scale", "head-scale") and _after_softcap(path, s) for s in path.steps):
         raise Unsupported("softcap", "the scores are scaled again after the softcap")
+    per_head = head_scale(world, atoms, checkpoints, heads)
+    sinks, sink_nodes = "", tuple[NodeProto, ...]()
+    if norm.sink is not None:
+        sinks, sink_nodes = logits_of(index, world, atoms, norm.sink, scores_value, scores_axes, heads)
+    beside, beside_nodes = log_sum_exp(index, world, norm)
+    if beside:
+        flat = tuple(x for axis in scores_axes[:-1] for x in atoms.leaves(axis))
+        wanted = tuple(x for axis in (batch, heads, query_axis) for x in atoms.leaves(axis))
+        if flat != wanted or prod(world.shapes.get(beside, ())) != prod(shape[:-1]):
+            raise Unsupported("log-sum-exp", f"'{beside}' is not one log-sum-exp for each batch entry, head and query")
     operand_nodes = [
         *query_walk.nodes[query_at:], *key_walk.nodes[key_at:], *value_walk.nodes[value_at:], *out_nodes[:output_at],
+        *sink_nodes,
     ]  # fmt: skip
     nodes = list({id(n): n for n in (*operand_nodes, *interior_nodes)}.values())
-    _check_private(index, interior_nodes, [*operand_nodes, *interior_nodes], out_value, product)
+    nodes = list({id(n): n for n in (*nodes, *beside_nodes)}.values())
+    check_private(index, interior_nodes, [*operand_nodes, *interior_nodes, *beside_nodes], out_value)
     facts = analyse(
         MaskQuery(
-            factors=_factors(atoms, path, checkpoints, batch, heads, query_axis, keys),
+            factors=_factors(world, atoms, path, checkpoints, (batch, heads, query_axis, keys), written),
             guarded=guarded,
             stable=norm.stable,
             query=query.value,
@@ -212,16 +247,17 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
     )
     return AttentionSite(
         id="",
-        form=_form(product, second, path, norm, guarded, query_walk, key_walk, homes.kv_heads != heads),
+        form=_form(product, second, path, norm, guarded, query_walk, key_walk, shared_keys),
         query=query, key=key, value=value, output=output,
         batch=atoms.size(batch), heads=atoms.size(heads), kv_heads=atoms.size(homes.kv_heads),
         head_dim=atoms.size(dim), value_dim=atoms.size(value_dim),
         query_length=atoms.size(query_axis), key_length=atoms.size(keys),
-        scale=scale, mask=facts,
+        scale=scale, mask=with_sinks(index, world, facts, sinks) if sinks else facts,
         softcap=next((s.factor for s in path.steps if s.kind == "softcap"), 0.0),
-        dtype=dtype_name(world, query.value), softmax_dtype=dtype_name(world, scores_value),
+        dtype=dtype_name(world, query.value), softmax_dtype=dtype_name(world, norm.logits),
         nodes=tuple(node_name(n) for n in nodes),
-        interior=tuple(o for n in nodes for o in n.output if o and o != output.value),
+        interior=tuple(o for n in nodes for o in n.output if o and o not in (output.value, beside)),
+        sinks=sinks, head_scale=per_head, log_sum_exp=beside, cache=find_cache(index, world, key, value),
     )  # fmt: skip
 
 
@@ -234,123 +270,36 @@ def _sequence_axis(operand: Operand) -> int:
     return operand.layout.index("N")
 
 
-def _roles(path: Path, shape: tuple[int, ...], world: World) -> tuple[Contraction, str, str]:
-    """The product, the label of the queries and that of the keys (the one that reaches the softmax's axis)."""
-    product = path.product
-    name = product.node.output[0]
-    if len(product.summed) != 1:
-        raise Unsupported("score-product", f"the product '{name}' sums over {len(product.summed)} axes, not one")
-    own = [x for x in product.out_labels if x not in product.shared]
-    sides = [{x for x in own if x in labels} for labels in (product.left_labels, product.right_labels)]
-    # A label of one operand that is a broadcast batch axis there (MatMul pads the shorter operand) is batch too.
-    sides = [{x for x in side if not x.startswith("b") or product.node.op_type == "Einsum"} for side in sides]
-    if any(len(side) != 1 for side in sides):
-        raise Unsupported("score-product", f"the product '{name}' is not one of queries with keys")
-    if world.types.get(name) not in FLOATS:
-        raise Unsupported("score-product", f"the product '{name}' is not of floats")
-    atoms = Atoms()
-    axes: Axes = tuple(atoms.new(s) for s in world.shapes[name])
-    start = dict(zip(product.out_labels, axes, strict=True))
-    for step in path.steps:
-        if step.kind == "view":
-            axes = forward(world, atoms, step.node, axes)
-    last = atoms.leaves(axes[-1])
-    labels = [next(iter(side)) for side in sides]
-    matching = [x for x in labels if atoms.leaves(start[x]) == last]
-    if len(matching) == 2:  # both of size 1: the key is the later axis
-        matching = [max(labels, key=product.out_labels.index)]
-    if not matching:
-        raise Unsupported("softmax-axis", "the softmax does not run over the keys")
-    key = matching[0]
-    return product, next(x for x in labels if x != key), key
-
-
-def _batch_and_heads(
-    atoms: Atoms, product: Contraction, label_axis: dict[str, Axis], scores: Axes, query: Axis, key: Axis
-) -> tuple[Axis, Axis]:
-    """The axes of the scores that are neither query nor key: outermost is batch, the rest heads."""
-    q, k = atoms.leaves(query), atoms.leaves(key)
-    # Of the two spellings of the scores the one with more axes says more.
-    widest = max((scores, tuple(label_axis[x] for x in product.out_labels)), key=len)
-    rest = [atoms.leaves(axis) for axis in widest]
-    if rest[-1] == k:
-        rest = rest[:-1]
-    if rest and rest[-1] == q:
-        rest = rest[:-1]
-    rest = [tuple(x for x in axis if x not in q and x not in k) for axis in rest]
-    if len(rest) >= 2:
-        return rest[0], tuple(x for axis in rest[1:] for x in axis)
-    if not rest:
-        return (), ()
-    merged = rest[0]
-    return (merged[:-1], merged[-1:]) if merged else ((), ())
-
-
-def _homes_of_either(
-    atoms: Atoms, walks: tuple[Walk, Walk, Walk], out: list[Stage], batch: Axis, heads: Axis,
-    sequences: tuple[Axis, Axis], dims: tuple[Axis, Axis],
-) -> tuple[Homes, Axis, Axis]:  # fmt: skip
-    """The homes, and what is batch and what heads: one axis that nobody splits can be either.
-
-    Raises:
-        NotSeparate: neither reading has homes. It holds separations for the reading that the output speaks for: heads
-            are merged with the head dim sooner or later, batch entries are not.
-    """
-    choices = [(batch, heads)]
-    single = atoms.leaves(batch) + atoms.leaves(heads)
-    if len(single) == 1:
-        dim = atoms.leaves(dims[1])
-        merged = any(atoms.leaves(axis) == single + dim for stage in out for axis in stage.axes)
-        choices = [((), single), (single, ())] if merged else [(single, ()), ((), single)]
-    failures: list[NotSeparate] = []
-    for chosen in choices:
-        try:
-            return find_homes(atoms, walks, out, *chosen, sequences, dims), *chosen
-        except NotSeparate as error:
-            failures.append(error)
-    raise failures[0]
-
-
 def _after_softcap(path: Path, step: Step) -> bool:
     kinds = [s.kind for s in path.steps[: path.steps.index(step)]]
     return "softcap" in kinds
 
 
 def _factors(
-    atoms: Atoms, path: Path, checkpoints: list[tuple[Step, Axes]], batch: Axis, heads: Axis, query: Axis, keys: Axis
+    world: World, atoms: Atoms, path: Path, checkpoints: list[tuple[Step, Axes]], site: Axes, written: Axes
 ) -> tuple[MaskFactor, ...]:
-    wanted = tuple(atoms.leaves(a) for a in (batch, heads, query, keys))
+    """What masks the scores. ``site``: batch, heads, queries and keys as the site says them; ``written``: as the graph
+    does, which may hold heads where queries belong. A mask that is the same for all of both means the same there.
+    """
+    wanted, other = (tuple(atoms.leaves(a) for a in axes) for axes in (site, written))
     factors = []
     for i, (step, axes) in enumerate(checkpoints):
         if step.kind not in ("add", "visible", "hidden"):
             continue
-        aligned = tuple(atoms.leaves(a) for a in axes) == wanted
+        leaves = tuple(atoms.leaves(a) for a in axes)
+        shape = world.shapes.get(step.value, (0, 0, 0))
+        aligned = leaves == wanted or (leaves == other and all(size == 1 for size in shape[-3:-1]))
         later = prod(s.factor for s in path.steps[i + 1 :] if s.kind == "scale")
-        if any(s.kind == "softcap" for s in path.steps[i + 1 :]):
+        after = {s.kind for s in path.steps[i + 1 :]}
+        if "softcap" in after:
             raise Unsupported("softcap", "a mask is applied before the softcap")
-        factors.append(MaskFactor(step.kind, step.value, step.fill, aligned, later))
+        if "head-scale" in after:
+            raise Unsupported("mask-scale", "a mask is applied before the scores are multiplied by one number a head")
+        outer, inner = tuple(atoms.leaves(a) for a in axes[:2]), tuple(atoms.leaves(a) for a in axes[2:])
+        windowed = len(axes) == 5 and (sum(outer, ()), *inner) == wanted
+        windows = atoms.size(axes[1]) if windowed else 0
+        factors.append(MaskFactor(step.kind, step.value, step.fill, aligned, later, windows))
     return tuple(factors)
-
-
-def _check_private(
-    index: GraphIndex, core: list[NodeProto], allowed: list[NodeProto], out_value: str, product: Contraction
-) -> None:
-    """Scores and weights that someone else reads cannot disappear."""
-    ids = {id(n) for n in allowed}
-    for node in core:
-        for output in node.output:
-            if output == out_value or not output:
-                continue
-            if output in index.outputs:
-                raise Unsupported("scores-used", f"the scores or weights '{output}' are an output of the model")
-            outside = [n for n in index.consumers.get(output, []) if not dies(index, n, ids)]
-            if outside and all(n.op_type == "Shape" for n in outside):
-                reason = f"the shape of the scores or weights '{output}' is read by '{node_name(outside[0])}'"
-                raise ShapeRead(reason, tuple(n.output[0] for n in outside))
-            if outside:
-                raise Unsupported(
-                    "scores-used", f"the scores or weights '{output}' are also read by '{node_name(outside[0])}'"
-                )
 
 
 def _form(
@@ -361,6 +310,7 @@ def _form(
     where = [n for n, w in (("query", query), ("key", key)) if any(s != 1.0 for s in w.scales)]
     where += ["scores"] * (product.factor != 1.0 or any(s.kind == "scale" for s in path.steps))
     words.append("scale:" + ("+".join(where) or "none"))
+    words += ["head-scale"] * any(s.kind == "head-scale" for s in path.steps)
     words += [f"mask:{s.kind}" for s in path.steps if s.kind in ("add", "visible", "hidden")]
     words += ["softcap"] * any(s.kind == "softcap" for s in path.steps)
     words += ["cast"] * any(s.kind == "cast" for s in path.steps)

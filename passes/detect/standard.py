@@ -2,126 +2,119 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from dataclasses import replace
+from math import isinf, sqrt
 
-from onnx import NodeProto
+from onnx import AttributeProto, NodeProto, TensorProto
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.mask import Certificate, MaskFacts, MaskPart
-from attncompile.core.site import AttentionSite, Operand
-from attncompile.passes.detect.homes import NotSeparate, Separation
+from attncompile.core.mask import KeyEnds, MaskFacts
+from attncompile.core.site import AttentionSite, Cache
+from attncompile.passes.detect.operators import Operands, Sizes, find_operands, find_sizes, number, with_frontier
 from attncompile.passes.detect.softmax import MaskAnalysis, MaskFactor, MaskQuery, dtype_name
 from attncompile.passes.detect.walks import node_name
 from attncompile.passes.evaluate import GraphIndex, World
+
+FORM = "attention-op"
+
+_PRECISION = {
+    int(TensorProto.FLOAT): "float32", int(TensorProto.FLOAT16): "float16", int(TensorProto.DOUBLE): "float64",
+    int(TensorProto.BFLOAT16): "bfloat16",
+}  # fmt: skip
 
 
 def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
     """The site that an ``Attention`` node is.
 
+    Inputs: Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen; outputs: Y, present_key, present_value,
+    qk_matmul_output.
+
     Raises:
-        Unsupported: outputs or inputs that a site cannot say (the scores as an output, a KV cache inside the node),
-            or operands of rank 3 that
-            are not reshaped from, and to, rank 4.
+        Unsupported: what a site cannot say: scores that are read, attributes or shapes that contradict one another,
+            operands of rank 3 that are not reshaped from, and to, rank 4.
     """
-    inputs = [*node.input, *([""] * 7)]
+    inputs = [*node.input, *([""] * 7)][:7]
+    outputs = [*node.output, *([""] * 4)][:4]
     attributes = {a.name: a for a in node.attribute}
-    if len(node.output) > 3 and node.output[3]:
-        raise Unsupported("scores-used", "the node also gives out its scores")
-    if any(inputs[4:7]) or any(o for o in node.output[1:]):
-        raise Unsupported("kv-cache", "the node holds its KV cache or per-row key lengths inside")
-    for value in (*inputs[:3], node.output[0]):
-        if value not in world.shapes:
-            raise Unsupported("shape-unknown", f"the shape of '{value}' is not known")
-    ranks = {len(world.shapes[v]) for v in (*inputs[:3], node.output[0])}
-    operands, around = _packed(index, world, node) if ranks == {3} else _separate(node, ranks)
-    query, key, value = (o.value for o in operands[:3])
-    sizes = [dict(zip(o.layout, world.shapes[o.value], strict=True)) for o in operands]
-    batch, heads, query_length, head_dim = (sizes[0][a] for a in "BHND")
-    kv_heads, key_length, value_dim = (sizes[2][a] for a in "HND")
-    if sizes[1]["N"] == 0 or sizes[1]["H"] != kv_heads or heads % max(kv_heads, 1):
-        raise Unsupported("layout", "the numbers of query and key heads do not divide")
-    scale = attributes["scale"].f if "scale" in attributes else 1.0 / sqrt(head_dim)
+    if index.consumers.get(outputs[3]) or outputs[3] in index.outputs:
+        raise Unsupported("scores-used", f"the scores or weights '{outputs[3]}' are given out and used")
+    counts = _integer(attributes, "q_num_heads", 0), _integer(attributes, "kv_num_heads", 0)
+    past = (inputs[4], inputs[5])
+    if any(past) != all(past):
+        raise Unsupported("kv-cache", "the node has one of past_key and past_value")
+    operands = find_operands(index, world, node, counts)
+    sizes = find_sizes(world, operands, past)
+    cache = _cache(index, past, (outputs[1], outputs[2]))
+    facts = _mask(world, node, inputs, analyse, operands, sizes)
+    left, right = _integer(attributes, "left_window_size", -1), _integer(attributes, "right_window_size", -1)
+    causal = bool(_integer(attributes, "is_causal", 0))
+    ends = _ends(world, inputs, cache, sizes, moves=causal or left >= 0 or right >= 0)
+    says = ", ".join(f"{a.name} = {a.i}" for a in node.attribute
+                     if a.name in ("is_causal", "left_window_size", "right_window_size"))  # fmt: skip
+    # Rows whose keys are all hidden by -inf are zero. What a float mask of the input hides with is not known.
+    certain = all(isinf(f) for f in facts.fills) and not any(p.additive for p in facts.parts if p.kind != "bias")
+    facts = replace(facts, masked_rows="zero" if certain else facts.masked_rows, ends=ends)
+    facts = with_frontier(facts, sizes, left, 0 if causal else right, says)
+    scale = attributes["scale"].f if "scale" in attributes else 1.0 / sqrt(sizes.head_dim)
     softcap = attributes["softcap"].f if "softcap" in attributes else 0.0
-    factors: tuple[MaskFactor, ...] = ()
-    if inputs[3]:
-        kind = "visible" if world.types.get(inputs[3]) == 9 else "add"
-        factors = (MaskFactor(kind, inputs[3], float("-inf"), True, 1.0),)
-    facts = analyse(
-        MaskQuery(
-            factors,
-            True,
-            query,
-            key,
-            operands[0].layout.index("N"),
-            operands[1].layout.index("N"),
-            query_length,
-            key_length,
-        )
-    )
-    if "is_causal" in attributes and attributes["is_causal"].i:
-        facts = _with_causal(facts, query_length, key_length)
+    if not softcap >= 0.0 or isinf(softcap):
+        raise Unsupported("softcap", f"the attribute softcap is {softcap}")
+    dtype = dtype_name(world, operands.query.value)
+    precision = _integer(attributes, "softmax_precision", 0)
+    kept = {operands.output.value, *((cache.present_key, cache.present_value) if cache else ())}
     return AttentionSite(
-        id="", form="attention-op",
-        query=operands[0], key=operands[1], value=operands[2], output=operands[3],
-        batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim,
-        query_length=query_length, key_length=key_length, scale=scale, mask=facts, softcap=softcap,
-        dtype=dtype_name(world, query), softmax_dtype=dtype_name(world, query),
-        nodes=(node_name(node), *(node_name(n) for n in around)),
-        interior=tuple(o for n in (node, *around) for o in n.output if o and o != operands[3].value),
+        id="", form=FORM, query=operands.query, key=operands.key, value=operands.value, output=operands.output,
+        batch=sizes.batch, heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
+        value_dim=sizes.value_dim, query_length=sizes.queries, key_length=sizes.keys,
+        scale=number("scale", scale), mask=facts, softcap=softcap, dtype=dtype,
+        softmax_dtype=_PRECISION.get(precision, dtype) if precision else dtype,
+        nodes=(node_name(node), *(node_name(n) for n in operands.around)),
+        interior=tuple(o for n in (node, *operands.around) for o in n.output if o and o not in kept),
+        cache=cache,
     )  # fmt: skip
 
 
-_Operands = tuple[Operand, Operand, Operand, Operand]
+def _integer(attributes: dict[str, AttributeProto], name: str, default: int) -> int:
+    return int(attributes[name].i) if name in attributes else default
 
 
-def _separate(node: NodeProto, ranks: set[int]) -> tuple[_Operands, tuple[NodeProto, ...]]:
-    if ranks != {4}:
-        raise Unsupported("layout", "the operands of the Attention node differ in rank")
-    q, k, v, o = (Operand(x, "BHND") for x in (*node.input[:3], node.output[0]))
-    return (q, k, v, o), ()
+def _cache(index: GraphIndex, past: tuple[str, str], present: tuple[str, str]) -> Cache | None:
+    """The cache inside the node; None where it has neither past nor a present that somebody reads."""
+    read = [p if p and (index.consumers.get(p) or p in index.outputs) else "" for p in present]
+    return Cache("operator", past[0], past[1], read[0], read[1]) if any((*past, *read)) else None
 
 
-def _packed(index: GraphIndex, world: World, node: NodeProto) -> tuple[_Operands, tuple[NodeProto, ...]]:
-    """Operands [batch, sequence, heads * dim]: the [batch, sequence, heads, dim] that a Reshape makes them from.
-
-    Raises:
-        NotSeparate: a value has no such Reshape.
-    """
-    counts = {a.name: a.i for a in node.attribute if a.name in ("q_num_heads", "kv_num_heads")}
-    if len(counts) < 2:
-        raise Unsupported("layout", "the Attention node has operands of rank 3 and does not say how many heads")
-    heads = [counts["q_num_heads"], counts["kv_num_heads"], counts["kv_num_heads"], counts["q_num_heads"]]
-    found: list[Operand] = []
-    around: list[NodeProto] = []
-    missing: list[Separation] = []
-    for at, value in enumerate((*node.input[:3], node.output[0])):
-        batch, length, width = world.shapes[value]
-        dim = width // heads[at]
-        if at < 3:
-            near = index.producer.get(value)
-            source = near.input[0] if near is not None and near.op_type == "Reshape" else ""
-        else:
-            readers = index.consumers.get(value, [])
-            near = readers[0] if len(readers) == 1 and value not in index.outputs else None
-            source = near.output[0] if near is not None and near.op_type == "Reshape" else ""
-        if near is not None and world.shapes.get(source) == (batch, length, heads[at], dim):
-            found.append(Operand(source, "BNHD"))
-            around.append(near)
-        else:
-            reader = node.output[0] if at < 3 else ""
-            missing.append(Separation(value, reader, "BNHD", heads[at], dim, "outer", (width,)))
-    if missing:
-        raise NotSeparate(f"operand '{missing[0].value}' of the Attention node is of rank 3", tuple(missing))
-    q, k, v, o = found
-    return (q, k, v, o), tuple(around)
+def _mask(
+    world: World, node: NodeProto, inputs: list[str], analyse: MaskAnalysis, operands: Operands, sizes: Sizes
+) -> MaskFacts:
+    """What ``attn_mask`` is."""
+    mask = inputs[3]
+    factors: tuple[MaskFactor, ...] = ()
+    if mask:
+        shape = world.shapes.get(mask)
+        if shape is None:
+            raise Unsupported("shape-unknown", f"the shape of the mask '{mask}' is not known")
+        if len(shape) > 4:
+            raise Unsupported("mask-shape", f"the mask '{mask}' has shape {list(shape)}")
+        # Beside nonpad_kv_seqlen a shorter mask ends where the longest batch entry's keys end, or later.
+        if shape and shape[-1] != sizes.keys and (shape[-1] == 1 or not inputs[6]):
+            raise Unsupported("short-mask", f"the mask '{mask}' has {shape[-1]} columns for {sizes.keys} keys")
+        factors = (MaskFactor("visible" if world.types.get(mask) == 9 else "add", mask, float("-inf"), True, 1.0),)
+    return analyse(
+        MaskQuery(
+            factors, True, operands.query.value, operands.key.value,
+            operands.query.layout.index("N"), operands.key.layout.index("N"), sizes.queries, sizes.keys,
+        )
+    )  # fmt: skip
 
 
-def _with_causal(facts: MaskFacts, query_length: int, key_length: int) -> MaskFacts:
-    if query_length != key_length:
-        # The operator aligns its triangle at the first key, a site's window at the last.
-        raise Unsupported("causal-offset", "is_causal with different numbers of queries and keys")
-    certificate = Certificate("attribute", "is_causal = 1", general=True)
-    window = facts.part("window")
-    if window is not None and window.right == 0:
-        return facts
-    return MaskFacts((MaskPart("causal", certificate, -1, 0), *facts.parts), facts.masked_rows)
+def _ends(world: World, inputs: list[str], cache: Cache | None, sizes: Sizes, moves: bool) -> KeyEnds | None:
+    """``nonpad_kv_seqlen``; ``moves``: an attribute's triangle or window is aligned at it."""
+    lengths = inputs[6]
+    if not lengths:
+        return None
+    if cache is not None:
+        raise Unsupported("kv-cache", "nonpad_kv_seqlen beside a cache inside the node has no meaning")
+    if world.shapes.get(lengths) != (sizes.batch,):
+        raise Unsupported("mask-shape", f"nonpad_kv_seqlen '{lengths}' is not one number for each batch entry")
+    return KeyEnds(lengths, 0, "ends" if moves else "sequence")

@@ -9,7 +9,9 @@ from onnx import NodeProto
 
 from attncompile.core.errors import Unsupported
 from attncompile.passes.detect.contraction import Contraction, contraction
+from attncompile.passes.detect.guards import guard
 from attncompile.passes.detect.homes import BYTES, Stage, Walk
+from attncompile.passes.detect.row_guard import row_guard
 from attncompile.passes.detect.scores import FLOATS
 from attncompile.passes.detect.views import REPEAT_OPS, VIEW_OPS, Atoms, Axes, Axis, backward, forward
 from attncompile.passes.evaluate import GraphIndex, World
@@ -110,28 +112,27 @@ def walk_output(
 def after_softmax(
     index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes
 ) -> tuple[str, Axes, list[NodeProto], bool]:
-    """Over casts, views and NaN guards (Where(IsNaN(p), 0, p)) to the weights that meet the values."""
+    """Over casts, views and NaN guards to the weights that meet the values."""
     nodes: list[NodeProto] = []
     guarded = False
     while True:
         readers = readers_of(index, value)
-        kinds = sorted(n.op_type for n in readers)
-        if kinds == ["IsNaN", "Where"]:
-            isnan, where = sorted(readers, key=lambda n: n.op_type)
-            if list(where.input[:1]) == list(isnan.output) and where.input[2] == value:
-                fill = world.scalar(where.input[1])
-                same = world.shapes.get(where.output[0]) == world.shapes.get(value)
-                if fill == 0.0 and same and len(index.consumers.get(isnan.output[0], [])) == 1:
-                    nodes += [isnan, where]
-                    value, guarded = where.output[0], True
-                    continue
-            raise Unsupported("guard", f"'{where.output[0]}' replaces NaN weights by something that is not zero")
+        rows = row_guard(index, world, value)
+        if rows is not None:
+            value, guarded = rows[0], True
+            nodes += rows[1]
+            continue
+        found = guard(index, world, value)
+        if found is not None:
+            nodes += found.nodes
+            value, guarded = found.value, guarded or found.zero
+            continue
         if len(readers) != 1 or value in index.outputs:
             return value, axes, nodes, guarded
         (node,) = readers
         if node.op_type in VIEW_OPS and node.op_type != "Expand" and node.input[0] == value:
             axes = forward(world, atoms, node, axes)
-        elif not _is_idle_dropout(index, world, node) and not (
+        elif not is_idle_dropout(index, world, node) and not (
             node.op_type == "Cast" and world.types.get(node.output[0]) in FLOATS
         ):
             return value, axes, nodes, guarded
@@ -144,7 +145,7 @@ def readers_of(index: GraphIndex, value: str) -> list[NodeProto]:
     return [n for n in index.consumers.get(value, []) if n.op_type != "Shape"]
 
 
-def _is_idle_dropout(index: GraphIndex, world: World, node: NodeProto) -> bool:
+def is_idle_dropout(index: GraphIndex, world: World, node: NodeProto) -> bool:
     """A Dropout that passes its input through: not in training mode, its mask unread."""
     if node.op_type != "Dropout" or any(index.consumers.get(o) or o in index.outputs for o in node.output[1:] if o):
         return False

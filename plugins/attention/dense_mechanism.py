@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from attncompile.core.assumption import Assumption
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
 from attncompile.core.site import AttentionSite, Need
@@ -15,7 +16,7 @@ from attncompile.plugins.attention.dense import OP_TYPE, Dense, function, node, 
 from attncompile.plugins.attention.reference import reference
 from attncompile.plugins.body import float_type
 from attncompile.plugins.neighborhood.call import Call
-from attncompile.plugins.neighborhood.mechanism import check_padding
+from attncompile.plugins.neighborhood.facts import check_padding
 
 CHUNK = 128
 """Fewest queries in a chunk of a causal site: smaller products run slower than the saved scores are worth."""
@@ -31,7 +32,7 @@ class DenseAttention:
 
     name = "DenseAttention"
     skips_keys = False
-    understands: frozenset[Need] = frozenset()
+    understands: frozenset[Need] = frozenset({"body"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         causal = site.mask.part("causal") is not None
@@ -99,6 +100,12 @@ class DenseAttention:
 
     def without_branches(self, parameters: Parameters) -> Parameters:
         return parameters
+
+    def assumptions(self, site: AttentionSite, parameters: Parameters) -> Sequence[Assumption]:
+        if not site.mask.guarded or site.form == "attention-op":
+            return ()
+        return (Assumption("finite", "the NaN guard over the weights catches rows without a visible key and no others",
+                           "scores of finite float32 operands are taken to stay finite"),)  # fmt: skip
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` where ``supports`` says no, or for an opset without a body."""

@@ -13,7 +13,8 @@ class Call:
     """``query_length``/``key_length`` are None when dynamic; ``self_attention`` says that they are always equal.
 
     ``layouts`` are those of query, key, value and output. ``block`` is the largest number of queries in one tile;
-    sequences with Nq * Nk <= dense_below ** 2 take a dense branch (0: there is no such branch).
+    sequences with Nq * Nk <= dense_below ** 2 take a dense branch (0: there is no such branch). ``bias`` says that
+    something broadcastable to [B, H, Nq, Nk] is added to the scores, ``sinks`` that a logit for each head joins them.
     """
 
     heads: int
@@ -31,6 +32,8 @@ class Call:
     block: int
     dense_below: int
     opset: int
+    bias: bool = False
+    sinks: bool = False
 
     @property
     def group(self) -> int:
@@ -59,4 +62,6 @@ class Call:
             block=block,
             dense_below=dense_below,
             opset=opset,
+            bias=site.mask.part("bias") is not None,
+            sinks=bool(site.sinks),
         )

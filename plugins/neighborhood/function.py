@@ -14,13 +14,22 @@ from attncompile.plugins.neighborhood.sliding import sliding_body
 def function(hood: Neighborhood, call: Call) -> FunctionProto:
     """A body in standard ops of ``call.opset``. Raises ``Unsupported`` where there is none."""
     body = Body(call.opset)
-    names = ["query", "key", "value", *(["key_mask"] if call.key_mask else [])]
-    operands = ("query", "key", "value", "key_mask" if call.key_mask else "")
-    build = sliding_body if hood.sliding else gridded_body
-    output = build(body, hood, call, *operands)
+    optional = {"key_mask": call.key_mask, "bias": call.bias, "sinks": call.sinks}
+    given = {name: name * there for name, there in optional.items()}
+    if slides(hood, call.bias):
+        output = sliding_body(body, hood, call, "query", "key", "value", given["key_mask"], given["sinks"])
+    else:
+        output = gridded_body(body, hood, call, "query", "key", "value", given["key_mask"], given["bias"])
+    last = max((at for at, there in enumerate(optional.values(), 1) if there), default=0)
+    names = ["query", "key", "value", *list(optional)[:last]]
     template = node(hood, call, ("", "", ""), "", "")
     doc = f"{OP_TYPE} in standard ops, for {call.dtype} and {call.heads}/{call.kv_heads} heads"
     return body.function(OP_TYPE, overload(hood, call), names, output, attribute_names(template), doc)
+
+
+def slides(hood: Neighborhood, bias: bool) -> bool:
+    """Whether the body for any length does it: a bias is cut into tiles by a table, which needs a fixed length."""
+    return hood.sliding and not bias
 
 
 def overload(hood: Neighborhood, call: Call) -> str:

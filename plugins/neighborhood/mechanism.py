@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
 import numpy as np
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.mask import MaskFacts
+from attncompile.core.mask import MaskPart
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
+from attncompile.core.pattern import GridWindow
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import float_type
+from attncompile.plugins.neighborhood.approximate import BLOCK, body_parameters, grid_windows, sequence_windows
 from attncompile.plugins.neighborhood.call import Call
-from attncompile.plugins.neighborhood.function import function, node
+from attncompile.plugins.neighborhood.facts import (
+    check_bias,
+    check_masked_rows,
+    check_padding,
+    structures,
+    visible,
+    window,
+)
+from attncompile.plugins.neighborhood.function import function, node, slides
+from attncompile.plugins.neighborhood.gridded import tiles_of
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
 from attncompile.plugins.neighborhood.reference import reference
-from attncompile.plugins.neighborhood.tiles import tiling
+from attncompile.plugins.neighborhood.tiles import COPY, tiling
 
 MINIMUM_GAIN = 1.15
 """A predicted gain below this is not worth a candidate."""
 
-BLOCK = 64
-"""Queries per tile. 128 is 5% faster at N = 4096 in ONNX Runtime and twice slower below N = 128."""
-
-GATHER_OVERHEAD = 1.15
-"""Time of a touched score element relative to one of masked dense attention: copying the windows of K and V."""
+OVERHEAD = 1.15
+"""Time of a touched score element relative to one of masked dense attention: smaller products."""
 
 UNMASKED = 0.6
 """Time of a score element of dense attention without a mask, likewise."""
@@ -37,11 +46,8 @@ LAUNCHES = 20_000.0
 ONNX Runtime 1.32 on 2 cores, on windows of 4,096 tokens and grids of 8x8 to 64x64.
 """
 
-UNIFORM_FILL = -1e30
-"""A score plus a number below this is that number in every float type that has it, so hidden scores are all equal."""
-
-SINKS = 4
-"""First tokens that approximations of causal sites keep (StreamingLLM, arXiv:2309.17453)."""
+LARGEST_MASK = 1 << 14
+"""Tokens of a grid whose mask is still compared element by element (a quarter of a GiB)."""
 
 
 class NeighborhoodAttention:
@@ -53,38 +59,65 @@ class NeighborhoodAttention:
 
     name = OP_TYPE
     skips_keys = True
-    understands: frozenset[Need] = frozenset()
+    understands: frozenset[Need] = frozenset({"body", "sinks"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
-        window = _window(site.mask)
-        if isinstance(window, Verdict):
-            return (window,)
-        left, right = window
-        size = left + 1 + right
-        parameters: dict[str, Any] = {
-            "kernel_size": [size], "left": [left], "causal": [int(right == 0)], "border": "truncate", "grid": [-1],
-            "masked_rows": site.mask.masked_rows if site.mask.part("padding") is not None else "zero",
-            **_body_parameters(site, size),
-        }  # fmt: skip
+        try:
+            parameters, reason = self._exact_parameters(site)
+        except Unsupported as error:
+            return (Verdict.of(error),)
         for verdict in (self.supports(site, parameters), self.is_exact_for(site, parameters)):
             if not verdict.ok:
                 return (verdict,)
         gain = self._gain(site, parameters)
         if gain is not None and gain < MINIMUM_GAIN:
+            size = "x".join(map(str, parameters["kernel_size"]))
             return (
                 Verdict.no(
                     "too-wide",
                     f"a window of {size} in {site.key_length} keys: predicted gain {gain:.2f}, below {MINIMUM_GAIN}",
                 ),
             )
-        return (
-            Candidate(self.name, parameters, True, f"{_words(left, right)}, done in blocks of {parameters['block']}"),
-        )
+        return (Candidate(self.name, parameters, True, f"{reason}, done in blocks of {parameters['block']}"),)
+
+    def _exact_parameters(self, site: AttentionSite) -> tuple[dict[str, Any], str]:
+        """Parameters that say what the site's mask says, and that in words. Raises ``Unsupported`` without any."""
+        parts = [p for p in site.mask.parts if p.pattern is not None]
+        grid = parts[0].pattern if parts else None
+        if isinstance(grid, GridWindow):
+            if len(structures(site.mask)) > 1:
+                raise Unsupported("mask", "a neighborhood and another structure are one mask for BlockSparseAttention")
+            return self._grid_parameters(site, grid)
+        found = window(site.mask)
+        if isinstance(found, Verdict):
+            raise Unsupported(found.code, found.reason, found.hint)
+        left, right = found
+        bias = bool(check_bias(site))
+        size = left + 1 + right
+        parameters = {
+            "kernel_size": [size], "left": [left], "causal": [int(right == 0)], "border": "truncate",
+            "grid": [site.key_length if bias else -1],
+            "masked_rows": site.mask.masked_rows if site.mask.part("padding") is not None else "zero",
+            **body_parameters(site, size),
+        }  # fmt: skip
+        return parameters, f"causal window of {left + 1}" if right == 0 else f"window {left} left, {right} right"
+
+    def _grid_parameters(self, site: AttentionSite, grid: GridWindow) -> tuple[dict[str, Any], str]:
+        if grid.border == "circular":
+            raise Unsupported("border", "windows that wrap around are not one box of keys a tile")
+        sides, size = ("x".join(map(str, x)) for x in (grid.grid.shape, grid.kernel_size))
+        parameters = {
+            "kernel_size": list(grid.kernel_size), "dilation": list(grid.dilation), "stride": list(grid.stride),
+            "causal": [int(c) for c in grid.causal], "border": grid.border, "shape": grid.shape,
+            "grid": list(grid.grid.shape), "prefix": grid.grid.prefix, "suffix": grid.grid.suffix,
+            "masked_rows": site.mask.masked_rows, "block": BLOCK, "dense_below": 0,
+        }  # fmt: skip
+        return parameters, f"a neighborhood of {size} on the grid of {sides} tokens"
 
     def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
-        if site.query_length != site.key_length or site.mask.part("window", "neighborhood") is not None:
+        if site.query_length != site.key_length or any(p.kind not in ("causal", "padding") for p in site.mask.parts):
             return ()
-        options = [*self._grid_windows(site), *self._sequence_windows(site)]
+        options = [*grid_windows(site), *sequence_windows(site)]
         found: list[tuple[float, Candidate]] = []
         for parameters, reason in options:
             if not self.supports(site, parameters).ok:
@@ -101,7 +134,7 @@ class NeighborhoodAttention:
             hood = Neighborhood.of(parameters)
             block, dense_below = _block(parameters)
             self._check(site, hood)
-            if not hood.sliding:
+            if not slides(hood, site.mask.part("bias") is not None):
                 tiling(hood, block)
         except Unsupported as error:
             return Verdict.of(error)
@@ -109,33 +142,49 @@ class NeighborhoodAttention:
 
     def is_exact_for(self, site: AttentionSite, parameters: Parameters) -> Verdict:
         """Exact when the site's own mask is this window, shown for every length that can come."""
-        window = _window(site.mask)
-        if isinstance(window, Verdict):
-            return window
+        try:
+            structure = structures(site.mask)
+        except Unsupported as error:
+            return Verdict.of(error)
         supported = self.supports(site, parameters)
         if not supported.ok:
             return supported
         hood = Neighborhood.of(parameters)
-        if not hood.sliding or hood.prefix or hood.suffix or (hood.left[0], hood.right[0]) != window:
-            return Verdict.no("other-window", f"the site's window is left {window[0]}, right {window[1]}")
         static = isinstance(site.query_length, int) and isinstance(site.key_length, int)
-        for part in site.mask.parts:
-            if part.kind in ("window", "causal") and not part.certificate.general and not static:
+        for part in structure:
+            if not part.certificate.general and not static:
                 return Verdict.no(
                     "certificate",
                     f"the {part.kind} mask was shown for some lengths only and the length is dynamic",
                     "export with a mask that is computed from the sequence length, or with a fixed length",
                 )
-        if site.mask.part("padding") is not None and hood.masked_rows != site.mask.masked_rows:
-            return Verdict.no("masked-rows", f"fully masked rows give {site.mask.masked_rows} in the source")
-        return Verdict.yes(f"the mask is this window ({site.mask.parts[0].certificate.method})")
+        if any(p.pattern is not None for p in structure):
+            if hood.tokens is not None and hood.tokens > LARGEST_MASK:
+                return Verdict.no("size", f"a mask of {hood.tokens} tokens is too large to be compared")
+            same = _same_mask(hood, structure)
+        else:
+            found = window(site.mask)
+            if isinstance(found, Verdict):
+                return found
+            plain = hood.sliding and not hood.prefix and not hood.suffix
+            same = plain and (hood.left[0], hood.right[0]) == found
+        if not same:
+            return Verdict.no("other-window", "the site's mask is not the window of these parameters")
+        if site.mask.part("padding") is not None or _has_empty_rows(hood):
+            try:
+                check_masked_rows(site.mask)
+            except Unsupported as error:
+                return Verdict.of(error)
+            if hood.masked_rows != site.mask.masked_rows:
+                return Verdict.no("masked-rows", f"fully masked rows give {site.mask.masked_rows} in the source")
+        return Verdict.yes(f"the mask is this window ({structure[0].certificate.method})")
 
     def cost(self, site: AttentionSite, parameters: Parameters, shape: Shape) -> Cost:
         """Touched keys include masked ones and rows of padding; the dense branch is counted where it is taken."""
         hood = Neighborhood.of(parameters)
         block, dense_below = _block(parameters)
         queries, keys = shape.query_length, shape.key_length
-        if hood.sliding:
+        if slides(hood, site.mask.part("bias") is not None):
             if 0 < queries * keys <= dense_below**2:
                 pairs = float(queries * keys)
             else:
@@ -164,9 +213,11 @@ class NeighborhoodAttention:
         block, dense_below = _block(parameters)
         self._check(site, hood)
         call = Call.of(site, opset, block, dense_below)
-        mask = check_padding(site.mask)
-        inputs = (site.query.value, site.key.value, site.value.value, *([mask] if mask else []))
-        made = node(hood, call, inputs, site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
+        mask, bias = check_padding(site.mask), check_bias(site)
+        inputs = [site.query.value, site.key.value, site.value.value, mask, bias, site.sinks]
+        while not inputs[-1]:
+            inputs.pop()
+        made = node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
         return Lowering((made,), (function(hood, call),))
 
     def _check(self, site: AttentionSite, hood: Neighborhood) -> None:
@@ -178,14 +229,17 @@ class NeighborhoodAttention:
         if site.heads % site.kv_heads:
             raise Unsupported("heads", f"{site.heads} query heads over {site.kv_heads} key heads")
         float_type(site.dtype)
-        for part in site.mask.parts:
-            if part.kind not in ("window", "causal", "padding"):
-                raise Unsupported("mask", f"a mask of kind {part.kind} cannot go into the op")
+        structures(site.mask)
         check_padding(site.mask)
+        bias = check_bias(site)
+        if bias and (hood.prefix or hood.suffix):
+            raise Unsupported("bias", "the rows of prefix and suffix tokens take no bias")
+        if site.sinks:
+            self._check_sinks(site, hood, bool(bias))
         nq, nk = site.query_length, site.key_length
         if isinstance(nq, int) and isinstance(nk, int) and nq > nk:
             raise Unsupported("lengths", f"{nq} queries over {nk} keys: some queries would have no position")
-        if hood.sliding:
+        if slides(hood, bool(bias)):
             if nq != nk and (hood.suffix or (hood.prefix and not hood.causal[0])):
                 raise Unsupported("lengths", "prefix and suffix queries need as many queries as keys")
             if hood.grid != (-1,) and (nq, nk) != (hood.tokens, hood.tokens):
@@ -198,6 +252,12 @@ class NeighborhoodAttention:
                 "grid", f"the grid has {hood.tokens} tokens, the site {nq} queries and {nk} keys", "give another --grid"
             )
 
+    def _check_sinks(self, site: AttentionSite, hood: Neighborhood, bias: bool) -> None:
+        if not slides(hood, bias) or hood.prefix or hood.suffix:
+            raise Unsupported("sinks", "sink logits go with a plain sliding window only")
+        if site.mask.part("padding") is not None and site.mask.masked_rows != "zero":
+            raise Unsupported("sinks", "a query that sees no key has all its weight on the sink, which gives zero")
+
     def _gain(self, site: AttentionSite, parameters: Parameters) -> float | None:
         """Predicted dense time / time, or None when a length is dynamic."""
         if not isinstance(site.query_length, int) or not isinstance(site.key_length, int):
@@ -205,103 +265,36 @@ class NeighborhoodAttention:
         shape = _static_shape(site, fallback=1)
         dense = shape.batch * site.heads * shape.query_length * shape.key_length
         before = dense * (1.0 if site.mask.parts else UNMASKED)
-        return before / (GATHER_OVERHEAD * self.cost(site, parameters, shape).elements + LAUNCHES)
-
-    def _sequence_windows(self, site: AttentionSite) -> list[tuple[dict[str, Any], str]]:
-        """Windows of N/16 to N/2 (or fixed sizes for a dynamic N); causal sites keep their first tokens."""
-        length = site.key_length
-        sizes = [length // x for x in (16, 8, 4, 2)] if isinstance(length, int) else [128, 256, 512, 1024]
-        causal = site.mask.part("causal") is not None
-        grid = site.grid
-        out: list[tuple[dict[str, Any], str]] = []
-        for size in sizes:
-            if size < 16:
-                continue
-            prefix = SINKS if causal else (grid.prefix if grid is not None else 0)
-            suffix = 0 if causal or grid is None else grid.suffix
-            left = size - 1 if causal else size // 2
-            parameters = {
-                "kernel_size": [size], "left": [left], "causal": [int(causal)], "border": "truncate", "grid": [-1],
-                "prefix": prefix, "suffix": suffix, "masked_rows": "nan" if site.mask.masked_rows == "nan" else "zero",
-                **_body_parameters(site, size + prefix + suffix),
-            }  # fmt: skip
-            first = f"the first {prefix} tokens and " if prefix else ""
-            out.append((parameters, f"{first}a window of {size} of {length} tokens"))
-        return out
-
-    def _grid_windows(self, site: AttentionSite) -> list[tuple[dict[str, Any], str]]:
-        """Clamped neighborhoods of a quarter to three quarters of each side of the site's grid."""
-        grid = site.grid
-        if grid is None or len(grid.shape) < 2 or site.mask.part("causal") is not None:
-            return []
-        out: list[tuple[dict[str, Any], str]] = []
-        seen: set[tuple[int, ...]] = set()
-        for share in (0.25, 0.375, 0.5, 0.625, 0.75):
-            kernel = tuple(min(side, 2 * int(side * share / 2) + 1) for side in grid.shape)  # odd where it fits
-            if kernel in seen or kernel == grid.shape or min(kernel) < 3:
-                continue
-            seen.add(kernel)
-            parameters: dict[str, Any] = {
-                "kernel_size": list(kernel), "border": "clamp", "grid": list(grid.shape), "prefix": grid.prefix,
-                "suffix": grid.suffix, "masked_rows": "nan" if site.mask.masked_rows == "nan" else "zero",
-                "block": BLOCK, "dense_below": 0,
-            }  # fmt: skip
-            size, side = ("x".join(map(str, x)) for x in (kernel, grid.shape))
-            out.append((parameters, f"a neighborhood of {size} on the grid of {side} tokens"))
-        return out
+        block, _ = _block(parameters)
+        hood = Neighborhood.of(parameters)
+        if slides(hood, site.mask.part("bias") is not None):
+            copied = ceil(shape.query_length / block) * (hood.kernel_size[0] - 1 + block + hood.prefix + hood.suffix)
+        else:
+            plan = tiling(hood, block)
+            copied = plan.tiles * (plan.keys + hood.prefix + hood.suffix)
+        after = self.cost(site, parameters, shape).elements + COPY * shape.batch * site.heads * copied
+        return before / (OVERHEAD * after + LAUNCHES)
 
 
-def _window(mask: MaskFacts) -> tuple[int, int] | Verdict:
-    """(left, right) of the intersection of all window and causal factors, or why there is none."""
-    left, right = -1, -1
-    for part in mask.parts:
-        if part.kind in ("window", "causal"):
-            left = part.left if left < 0 else min(left, part.left) if part.left >= 0 else left
-            right = part.right if right < 0 else min(right, part.right) if part.right >= 0 else right
-        elif part.kind != "padding":
-            return Verdict.no("mask", f"a mask of kind {part.kind} is not a window")
-    if not mask.parts:
-        return Verdict.no("nothing-to-skip", "every query sees every key")
-    if left < 0 and right < 0:
-        return Verdict.no("nothing-to-skip", f"a {mask.kind} mask leaves no window to use")
-    if left < 0 or right < 0:
-        reason = "causal without a window: half of the keys" if right == 0 else "a window with one side unlimited"
-        return Verdict.no("nothing-to-skip", f"{reason} cannot be skipped in blocks worth having")
-    return left, right
+@lru_cache(maxsize=32)
+def _same_mask(hood: Neighborhood, structure: tuple[MaskPart, ...]) -> bool:
+    """Whether the tables of the body let through what ``structure`` does, element by element."""
+    if hood.dynamic or hood.tokens is None:
+        return False
+    want = visible(structure, hood.tokens, hood.tokens)
+    inner = slice(hood.prefix, hood.tokens - hood.suffix)
+    if not (want[: inner.start].all() and want[inner.stop :].all()):
+        return False
+    got = np.ones_like(want)
+    got[inner] = False
+    for rows, seen in tiles_of(hood, BLOCK).rows(hood.tokens):
+        got[rows] = seen
+    return bool(np.array_equal(got, want))
 
 
-def check_padding(mask: MaskFacts) -> str:
-    """The graph value of the one boolean padding factor, or an empty string without padding.
-
-    Raises:
-        Unsupported: several factors, an additive one (a float input may hold anything), or fully masked rows whose
-            result the mask alone does not decide: they average all values only where every hidden score is the same
-            huge number.
-    """
-    paddings = [p for p in mask.parts if p.kind == "padding"]
-    if not paddings:
-        return ""
-    if len(paddings) > 1:
-        raise Unsupported("mask", f"{len(paddings)} padding masks from different values", "join them into one input")
-    (padding,) = paddings
-    if padding.additive or padding.source is None:
-        raise Unsupported("mask", "padding that is added as floats may hold anything", "export with a boolean mask")
-    if mask.masked_rows == "uniform" and (len(mask.fills) != 1 or mask.fills[0] > UNIFORM_FILL):
-        raise Unsupported(
-            "masked-rows", "what fully masked rows give in the source depends on the scores or on several masks",
-            "export with one boolean or -inf mask",
-        )  # fmt: skip
-    return padding.source
-
-
-def _words(left: int, right: int) -> str:
-    return f"causal window of {left + 1}" if right == 0 else f"window {left} left, {right} right"
-
-
-def _body_parameters(site: AttentionSite, window: int) -> dict[str, int]:
-    """``dense_below``: up to this length the dense form costs less than blocks (measured: window + 2 blocks)."""
-    static = isinstance(site.query_length, int) and isinstance(site.key_length, int)
-    return {"block": BLOCK, "dense_below": 0 if static else window + 2 * BLOCK}
+def _has_empty_rows(hood: Neighborhood) -> bool:
+    """Whether a query may have a window without any key: a group wider than its causal window."""
+    return any(c and s > k for c, s, k in zip(hood.causal, hood.stride, hood.kernel_size, strict=True))
 
 
 def _block(parameters: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """The op ``attncompile::NeighborhoodAttention`` (version 1): its schema and its parameters, in one place.
 
 Inputs: ``query`` [B, Nq, H, D], ``key`` [B, Nk, Hkv, D], ``value`` [B, Nk, Hkv, Dv], each in the axis order that its
-layout attribute says, and optionally ``key_mask`` bool, broadcastable to [B, 1, 1, Nk], True = visible.
-Output: [B, Nq, H, Dv] in ``o_layout``.
+layout attribute says, and optionally ``key_mask`` bool, broadcastable to [B, 1, 1, Nk], True = visible, and ``bias``,
+broadcastable to [B, H, Nq, Nk], which is added to the scores, and ``sinks``, H logits (or one for all heads) that join
+the softmax and that no value belongs to. Output: [B, Nq, H, Dv] in ``o_layout``.
 """
 
 from __future__ import annotations
@@ -172,10 +173,16 @@ def schema() -> OpSchema:
             OpSchema.FormalParameter(
                 "key_mask", "tensor(bool)", "broadcastable to [B, 1, 1, Nk], True = visible", param_option=kind.Optional
             ),
+            OpSchema.FormalParameter(
+                "bias", "TB", "broadcastable to [B, H, Nq, Nk], added", param_option=kind.Optional
+            ),
+            OpSchema.FormalParameter("sinks", "TS", "H logits, or one for all heads", param_option=kind.Optional),
         ],
         outputs=[OpSchema.FormalParameter("output", "T", "[B, Nq, H, Dv] in o_layout")],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "element type")
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "element type"),
+            ("TB", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "type of the bias"),
+            ("TS", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "type of the sinks"),
         ],
         attributes=[
             ints("kernel_size", "window size per axis", required=True),

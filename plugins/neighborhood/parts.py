@@ -56,13 +56,17 @@ def probabilities(body: Body, call: Call, query: str, key: str, mask: str | None
     return body.op("Cast", result, to=float_type(call.dtype)[0]) if wide else result
 
 
-def guarded(body: Body, call: Call, result: str, mask: str | None, masked_rows: str, mean: Callable[[], str]) -> str:
-    """What the source gives in the rows of ``result`` whose keys are all masked; without a key mask there are none.
+def guarded(
+    body: Body, call: Call, result: str, mask: str | None, masked_rows: str, mean: Callable[[], str],
+    always: bool = False,
+) -> str:  # fmt: skip
+    """What the source gives in the rows of ``result`` whose keys are all masked; without a key mask there are none,
+    unless ``always`` says so.
 
     ``mean`` writes the mean of all values, for rows where the source's softmax saw only equal scores. Decided from the
     mask and not from NaN in ``result``: a NaN of the operands must stay visible.
     """
-    if masked_rows == "nan" or not call.key_mask or mask is None:
+    if masked_rows == "nan" or not (call.key_mask or always) or mask is None or call.sinks:  # a sink gives 0 by itself
         return result
     best = body.op("ReduceMax", mask, body.ints(-1), keepdims=1)
     dead = body.op("Less", best, body.constant(np.array(-1.0, float_type(softmax_type(call))[1])))
@@ -111,6 +115,8 @@ def dense(body: Body, call: Call, query: str, key: str, value: str, visible: str
         key = _repeat_heads(body, call, key, call.head_dim)
         value = _repeat_heads(body, call, value, call.value_dim)
     mask = additive(body, call, visible) if visible is not None else None
+    if call.sinks and mask is not None:
+        mask = body.op("Pad", mask, body.ints(*[0] * 7, 1))  # nothing hides the sink, the last key
     result = body.op("MatMul", probabilities(body, call, query, key, mask, [0, 1, 3, 2]), value)
     return guarded(body, call, result, mask, masked_rows, lambda: body.op("ReduceMean", value, body.ints(-2)))
 

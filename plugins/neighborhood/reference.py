@@ -61,9 +61,12 @@ def reference(
     *,
     scale: float | None = None,
     key_mask: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """q [B, Nq, H, D], k [B, Nk, G, D], v [B, Nk, G, Dv], key_mask bool broadcastable to [B, 1, 1, Nk] or None
-    -> [B, Nq, H, Dv] in float64. Queries are the last Nq of the Nk tokens.
+    """q [B, Nq, H, D], k [B, Nk, G, D], v [B, Nk, G, Dv], key_mask bool broadcastable to [B, 1, 1, Nk] or None,
+    bias broadcastable to [B, H, Nq, Nk] or None, sinks [H] logits without a value or None -> [B, Nq, H, Dv] in float64.
+    Queries are the last Nq of the Nk tokens.
 
     Neighborhood Attention Transformer, arXiv:2204.07143; dilation, arXiv:2209.15001; stride, arXiv:2504.16922;
     ball, arXiv:2412.16112.
@@ -75,6 +78,9 @@ def reference(
     open_keys = np.ones((batch, keys), bool)
     if key_mask is not None:
         open_keys = np.broadcast_to(np.asarray(key_mask, bool), (batch, 1, 1, keys))[:, 0, 0]
+    added = np.zeros((batch, heads, queries, keys))
+    if bias is not None:
+        added = added + np.asarray(bias, np.float64)
     out = np.zeros((batch, queries, heads, v.shape[3]))
     for i in range(queries):
         window = [j for j in range(keys) if sees(i + keys - queries, j, keys, parameters)]
@@ -86,7 +92,8 @@ def reference(
                     rule = parameters.get("masked_rows", "zero")
                     out[b, i, h] = {"zero": 0.0, "uniform": v[b, :, g].mean(axis=0), "nan": np.nan}[rule]
                     continue
-                scores = scale * (k[b, seen, g] @ q[b, i, h])
+                scores = scale * (k[b, seen, g] @ q[b, i, h]) + added[b, h, i, seen]
                 weights = np.exp(scores - scores.max())
-                out[b, i, h] = (weights / weights.sum()) @ v[b, seen, g]
+                rest = 0.0 if sinks is None else float(np.exp(sinks[h] - scores.max()))
+                out[b, i, h] = weights / (weights.sum() + rest) @ v[b, seen, g]
     return out

@@ -13,6 +13,7 @@ import numpy as np
 
 from attncompile.plugins.body import Body, float_type
 from attncompile.plugins.neighborhood import parts
+from attncompile.plugins.neighborhood import sinks as with_sink
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.op import Neighborhood
 
@@ -29,9 +30,13 @@ class _Lengths:
     end: str
 
 
-def sliding_body(body: Body, hood: Neighborhood, call: Call, query: str, key: str, value: str, key_mask: str) -> str:
-    """Append the whole computation; returns the output's name. ``key_mask`` is empty when there is none."""
+def sliding_body(
+    body: Body, hood: Neighborhood, call: Call, query: str, key: str, value: str, key_mask: str, sinks: str
+) -> str:
+    """Append the whole computation; returns the output's name. ``key_mask`` and ``sinks`` are empty without one."""
     lengths = _lengths(body, call, query, key)
+    if call.sinks:
+        call, (query, key, value) = with_sink.joined(body, call, query, key, value, sinks)
     if not call.dense_below:
         return _blocked(body, hood, call, lengths, (query, key, value, key_mask))
     # Short sequences: a block of queries would be mostly padding, so N = 1 takes the formula itself.
@@ -131,6 +136,10 @@ def _blocked(body: Body, hood: Neighborhood, call: Call, lengths: _Lengths, oper
         seen = body.op("Transpose", seen, perm=[0, 1, 3, 2, 4])
         visible = body.op("And", seen, visible)  # [b, 1, T, R, W]
     mask = parts.additive(body, call, visible)
+    if call.sinks:
+        mask = with_sink.seen(body, mask, 5 if call.key_mask else 3)
+        count = body.op("Concat", body.op("Shape", first, start=0, end=1), body.ints(1), axis=0)
+        index = body.op("Concat", index, body.op("Expand", lengths.keys, count), axis=1)
     weights = parts.probabilities(
         body, call, tiles, body.op("Gather", key, index, axis=2), mask, [0, 1, 2, 4, 3]
     )  # [B, G, T, R, W]

@@ -16,8 +16,10 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.plugins.neighborhood.op import Neighborhood
 
-_COPY = 16.0
-"""Cost of gathering one key and its value, in score elements: keeps tiles from getting too small."""
+COPY = 14.0
+"""Cost of gathering one key and its value, in score elements, measured with ONNX Runtime: keeps tiles from getting too
+small.
+"""
 
 _LARGEST_TABLE = 1 << 26
 """Elements of the mask table beyond which a configuration is refused."""
@@ -66,7 +68,7 @@ def tiling(hood: Neighborhood, block: int) -> Tiling:
 
     def work(tile: tuple[int, ...]) -> float:
         counts = [measured[a][t] for a, t in enumerate(tile)]
-        return prod(c for c, _ in counts) * prod(k for _, k in counts) * (prod(tile) + _COPY)
+        return prod(c for c, _ in counts) * prod(k for _, k in counts) * (prod(tile) + COPY)
 
     best = min((t for t in product(*sizes) if prod(t) <= block), key=work)
     axes = [_cut(hood, a, *windows[a], best[a]) for a in range(rank)]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attncompile.core.assumption import KINDS, Assumption
 from attncompile.core.errors import BadArguments
 from attncompile.core.plan import Decision, Plan, Refusal
 from attncompile.core.plan_toml import dumps, loads, to_json
@@ -18,6 +19,9 @@ _scalars = st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False
 _values = st.recursive(_scalars, lambda inner: st.lists(inner, max_size=3), max_leaves=6)
 _parameters = st.dictionaries(_names, _values, max_size=4)
 _refusals = st.builds(Refusal, _texts, _texts, _texts)
+_assumptions = st.builds(
+    Assumption, st.sampled_from(KINDS), _texts, _texts, st.lists(_names, max_size=2).map(tuple), st.booleans()
+)
 _decisions = st.builds(
     Decision,
     site=_names,
@@ -27,6 +31,7 @@ _decisions = st.builds(
     parameters=_parameters,
     predicted_gain=st.floats(1e-3, 1e3),
     refusals=st.lists(_refusals, max_size=2).map(tuple),
+    assumptions=st.lists(_assumptions, max_size=3).map(tuple),
 )
 _plans = st.builds(
     Plan,
@@ -76,6 +81,18 @@ def test_arrays_of_strings_are_left_alone() -> None:
     assert loads(dumps(plan)) == plan
 
 
+@pytest.mark.parametrize(
+    "table",
+    ['assumptions = ["all is well"]', 'assumptions = [{kind = "mask", statement = "causal"}]',
+     'assumptions = [{kind = "hope", statement = "s", shown_by = "h"}]',
+     'assumptions = [{kind = "mask", statement = "s", shown_by = "h", inputs = [1]}]'],
+)  # fmt: skip
+def test_wrong_assumptions_name_their_line(table: str) -> None:
+    head = 'schema_version = 1\nmodel_hash = "h"\npolicy = "exact"\n[[site]]\nid = "s0"\nmechanism = "keep"\n'
+    with pytest.raises(BadArguments, match="line"):
+        loads(head + table + "\n", "plan.toml")
+
+
 def test_minimal_site_gets_defaults() -> None:
     text = 'schema_version = 1\nmodel_hash = "h"\npolicy = "exact"\n[[site]]\nid = "s0"\nmechanism = "keep"\n'
     assert loads(text).decisions == (Decision("s0", "keep", "set in the plan file"),)
@@ -94,7 +111,7 @@ def test_json_has_every_key() -> None:
     value = to_json(PLAN)
     assert value["sites"][1] == {
         "id": "s1", "mechanism": "keep", "reason": "dense", "exact": True, "predicted_gain": 1.0, "parameters": {},
-        "considered": [],
+        "considered": [], "assumptions": [],
     }  # fmt: skip
 
 

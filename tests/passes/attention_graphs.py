@@ -202,6 +202,8 @@ def read_site(site: AttentionSite, feed: dict[str, np.ndarray], world: World) ->
             if part.right >= 0:
                 seen &= distance <= part.right
             scores = np.where(seen, scores, hidden)
+        elif part.pattern is not None and part.kind != "bias":
+            scores = np.where(part.pattern.visible(queries, keys), scores, hidden)
         else:
             assert part.source is not None
             data = feed[part.source] if part.source in feed else world.value(part.source)

@@ -205,8 +205,15 @@ def einsum_letters(graph: Graph, site: Around, rng: np.random.Generator) -> bool
     if node.op_type != "Einsum":
         return False
     (attribute,) = node.attribute
-    left, out = attribute.s.decode().split("->")
-    attribute.s = f"{left}->{''.join(np.array(list(out))[rng.permutation(len(out))])}".encode()
+    left, arrow, out = attribute.s.decode().partition("->")
+    if not arrow:
+        return False
+    letters = [x for x in out if x != "."]
+    moved = [letters[i] for i in rng.permutation(len(letters))]
+    head = out.partition("...")[0]
+    if "..." in out:
+        moved.insert(len(head), "...")
+    attribute.s = f"{left}->{''.join(moved)}".encode()
     return True
 
 

@@ -119,7 +119,7 @@ def test_one_flipped_element_is_no_window(form: str, row: int, column: int) -> N
         onnx.save(model, path)
         loaded = load(path)
         (site,) = detect(loaded, profile_for(loaded, {})).sites
-    assert site.mask.kind == "opaque"
+    assert site.mask.kind == "block_sparse"
 
 
 def test_a_table_cut_to_a_dynamic_length_is_never_general() -> None:

@@ -14,7 +14,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.mechanism import Candidate, Lowering
+from attncompile.core.mask import MaskPart
+from attncompile.core.mechanism import Candidate, Lowering, exact_candidates
 from attncompile.core.model import Model
 from attncompile.core.profile import Range
 from attncompile.core.site import AttentionSite
@@ -66,10 +67,18 @@ def lowered(site: AttentionSite) -> Lowering:
     Raises:
         Unsupported: the facts do not say what the site computes (an opaque mask): no mechanism may touch it either.
     """
-    nodes, stored = [], []
+    if site.kind != "softmax" or site.needs & {"cache", "quantised", "body", "key-ends"}:
+        raise Unsupported("other", "not softmax attention of operands alone")
     for part in site.mask.parts:
-        if part.kind == "opaque" or "not [batch" in part.certificate.detail:
+        if part.kind == "opaque" or (part.kind == "bias" and part.certificate.method == "structure"):
             raise Unsupported("opaque", "not expressible")
+    structure = [p for p in site.mask.parts if p.kind not in ("padding", "bias")]
+    if site.mask.masked_rows == "uniform" and len(set(site.mask.fills)) > 1 and structure:
+        # With two different fills a row without keys is no average over all of them: nothing is said of such rows.
+        seen = [visible_of(p, int(site.query_length), int(site.key_length)) for p in structure]
+        if not np.logical_and.reduce(seen).any(axis=-1).all():
+            raise Unsupported("rows", "rows that see no key are not said")
+    nodes, stored = [], []
 
     def op(kind: str, inputs: list[str], out: str | None = None, **attributes: object) -> str:
         name = out or f"ours/{site.id}/{len(nodes)}"
@@ -80,40 +89,42 @@ def lowered(site: AttentionSite) -> Lowering:
         stored.append(numpy_helper.from_array(value, f"ours/{site.id}/c{len(stored)}"))
         return str(stored[-1].name)
 
+    def shaped(value: str, *shape: int) -> str:
+        return op("Reshape", [value, const(np.array(shape, np.int64))])
+
     def bhnd(value: str, layout: str) -> str:
         return value if layout == "BHND" else op("Transpose", [value], perm=[0, 2, 1, 3])
 
     q, k, v = (bhnd(o.value, o.layout) for o in (site.query, site.key, site.value))
     # A claim about sizes is part of the facts: a value of another shape must not slip through by broadcasting.
-    sizes = [site.batch, site.heads, site.query_length, site.head_dim]
-    kv = [site.batch, site.kv_heads, site.key_length]
-    q = op("Reshape", [q, const(np.array(sizes, np.int64))])
-    k = op("Reshape", [k, const(np.array([*kv, site.head_dim], np.int64))])
-    v = op("Reshape", [v, const(np.array([*kv, site.value_dim], np.int64))])
+    queries, keys = int(site.query_length), int(site.key_length)
+    q = shaped(q, int(site.batch), site.heads, queries, site.head_dim)
+    k = shaped(k, int(site.batch), site.kv_heads, keys, site.head_dim)
+    v = shaped(v, int(site.batch), site.kv_heads, keys, site.value_dim)
     if site.kv_heads != site.heads:
         index = const(np.arange(site.heads) // (site.heads // site.kv_heads))
         k, v = op("Gather", [k, index], axis=1), op("Gather", [v, index], axis=1)
     k = op("Transpose", [k], perm=[0, 1, 3, 2])
     s = op("Mul", [op("MatMul", [q, k]), const(np.array(site.scale, np.float32))])
+    if site.head_scale:
+        s = op("Mul", [s, shaped(site.head_scale, 1, site.heads, 1, 1)])
     if site.softcap:
         cap = const(np.array(site.softcap, np.float32))
         s = op("Mul", [op("Tanh", [op("Div", [s, cap])]), cap])
     low = const(np.array(-1e30 if site.mask.masked_rows == "uniform" else -np.inf, np.float32))
-    queries, keys = int(site.query_length), int(site.key_length)
     for part in site.mask.parts:
-        if part.kind in ("window", "causal"):
-            distance = np.arange(keys)[None] - np.arange(queries)[:, None] - (keys - queries)
-            seen = np.ones(distance.shape, bool)
-            if part.left >= 0:
-                seen &= distance >= -part.left
-            if part.right >= 0:
-                seen &= distance <= part.right
-            s = op("Where", [const(seen), s, low])
-        elif part.additive:
-            s = op("Add", [s, str(part.source)])
+        if part.kind in ("padding", "bias"):
+            source = str(part.source)
+            s = op("Add", [s, source]) if part.additive else op("Where", [source, s, low])
         else:
-            s = op("Where", [str(part.source), s, low])
-    p = op("Softmax", [s], axis=-1)
+            s = op("Where", [const(visible_of(part, queries, keys)), s, low])
+    if site.sinks:
+        column = shaped(site.sinks, 1, -1, 1, 1)
+        column = op("Expand", [column, const(np.array([int(site.batch), site.heads, queries, 1]))])
+        p = op("Softmax", [op("Concat", [s, column], axis=-1)], axis=-1)
+        p = op("Slice", [p, *(const(np.array([n])) for n in (0, keys, 3))])
+    else:
+        p = op("Softmax", [s], axis=-1)
     if site.mask.masked_rows == "zero" or site.mask.guarded:
         p = op("Where", [op("IsNaN", [p]), const(np.array(0, np.float32)), p])
     out = op("MatMul", [p, v])
@@ -122,6 +133,19 @@ def lowered(site: AttentionSite) -> Lowering:
     else:
         op("Identity", [out], site.output.value)
     return Lowering(tuple(nodes), (), tuple(stored))
+
+
+def visible_of(part: MaskPart, queries: int, keys: int) -> np.ndarray:
+    """[queries, keys] of a structural part."""
+    if part.pattern is not None:
+        return part.pattern.visible(queries, keys)
+    distance = np.arange(keys)[None] - np.arange(queries)[:, None] - (keys - queries)
+    seen = np.ones(distance.shape, bool)
+    if part.left >= 0:
+        seen &= distance >= -part.left
+    if part.right >= 0:
+        seen &= distance <= part.right
+    return seen
 
 
 def feeds(proto: onnx.ModelProto, gentle: bool) -> Iterator[dict[str, np.ndarray]]:
@@ -245,7 +269,7 @@ def at_sizes(site: AttentionSite, sizes: Mapping[str, int]) -> AttentionSite:
 
 def holds(site: AttentionSite, length: int) -> bool:
     """Whether the certificates speak of this length."""
-    windows = [p.certificate for p in site.mask.parts if p.kind in ("window", "causal")]
+    windows = [p.certificate for p in site.mask.parts if p.kind not in ("padding", "bias", "opaque")]
     return all(c.general or (length, length) in c.lengths for c in windows)
 
 
@@ -271,7 +295,7 @@ def exact(model: Model, sites: tuple[AttentionSite, ...]) -> list[tuple[Attentio
     edits = []
     for site in sites:
         for mechanism in mechanisms():
-            offered = next((c for c in mechanism.exact_candidates(site) if isinstance(c, Candidate)), None)
+            offered = next((c for c in exact_candidates(mechanism, site) if isinstance(c, Candidate)), None)
             if offered is None:
                 continue
             try:

@@ -15,9 +15,11 @@ from onnx import TensorProto, helper
 
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Mechanism
+from attncompile.core.pattern import BlockSparse, Pattern
 from attncompile.core.site import AttentionSite, Operand
 
 SHOWN = Certificate("structure", "given by the test", general=True)
+ONCE = Certificate("constant", "given by the test")
 TYPES = {
     "float32": (TensorProto.FLOAT, np.float32),
     "float16": (TensorProto.FLOAT16, np.float16),
@@ -27,7 +29,10 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one comparison. ``key_mask`` [.., Nk] bool, True = visible."""
+    """Sizes of one comparison. ``key_mask`` [.., Nk] bool, True = visible; ``visible`` [Nq, Nk] bool, a stored mask;
+    ``pattern`` a structure that the site's mask was found to have; ``bias`` broadcastable to [B, H, Nq, Nk];
+    ``sinks`` H logits or one.
+    """
 
     batch: int = 1
     queries: int = 37
@@ -46,6 +51,10 @@ class Case:
     masked_rows: str = "zero"
     fills: tuple[float, ...] = ()
     causal: bool = False
+    visible: np.ndarray | None = None
+    pattern: Pattern | None = None
+    bias: np.ndarray | None = None
+    sinks: np.ndarray | None = None
     seed: int = 0
 
     @property
@@ -58,6 +67,12 @@ class Case:
             parts.append(MaskPart("causal", SHOWN, -1, 0))
         if self.key_mask is not None:
             parts.append(MaskPart("padding", SHOWN, source="key_mask"))
+        if self.visible is not None:
+            parts.append(MaskPart("block_sparse", ONCE, pattern=BlockSparse.of(self.visible, 16)))
+        if self.pattern is not None:
+            parts.append(MaskPart("neighborhood", ONCE, pattern=self.pattern))
+        if self.bias is not None:
+            parts.append(MaskPart("bias", Certificate("evaluated", ""), source="bias", additive=True))
         same = self.queries == self.key_length
         made = AttentionSite(
             id="test", form="matmul", query=Operand("q", self.layouts[0]), key=Operand("k", self.layouts[1]),
@@ -67,7 +82,7 @@ class Case:
             key_length=self.key_length if self.static else ("N" if same else "M"), scale=self.scale,
             mask=MaskFacts(tuple(parts), self.masked_rows, self.fills),
             dtype=self.dtype, softmax_dtype=self.softmax_dtype,
-            nodes=(), interior=(),
+            nodes=(), interior=(), sinks="sinks" if self.sinks is not None else "",
         )  # fmt: skip
         return replace(made, **changes)
 
@@ -96,6 +111,12 @@ class Case:
         if self.key_mask is not None:
             kind = TensorProto.BOOL
             inputs.append(helper.make_tensor_value_info("key_mask", kind, self.key_mask.shape))
+        if self.sinks is not None:
+            kind = helper.np_dtype_to_tensor_dtype(self.sinks.dtype)
+            inputs.append(helper.make_tensor_value_info("sinks", kind, self.sinks.shape))
+        if self.bias is not None:
+            kind = helper.np_dtype_to_tensor_dtype(self.bias.dtype)
+            inputs.append(helper.make_tensor_value_info("bias", kind, self.bias.shape))
         graph = helper.make_graph(lowering.nodes, "test", inputs, [values["o"]], list(lowering.initializers))
         opsets = [helper.make_opsetid("", self.opset)]
         if lowering.functions:
@@ -109,6 +130,10 @@ class Case:
         }
         if self.key_mask is not None:
             feeds["key_mask"] = self.key_mask
+        if self.bias is not None:
+            feeds["bias"] = self.bias
+        if self.sinks is not None:
+            feeds["sinks"] = self.sinks
         return feeds
 
     def run(self, mechanism: Mechanism, parameters: Mapping[str, Any]) -> np.ndarray:
@@ -122,9 +147,12 @@ class Case:
         return out if self.layouts[3] == "BNHD" else out.transpose(0, 2, 1, 3)
 
     def expected(self, mechanism: Mechanism, parameters: Mapping[str, Any]) -> np.ndarray:
+        sinks = None if self.sinks is None else np.broadcast_to(self.sinks.reshape(-1), (self.heads,))
+        stored = {"visible": self.visible, "bias": self.bias, "sinks": sinks}
+        extra = {name: value for name, value in stored.items() if value is not None}
         return mechanism.reference(
-            **self.tensors(), parameters=parameters, scale=self.scale, key_mask=self.key_mask
-        )  # fmt: skip
+            **self.tensors(), parameters=parameters, scale=self.scale, key_mask=self.key_mask, **extra
+        )
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:

@@ -28,6 +28,10 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "prefix and suffix": {"kernel_size": [9], "prefix": 2, "suffix": 3, "block": 16},
         "prefix and suffix, dense below": {"kernel_size": [9], "prefix": 2, "suffix": 3, "dense_below": 100},
     },
+    "BlockSparseAttention": {
+        label: {"pattern": label}
+        for label in ("documents", "prefix-LM", "global and local", "random blocks", "stripes", "dilated", "windows")
+    },
     "Attention": {"none": {"causal": False}, "causal": {"causal": True}},
     "DenseAttention": {
         "none": {"causal": False},
@@ -64,10 +68,35 @@ def first_opset(name: str) -> int:
     return 23 if name == "Attention" else 18
 
 
+def stored_mask(label: str, queries: int, keys: int) -> np.ndarray:
+    """Bool [queries, keys] of a kind that models have; every query sees a key. Queries are the last tokens."""
+    i, j = np.arange(keys - queries, keys)[:, None], np.arange(keys)[None, :]
+    rng = np.random.default_rng(3)
+    if label == "documents":
+        ends = np.array([5, 6, 19, 30])
+        return (np.searchsorted(ends, i, "right") == np.searchsorted(ends, j, "right")) & (j <= i)
+    if label == "prefix-LM":
+        return (j <= i) | (j < 7)
+    if label == "global and local":
+        return (abs(i - j) <= 3) | np.isin(i, (0, 11)) | np.isin(j, (0, 11))
+    if label == "random blocks":
+        chosen = rng.random((queries // 4 + 1, keys // 4 + 1)) < 0.3
+        return (abs(i - j) <= 1) | chosen[np.arange(queries)[:, None] // 4, j // 4]
+    if label == "stripes":
+        return ((i - j) % 9 < 2) | (j % 13 == 0)
+    if label == "dilated":
+        return ((i - j) % 3 == 0) & (abs(i - j) <= 12)
+    assert label == "windows"  # Swin's, shifted by one, on rows of 6 tokens
+    return ((i // 6 + 1) // 3 == (j // 6 + 1) // 3) & ((i % 6 + 1) // 3 == (j % 6 + 1) // 3)
+
+
 def prepared(case: Any, name: str, parameters: dict[str, Any], **changes: Any) -> Any:
     """A case whose site has the mask that the mechanism's parameters speak of."""
     causal = bool(parameters.get("causal")) if name != "NeighborhoodAttention" else False
-    return replace(case(opset=first_opset(name), causal=causal), **changes)
+    at = replace(case(opset=first_opset(name), causal=causal), **changes)
+    if "pattern" not in parameters:
+        return at
+    return replace(at, static=True, visible=stored_mask(parameters["pattern"], at.queries, at.key_length))
 
 
 def test_every_mechanism_is_covered() -> None:
@@ -120,7 +149,8 @@ def test_opsets(name, opset, case, error, tolerance) -> None:
 def test_opset_17_is_refused(case) -> None:
     for m in mechanisms():
         with pytest.raises(Unsupported, match="opset"):
-            m.lower(case().site(), next(iter(PARAMETERS[m.name].values())), 17)
+            parameters = next(iter(PARAMETERS[m.name].values()))
+            m.lower(prepared(case, m.name, parameters).site(), parameters, 17)
 
 
 @pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import onnx
 import onnx.inliner
 import pytest
 
+from attncompile.core.grid import TokenGrid
+from attncompile.core.pattern import GridWindow
 from attncompile.plugins import mechanism
+from tests.plugins.test_block_sparse import documents, windows
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -39,11 +44,71 @@ class _Log(trt.ILogger):  # type: ignore[misc, name-defined]
         self.lines.append(message)
 
 
+def banded(length: int) -> np.ndarray:
+    """Causal, near or among the first eight."""
+    i, j = np.arange(length)[:, None], np.arange(length)[None, :]
+    return (j <= i) & ((i - j < 100) | (j < 8))
+
+
+STORED = {
+    "chunks": (documents(1024, 8), {}),
+    "windows": (windows(28, 28, 7, 0), {}),
+    "ragged documents": (np.tril(documents(1000, 3)), {}),
+    "sinks and band": (banded(1024), {}),
+    "sinks and band, groups": (banded(1024), {"kv_heads": 2, "layouts": ("BNHD",) * 4}),
+}
+
+
 @pytest.mark.parametrize("label", CASES)
 def test_bodies_build_fused(label, case) -> None:
     parameters, sizes = CASES[label]
     at = case(**{"heads": 4, "kv_heads": 4, "head_dim": 64, "value_dim": 64, "dtype": "float16", **sizes})
     model = onnx.inliner.inline_local_functions(at.model(mechanism("NeighborhoodAttention"), parameters))
+    fused, matmuls = built(at, model)
+    dense_rows = 1 if parameters.get("prefix") and not parameters.get("causal") else 0
+    assert len(fused) == 1 + dense_rows + bool(parameters.get("dense_below")), (fused, matmuls)
+    assert not matmuls
+
+
+@pytest.mark.parametrize("label", STORED)
+def test_stored_masks_build_fused(label, case) -> None:
+    """Each group of tiles is one fused layer."""
+    mask, sizes = STORED[label]
+    at = case(**{"heads": 4, "kv_heads": 4, "head_dim": 64, "value_dim": 64, "dtype": "float16", "static": True,
+                 "queries": len(mask), "visible": mask, **sizes})  # fmt: skip
+    model = onnx.inliner.inline_local_functions(at.model(mechanism("BlockSparseAttention"), {}))
+    groups = sum(n.op_type == "Softmax" for n in model.graph.node)
+    fused, matmuls = built(at, model)
+    assert groups and len(fused) == groups, (groups, fused, matmuls)
+    assert not matmuls
+
+
+def test_a_neighborhood_with_a_bias_builds(case) -> None:
+    """As a relative position bias is: stored, one value for each head, query and key."""
+    bias = np.random.default_rng(0).standard_normal((1, 4, 576, 576)).astype(np.float16)
+    at = case(heads=4, kv_heads=4, head_dim=64, value_dim=64, dtype="float16", static=True, queries=576, bias=bias)
+    at = replace(at, pattern=GridWindow(TokenGrid((24, 24)), (7, 7), (1, 1), (1, 1), (False, False)))
+    given = mechanism("NeighborhoodAttention").exact_candidates(at.site())[0].parameters
+    model = onnx.inliner.inline_local_functions(at.model(mechanism("NeighborhoodAttention"), given))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(bias, "bias"))
+    del model.graph.input[3:]
+    built(at, model)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_window_with_sink_logits_builds(static, case) -> None:
+    at = case(heads=4, kv_heads=4, head_dim=64, value_dim=64, dtype="float16", queries=1024, static=static,
+              sinks=np.zeros(4, np.float16))  # fmt: skip
+    model = onnx.inliner.inline_local_functions(at.model(mechanism("NeighborhoodAttention"), WINDOW))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(at.sinks, "sinks"))
+    del model.graph.input[3:]
+    fused, matmuls = built(at, model)
+    assert not fused and len(matmuls) == 2  # not fused: the products and the softmax apart
+
+
+def built(at, model: onnx.ModelProto) -> tuple[list[str], list[str]]:
+    """The fused attention layers and the matrix products of the engine that the builder makes."""
+    assert {n.domain for n in model.graph.node} == {""}
     log = _Log()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -64,6 +129,4 @@ def test_bodies_build_fused(label, case) -> None:
     dump = dump[dump.index("Layers:") :].split("I/O Tensors:")[0]
     fused = re.findall(r"(?m)^Name: \w*mha\w*", dump)
     matmuls = re.findall(r"(?m)^Name: matmul\w*", dump)
-    dense_rows = 1 if parameters.get("prefix") and not parameters.get("causal") else 0
-    assert len(fused) == 1 + dense_rows + bool(parameters.get("dense_below")), (fused, matmuls)
-    assert not matmuls
+    return fused, matmuls

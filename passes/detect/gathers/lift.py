@@ -1,0 +1,186 @@
+"""One site out of an attention core whose queries and keys were moved into windows before the products.
+
+The core's rows and columns are followed back to tokens. Where every query stands in one row, and every key at most once
+in a row, the core is softmax attention over all tokens with the keys of the row visible and all others hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.mask import MaskFacts
+from attncompile.core.site import AttentionSite
+from attncompile.passes.detect.contraction import Contraction
+from attncompile.passes.detect.gathers.ends import Moved, OutputPlace, check_private, find_source
+from attncompile.passes.detect.gathers.origins import Coordinate
+from attncompile.passes.detect.normaliser import Normaliser
+from attncompile.passes.detect.scores import HIDDEN, Step, trace
+from attncompile.passes.detect.softmax import dtype_name
+from attncompile.passes.detect.views import Atoms, Axes, Axis, forward
+from attncompile.passes.detect.walks import after_softmax, node_name, second_product
+from attncompile.passes.evaluate import GraphIndex, World
+
+VisibleFacts = Callable[[np.ndarray, bool, tuple[float, ...]], MaskFacts]
+"""What a bool array [query, key] is; whether a NaN guard follows the softmax; what hides keys."""
+
+MAX_PAIRS = 1 << 27
+"""Query and key slots that are looked at one by one."""
+
+
+def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: VisibleFacts) -> AttentionSite:
+    """The site around ``norm``, lengths as numbers, id empty.
+
+    Raises:
+        Unsupported: the tokens cannot be followed, or the core is not attention over them.
+    """
+    if norm.sink is not None:
+        raise Unsupported("gather-form", "a sink stands beside the keys of the windows")
+    path = trace(index, world, norm.scores)
+    first = path.product
+    if len(first.summed) != 1 or first.node.op_type == "Gemm":
+        raise Unsupported("gather-form", "the product of queries and keys is not over one axis")
+    atoms = Atoms()
+    label_axis = {x: atoms.new(n) for x, n in zip(first.out_labels, world.shapes[first.node.output[0]], strict=True)}
+    (contracted,) = first.summed
+    label_axis[contracted] = atoms.new(world.shapes[first.left][first.left_labels.index(contracted)])
+    axes: Axes = tuple(label_axis[x] for x in first.out_labels)
+    shown: list[Coordinate] = []
+    fills: list[float] = []
+    scale = first.factor
+    for step in path.steps:
+        if step.kind == "view":
+            axes = forward(world, atoms, step.node, axes)
+        elif step.kind == "scale" and not fills:
+            scale *= step.factor
+        elif step.kind in ("add", "visible", "hidden"):
+            mask, fill = _visible(world, atoms, axes, step)
+            shown.append(mask)
+            fills.append(fill)
+        elif step.kind != "cast":
+            raise Unsupported("gather-form", f"a {step.kind} stands between windowed scores and their softmax")
+    keys = atoms.leaves(axes[-1])
+    weights, axes, guards, guarded = after_softmax(index, world, atoms, norm.weights, axes)
+    second = second_product(index, world, weights)
+    values = _value_side(world, atoms, second, weights, axes)
+    if atoms.leaves(values.summed) != keys:
+        raise Unsupported("value-axis", "the product with the values does not sum over the keys")
+    sides = [(first.left, first.left_labels), (first.right, first.right_labels)]
+    if not any(set(atoms.leaves(label_axis[x])) & set(keys) for x in first.left_labels):
+        sides.reverse()
+    (key_name, key_labels), (query_name, query_labels) = sides
+    dim = label_axis[contracted]
+    key = find_source(index, world, atoms, key_name, tuple(label_axis[x] for x in key_labels), dim)
+    query = find_source(index, world, atoms, query_name, tuple(label_axis[x] for x in query_labels), dim, key)
+    value = find_source(index, world, atoms, values.name, values.axes, values.dim, key)
+    if value.factor != 1.0:
+        raise Unsupported("value-product", "the values are scaled")
+    slots = atoms.leaves(keys)
+    rows = tuple(a for x in first.out_labels for a in atoms.leaves(label_axis[x]) if a not in slots)
+    picture = _picture(atoms, query, key, value, shown, rows)
+    if not picture.any(axis=1).all():
+        raise Unsupported("gather-form", "a query of a windowed core sees no key at all")
+    place = OutputPlace(index, world, atoms, query, values.dim)
+    output, out_nodes = place.find(second.node.output[0], values.out_axes)
+    core = [first.node, *(n for s in path.steps for n in (*s.extra, s.node)), *norm.nodes, *guards, second.node]
+    around = (*query.nodes, *key.nodes, *value.nodes, *out_nodes)
+    nodes = list({id(n): n for n in (*around, *core)}.values())
+    check_private(index, core, [*core, *around], second.node.output[0])
+    query_dtype, scores_dtype = dtype_name(world, query.operand.value), dtype_name(world, norm.scores)
+    return AttentionSite(
+        id="", form=f"gathered {first.node.op_type.lower()}-{norm.word}-{second.node.op_type.lower()}",
+        query=query.operand, key=key.operand, value=value.operand, output=output,
+        batch=query.sizes["B"], heads=query.sizes["H"], kv_heads=key.sizes["H"],
+        head_dim=query.sizes["D"], value_dim=value.sizes["D"],
+        query_length=query.sizes["N"], key_length=key.sizes["N"],
+        scale=scale * query.factor * key.factor, mask=facts_of(picture, guarded, tuple(fills)),
+        dtype=query_dtype, softmax_dtype=scores_dtype,
+        nodes=tuple(node_name(n) for n in nodes),
+        interior=tuple(o for n in nodes for o in n.output if o and o != output.value),
+    )  # fmt: skip
+
+
+def _visible(world: World, atoms: Atoms, axes: Axes, step: Step) -> tuple[Coordinate, float]:
+    """A mask on windowed scores: a bool array over the atoms that it depends on, and what hides."""
+    array = world.value(step.value)
+    fill = step.fill
+    if step.kind == "add":
+        array = array.astype(np.float64)
+        if not bool(np.all((array == 0) | (array <= HIDDEN))):
+            raise Unsupported("gather-bias", f"'{step.value}' is added to windowed scores and is more than a mask")
+        fill, array = float(array.min(initial=0.0)), array == 0
+    else:
+        array = array.astype(bool) ^ (step.kind == "hidden")
+    wide = array.reshape((1,) * (len(axes) - array.ndim) + array.shape)
+    own = [i for i, size in enumerate(wide.shape) if size > 1]
+    leaves = tuple(a for i in own for a in atoms.leaves(axes[i]))
+    return Coordinate(leaves, wide.reshape([atoms.sizes[a] for a in leaves])), fill
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    name: str
+    axes: Axes
+    summed: Axis
+    dim: Axis
+    out_axes: Axes
+
+
+def _value_side(world: World, atoms: Atoms, second: Contraction, weights: str, axes: Axes) -> _Values:
+    """The other operand of the product with the weights, in terms of the weights' axes and a new one."""
+    sides = [(second.left, second.left_labels), (second.right, second.right_labels)]
+    if second.left != weights:
+        sides.reverse()
+    (_, own_labels), (name, labels) = sides
+    if second.factor != 1.0 or len(second.summed) != 1:
+        raise Unsupported("value-product", "the product with the values is scaled, or sums over several axes")
+    label_axis = dict(zip(own_labels, axes, strict=True))
+    new = [x for x in labels if x not in label_axis]
+    if len(new) != 1:
+        raise Unsupported("value-product", "the values have no, or more than one, axis of their own")
+    label_axis[new[0]] = atoms.new(world.shapes[name][labels.index(new[0])])
+    (summed,) = second.summed
+    return _Values(
+        name, tuple(label_axis[x] for x in labels), label_axis[summed], label_axis[new[0]],
+        tuple(label_axis[x] for x in second.out_labels),
+    )  # fmt: skip
+
+
+def _picture(
+    atoms: Atoms, query: Moved, key: Moved, value: Moved, shown: list[Coordinate], rows: Axis
+) -> np.ndarray:  # fmt: skip
+    """Which keys each query sees, [queries, keys]; every query must stand in one row, every key once in it."""
+    rows = atoms.leaves(rows)
+    tokens_of_query, tokens_of_key = query.coordinates["N"].on_leaves(atoms), key.coordinates["N"].on_leaves(atoms)
+    apart = {a for name in "BH" for a in query.coordinates[name].on_leaves(atoms).atoms}
+    masks = [s.on_leaves(atoms) for s in shown]
+    if apart & {a for c in (tokens_of_query, tokens_of_key, *masks) for a in c.atoms}:
+        raise Unsupported("gather-form", "the windows differ between heads or batch entries")
+    if set(rows) - apart != set(tokens_of_query.atoms):
+        raise Unsupported("gather-twice", "a query stands in several rows of the windowed scores")
+    real = tokens_of_query.array[tokens_of_query.array >= 0]
+    if len(np.unique(real)) != real.size:
+        raise Unsupported("gather-twice", "a query stands in several rows of the windowed scores")
+    every = tuple(dict.fromkeys(a for c in (tokens_of_query, tokens_of_key, *masks) for a in c.atoms))
+    if prod(atoms.sizes[a] for a in every) > MAX_PAIRS:
+        raise Unsupported("too-large", "the windowed scores are too many to be looked at one by one")
+    shape = [atoms.sizes[a] for a in every]
+    seen = np.broadcast_to(tokens_of_query.over(atoms, every) >= 0, shape)
+    for mask in masks:
+        seen = seen & mask.over(atoms, every)
+    queries = np.broadcast_to(tokens_of_query.over(atoms, every), shape)[seen]
+    keys = np.broadcast_to(tokens_of_key.over(atoms, every), shape)[seen]
+    values = np.broadcast_to(value.coordinates["N"].over(atoms, every), shape)[seen]
+    if bool(np.any(keys < 0)):
+        raise Unsupported("padding-seen", "padding around the keys takes part in the softmax")
+    if not np.array_equal(keys, values):
+        raise Unsupported("gather-tokens", "keys and values are gathered from different tokens")
+    picture = np.zeros((query.sizes["N"], key.sizes["N"]), dtype=bool)
+    picture[queries, keys] = True
+    if int(picture.sum()) != len(queries):
+        raise Unsupported("gather-twice", "a query meets a key several times")
+    return picture

@@ -1,0 +1,210 @@
+"""One site out of a region that was shown to be attention by running it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime as ort
+from onnx import NodeProto, ValueInfoProto, helper, numpy_helper
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.mask import MaskFacts
+from attncompile.core.site import AttentionSite
+from attncompile.passes.detect.probed.reading import Reading, Run, Sizes, read
+from attncompile.passes.detect.probed.region import Region, regions_around
+from attncompile.passes.detect.softmax import dtype_name
+from attncompile.passes.detect.walks import node_name
+from attncompile.passes.evaluate import GraphIndex, World
+
+FactsOf = Callable[[np.ndarray], MaskFacts]
+"""What a bool array [heads, query, key] is."""
+
+MAX_SCORES = 1 << 26
+"""A region with more scores a head than this (8,192 tokens squared) is not run."""
+
+
+class Readings:
+    """What was read, by the region's text: layers that differ in names only are run once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Reading | Unsupported] = {}
+
+    def of(self, index: GraphIndex, world: World, region: Region) -> Reading:
+        """Raises ``Unsupported`` where the region is not attention."""
+        key = _digest(index, world, region)
+        if key not in self._known:
+            try:
+                self._known[key] = _read(index, world, region)
+            except Unsupported as error:
+                self._known[key] = error
+        found = self._known[key]
+        if isinstance(found, Unsupported):
+            raise found
+        return found
+
+
+def lift_probed(
+    index: GraphIndex, world: World, softmax: NodeProto, readings: Readings, facts_of: FactsOf
+) -> AttentionSite:
+    """The site that ``softmax`` is a part of; lengths are numbers, the id is empty.
+
+    Raises:
+        Unsupported: the softmax lies in no analytic region, or the region is not attention.
+    """
+    region, reading = _first_read(index, world, regions_around(index, world, softmax), readings)
+    query, key, value = region.entries
+    sizes = dict(zip(query.layout, world.shapes[query.value], strict=True))
+    keys = dict(zip(key.layout, world.shapes[key.value], strict=True))
+    return AttentionSite(
+        id="", form="probed analytic-region",
+        query=query, key=key, value=value, output=region.output,
+        batch=sizes["B"], heads=sizes["H"], kv_heads=keys["H"],
+        head_dim=sizes["D"], value_dim=world.shapes[region.output.value][-1],
+        query_length=sizes["N"], key_length=keys["N"], scale=reading.scale, mask=facts_of(reading.visible),
+        dtype="float32", softmax_dtype="float32",
+        nodes=tuple(node_name(n) for n in region.nodes),
+        interior=tuple(o for n in region.nodes for o in n.output if o and o != region.output.value),
+    )  # fmt: skip
+
+
+def _first_read(
+    index: GraphIndex, world: World, regions: list[Region], readings: Readings
+) -> tuple[Region, Reading]:  # fmt: skip
+    """The first region that is attention, its entries in the order query, key, value.
+
+    The values are the entry that reaches the output past every softmax.
+    """
+    last: Unsupported | None = None
+    for region in regions:
+        if dtype_name(world, region.output.value) != "float32":
+            raise Unsupported("probe", "only float32 can be told apart finely enough by running it")
+        reach = _past_softmax(region)
+        values = [e for e in region.entries if e.value in reach]
+        others = [e for e in region.entries if e.value not in reach]
+        if len(values) != 1 or len(others) != 2:
+            raise Unsupported(
+                "probe-region", f"{len(values)} of the region's entries reach its output past the softmax"
+            )
+        ordered = Region(region.nodes, (others[0], others[1], values[0]), region.output)
+        try:
+            reading = readings.of(index, world, ordered)
+        except Unsupported as error:
+            last = last or error
+            continue
+        if reading.swapped:
+            ordered = Region(region.nodes, (others[1], others[0], values[0]), region.output)
+        return ordered, reading
+    assert last is not None
+    raise last
+
+
+def _past_softmax(region: Region) -> set[str]:
+    """The values that the output is made of without a softmax on the way."""
+    producer = {o: n for n in region.nodes for o in n.output}
+    seen: set[str] = set()
+    stack = [region.output.value]
+    while stack:
+        name = stack.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        node = producer.get(name)
+        if node is not None and node.op_type != "Softmax":
+            stack += list(node.input)
+    return seen
+
+
+def _sizes(world: World, region: Region) -> Sizes:
+    q, k, v, o = (
+        dict(zip(x.layout, world.shapes[x.value], strict=True)) for x in (*region.entries, region.output)
+    )  # fmt: skip
+    same = q["B"] == k["B"] == v["B"] == o["B"] and q["H"] == k["H"] == v["H"] == o["H"]
+    if not same or k["N"] != v["N"] or q["N"] != o["N"] or q["D"] != k["D"] or v["D"] != o["D"]:
+        raise Unsupported("probe-region", "the operands' sizes do not fit together")
+    if q["N"] * k["N"] > MAX_SCORES:
+        raise Unsupported("too-large", f"{q['N']} queries and {k['N']} keys are too many to be looked at one by one")
+    return Sizes(q["B"], q["H"], q["N"], k["N"], q["D"], v["D"])
+
+
+def _read(index: GraphIndex, world: World, region: Region) -> Reading:
+    sizes = _sizes(world, region)
+    nodes, stored = _whole(index, world, region)
+    graph = helper.make_graph(
+        nodes, "region",
+        [helper.make_tensor_value_info(e.value, world.types[e.value], list(world.shapes[e.value]))
+         for e in region.entries],
+        [ValueInfoProto(name=region.output.value)], world.known_initializers(stored),
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=index.model.proto.opset_import, ir_version=10)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises its own untyped errors
+        raise Unsupported("not-evaluated", f"the region cannot be run: {' '.join(str(error).split())[:200]}") from None
+    return read(_runner(session, region), sizes)
+
+
+def _whole(index: GraphIndex, world: World, region: Region) -> tuple[list[NodeProto], set[str]]:
+    """The region's nodes with those that compute its indices and masks, and the constants that all of them read.
+
+    Indices are written out element by element by some exporters: too large to be held here as values.
+    """
+    entries = {e.value for e in region.entries}
+    nodes: dict[int, NodeProto] = {}
+    stored: set[str] = set()
+    stack = [region.output.value]
+    seen: set[str] = set()
+    while stack:
+        name = stack.pop()
+        if name in seen or name in entries:
+            continue
+        seen.add(name)
+        if world.is_stored(name):
+            stored.add(name)
+            continue
+        node = index.producer.get(name)
+        if node is None:
+            raise Unsupported("probe-region", f"the region reads the input '{name}'")
+        nodes[id(node)] = node
+        stack += [v for v in node.input if v]
+    order = {id(n): i for i, n in enumerate(index.order)}
+    return sorted(nodes.values(), key=lambda n: order[id(n)]), stored
+
+
+def _runner(session: ort.InferenceSession, region: Region) -> Run:
+    def run(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        feed = {}
+        for entry, array in zip(region.entries, (q, k, v), strict=True):
+            feed[entry.value] = np.ascontiguousarray(array.swapaxes(1, 2) if entry.layout == "BNHD" else array)
+        try:
+            out: np.ndarray = np.asarray(session.run([region.output.value], feed)[0])
+        except Exception as error:  # as above
+            reason = " ".join(str(error).split())[:200]
+            raise Unsupported("not-evaluated", f"the region cannot be run: {reason}") from None
+        return out.swapaxes(1, 2) if region.output.layout == "BNHD" else out
+
+    return run
+
+
+def _digest(index: GraphIndex, world: World, region: Region) -> str:
+    """Of everything in the region but the names of its values."""
+    nodes, stored = _whole(index, world, region)
+    tensors = {t.name: t for t in world.known_initializers(stored)}
+    number: dict[str, int] = {}
+    text = hashlib.sha256()
+    for operand in (*region.entries, region.output):
+        number.setdefault(operand.value, len(number))
+        text.update(f"{operand.layout}{world.shapes[operand.value]}".encode())
+    for node in nodes:
+        text.update(node.op_type.encode())
+        for attribute in node.attribute:
+            text.update(attribute.SerializeToString(deterministic=True))
+        for value in (*node.input, *node.output):
+            if value in tensors:
+                text.update(f"{list(tensors[value].dims)}".encode() + numpy_helper.to_array(tensors[value]).tobytes())
+            else:
+                text.update(str(number.setdefault(value, len(number))).encode())
+    return text.hexdigest()

@@ -1,0 +1,5 @@
+"""What masks provably are, with certificates."""
+
+from attncompile.passes.masks.analyser import MaskAnalyser
+
+__all__ = ["MaskAnalyser"]

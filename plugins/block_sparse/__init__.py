@@ -1,0 +1,1 @@
+"""Any mask at fixed lengths, without the keys that it hides: see README.md."""

@@ -1,0 +1,137 @@
+"""ONNX's own attention tests: sites whose facts give the expected output, rewrites that do, and what is not taken."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, ValueInfoProto, numpy_helper
+
+from attncompile.core.site import AttentionSite
+from attncompile.plugins import mechanisms
+from tests.passes.operator_rebuild import in_layout, rebuild, wanted
+
+TOOL = Path(__file__).parent.parent / "tools" / "backend_nodes.py"
+
+SCORES_ARE_OUTPUTS = (
+    "4d_with_qk_matmul", "4d_with_qk_matmul_bias", "4d_with_qk_matmul_softcap", "4d_with_qk_matmul_softmax",
+    "4d_with_past_and_present_qk_matmul", "4d_with_past_and_present_qk_matmul_bias",
+    "4d_with_past_and_present_qk_matmul_bias_3d_mask", "4d_with_past_and_present_qk_matmul_bias_4d_mask",
+    "4d_with_past_and_present_qk_matmul_bias_3d_mask_causal", "4d_with_past_and_present_qk_matmul_bias_4d_mask_causal",
+    "3d_with_past_and_present_qk_matmul", "3d_with_past_and_present_qk_matmul_bias",
+    "3d_with_past_and_present_qk_matmul_softcap", "3d_with_past_and_present_qk_matmul_softmax",
+    "23_fullymasked_qk_matmul_output_mode3_zero", "24_fullymasked_qk_matmul_output_mode3_zero",
+    "24_qk_matmul_output_mode3_softmax_precision", "local_window_gqa_rank4_mask",
+)  # fmt: skip
+WEIGHTS_ARE_OUTPUTS = (
+    "4d_with_qk_matmul_softmax", "3d_with_past_and_present_qk_matmul_softmax",
+    "23_fullymasked_qk_matmul_output_mode3_zero", "24_fullymasked_qk_matmul_output_mode3_zero",
+    "24_qk_matmul_output_mode3_softmax_precision", "local_window_gqa_rank4_mask",
+)  # fmt: skip
+NOT_TAKEN = {
+    "no-value-product": {"test_flexattention_prob_mod", "test_flexattention_prob_mod_expanded_ver26"},
+    "scores-used": {f"test_attention_{n}" for n in SCORES_ARE_OUTPUTS}
+    | {f"test_attention_{n}_expanded" for n in set(SCORES_ARE_OUTPUTS) - set(WEIGHTS_ARE_OUTPUTS)},
+    "weights-used": {f"test_attention_{n}_expanded" for n in WEIGHTS_ARE_OUTPUTS},
+}
+"""Reason -> all Attention and FlexAttention tests without a site: their scores are outputs, or FlexAttention changes
+its weights after the softmax.
+"""
+
+
+@cache
+def tool() -> Any:
+    """tools/backend_nodes.py, which nothing imports."""
+    spec = importlib.util.spec_from_file_location("backend_nodes", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["backend_nodes"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def outcomes() -> dict[str, Any]:
+    found = {}
+    for case in tool().cases():
+        if case.operator != "LinearAttention":
+            found[case.name] = tool().find(case)
+            tool().rewrite(found[case.name], mechanisms())
+    return found
+
+
+TAKEN = sorted(
+    c.name for c in tool().cases()
+    if c.operator != "LinearAttention" and not any(c.name in names for names in NOT_TAKEN.values())
+)  # fmt: skip
+
+
+def test_all_tests_of_the_package_are_here() -> None:
+    names = [c.name for c in tool().cases()]
+    for operator, number in (("Attention", 93), ("FlexAttention", 11), ("LinearAttention", 14)):
+        for expanded in (False, True):
+            assert sum(c.operator == operator and c.expanded == expanded for c in tool().cases()) == number
+    assert len(set(names)) == len(names) == 2 * (93 + 11 + 14)
+
+
+def test_what_is_not_taken_is_this_and_nothing_else() -> None:
+    found = {reason: set(names) for reason, names in tool().not_taken(list(outcomes().values())).items()}
+    assert found == NOT_TAKEN
+
+
+@pytest.mark.parametrize("name", [c.name for c in tool().cases() if c.operator == "LinearAttention" and not c.expanded])
+def test_linear_attention_is_not_passed_over(name: str) -> None:
+    """What it computes is compared where linear attention is tested; here it is counted."""
+    case = next(c for c in tool().cases() if c.name == name)
+    detection = tool().find(case).detection
+    assert len(detection.sites) + len(detection.near_misses) == 1
+    assert all(s.kind == "linear" for s in detection.sites)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_facts_give_the_expected_output(name: str) -> None:
+    """One site a test; its facts alone, computed naively, are the test's output."""
+    outcome = outcomes()[name]
+    assert len(outcome.detection.sites) == 1
+    site: AttentionSite = outcome.site
+    values = read(outcome.model.proto, outcome.case.inputs, wanted(site))
+    found = in_layout(site, rebuild(site, values))
+    expected = outcome.case.outputs[outcome.case.model.graph.output[0].name]
+    if expected.ndim == 3:
+        found = found.reshape(expected.shape)
+    assert np.isfinite(found).all()
+    assert tool().difference(found, expected) <= tool().TOLERANCE[site.dtype]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_is_rewritten_gives_the_expected_output(name: str) -> None:
+    outcome = outcomes()[name]
+    assert not outcome.wrong
+    assert not [w for w in outcome.rewritten.values() if isinstance(w, str)]
+
+
+def test_rewrites_are_not_none() -> None:
+    """The comparison above means something: so many tests are rewritten."""
+    rewritten = [n for n, o in outcomes().items() if o.rewritten]
+    assert sum("_expanded" in n for n in rewritten) >= 20
+    assert sum("_expanded" not in n for n in rewritten) >= 20
+
+
+def read(proto: ModelProto, inputs: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Values of the graph: inputs, constants, and what nodes make."""
+    made = {o for n in proto.graph.node for o in n.output}
+    inner = [n for n in names if n in made]
+    found = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer if t.name in names} | dict(inputs)
+    if inner:
+        copy = ModelProto()
+        copy.CopyFrom(proto)
+        del copy.graph.output[:]
+        copy.graph.output.extend(ValueInfoProto(name=n) for n in inner)
+        found |= tool().run(copy, inputs)
+    return found

@@ -108,7 +108,7 @@ def _compile(
         _print_json(result.to_json())
     else:
         report_text.print_table(result, console.data_console())
-    for warning in result.warnings:
+    for warning in _together(result.warnings):
         _say(f"warning: {warning}")
     if not quiet:
         _say(f"wrote {result.out}")
@@ -146,7 +146,7 @@ def _inspect(
     else:
         report_text.print_sites(detection.sites, detection.near_misses, console.data_console())
     if not quiet:
-        _say(f"inspected in {found.seconds:.1f} s")
+        _say(f"inspected in {found.seconds:.{1 if found.seconds >= 1 else 2}f} s")
     return 0
 
 
@@ -154,7 +154,7 @@ def _inspect(
 def _explain(
     model: opt.ModelPath,
     node: Annotated[
-        str | None, typer.Argument(metavar="[NODE]", help="The same as --node.", show_default=False)
+        str | None, typer.Argument(metavar="NODE", help="The same as --node.", show_default=False)
     ] = None,
     node_option: Annotated[
         str | None,
@@ -167,6 +167,7 @@ def _explain(
     profile: opt.Profile = [],  # noqa: B006
     grid: opt.Grid = None,
     format: opt.Format = "table",
+    quiet: opt.Quiet = False,
 ) -> int:  # fmt: skip
     """Say of each candidate in MODEL (attention sites, then near misses) what was understood, what every mechanism says
     to it, and which check failed first; or only of one node.
@@ -179,7 +180,8 @@ def _explain(
 
     from attncompile import console, explain
 
-    with console.stdout_to_stderr():
+    with console.progress(quiet) as progress, console.stdout_to_stderr():
+        progress.stage("detect")
         found = explain.explain_all(model, options) if wanted is None else explain.explain(model, wanted, options)
     if as_json:
         _print_json(found.to_json())
@@ -221,9 +223,9 @@ def _plan(
 def _verify(
     model: Annotated[Path, typer.Argument(metavar="MODEL_A", help="The reference.")],
     other: Annotated[Path, typer.Argument(metavar="MODEL_B", help="What is judged.")],
-    inputs: opt.Inputs = None,
+    inputs: opt.PlainInputs = None,
     profile: opt.Profile = [],  # noqa: B006
-    max_error: opt.MaxError = None,
+    max_error: opt.AllowedError = None,
     metric: opt.Metric = None,
     seed: opt.Seed = 0,
     format: opt.Format = "table",
@@ -255,7 +257,7 @@ def _profile(
         Path | None,
         typer.Argument(metavar="OTHER", help="A file made from MODEL, to be compared with it.", show_default=False),
     ] = None,
-    inputs: opt.Inputs = None,
+    inputs: opt.PlainInputs = None,
     profile: opt.Profile = [],  # noqa: B006
     grid: opt.Grid = None,
     top: Annotated[int, typer.Option("--top", metavar="N", min=0, help="How many layers the tables show.")] = 15,
@@ -292,7 +294,7 @@ def _profile(
 def _bench(
     model: Annotated[Path, typer.Argument(metavar="MODEL_A", help="The baseline.")],
     other: Annotated[Path, typer.Argument(metavar="MODEL_B", help="What is compared with it.")],
-    inputs: opt.Inputs = None,
+    inputs: opt.PlainInputs = None,
     profile: opt.Profile = [],  # noqa: B006
     rounds: Annotated[
         int | None, typer.Option("--rounds", metavar="N", min=6, show_default=False, help="Rounds at each shape.")
@@ -373,13 +375,27 @@ def _options(**given: Any) -> Options:
     return Options(**known)
 
 
+def _together(warnings: Sequence[str]) -> list[str]:
+    """Sites that were rolled back for the same reason in one warning."""
+    said = " was rolled back: "
+    sites: dict[str, list[str]] = {}
+    for warning in warnings:
+        site, found, reason = warning.partition(said)
+        sites.setdefault(reason if found else warning, []).extend([site] if found else [])
+    return [
+        f"{', '.join(names)}{said if len(names) == 1 else ' were rolled back: '}{text}" if names else text
+        for text, names in sites.items()
+    ]
+
+
 def _feeds(model: Path, options: Options, seed: int) -> Sequence[Feeds]:
     """Inputs for ``model``: the user's, or seeded ones at the shapes of the profile."""
     from attncompile.compare import feeds_for
+    from attncompile.passes.equal_lengths import with_sums
     from attncompile.passes.load import load
     from attncompile.passes.symbols import profile_for
 
-    loaded = load(model)
+    loaded = with_sums(load(model), options.profile)
     return feeds_for(loaded, profile_for(loaded, options.profile), options.inputs, seed)
 
 
@@ -464,6 +480,11 @@ def _run(arguments: list[str]) -> int:
             _invoke(command, ["--help"])
         return 2
     if arguments[0] not in (*VERBS, "--help", "-h", "--version"):
+        first = arguments[0]
+        if not first.startswith("-") and not Path(first).exists() and not Path(first).suffix:
+            meant = difflib.get_close_matches(first, VERBS, 1)
+            hint = f"did you mean 'attncompile {meant[0]}'?" if meant else f"the verbs are {', '.join(VERBS)}"
+            raise BadArguments(f"'{first}' is neither a verb nor a file", hint)
         arguments = ["compile", *arguments]
     return _invoke(command, arguments)
 

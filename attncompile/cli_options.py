@@ -21,8 +21,7 @@ Target = Annotated[
     str | None,
     typer.Option(
         "--target", metavar="T", show_default=False,
-        help="onnx, tensorrt-rtx or tensorrt. Default: tensorrt with a GPU, else tensorrt-rtx, else onnx, "
-        "as far as they are installed. onnx is always written.",
+        help="onnx or tensorrt-rtx. Default: tensorrt-rtx if it is installed, else onnx. onnx is always written.",
     ),
 ]  # fmt: skip
 Out = Annotated[
@@ -49,6 +48,22 @@ Profile = Annotated[
         help="Sizes of a dynamic dimension, such as seq=1:512:4096 or batch=1. Repeat it, or use commas.",
     ),
 ]  # fmt: skip
+PlainInputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs", metavar="FILE", show_default=False,
+        help="Real inputs: .npz, Polygraphy's .json, or a .py with load_data(). Default: seeded ones.",
+    ),
+]  # fmt: skip
+"""``--inputs`` of the verbs that run files as they are."""
+AllowedError = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error", metavar="E", show_default=False,
+        help="Largest error at the outputs. Default: what rounding may cost, 1e-5 in float32.",
+    ),
+]  # fmt: skip
+"""``--max-error`` of ``verify``, which knows no policy."""
 MaxError = Annotated[
     float | None,
     typer.Option("--max-error", metavar="E", show_default=False, help="Budget at the outputs. Default: the policy's."),
@@ -57,7 +72,8 @@ Metric = Annotated[
     str | None,
     typer.Option(
         "--metric", metavar="M", show_default=False,
-        help="What --max-error is measured in. Default: the policy's, or relative_l2.",
+        help="What --max-error is measured in: relative_l2, max_abs, cosine, psnr, kl or top1_agreement. Default: "
+        "the policy's, or relative_l2.",
     ),
 ]  # fmt: skip
 PlanFile = Annotated[

@@ -17,6 +17,7 @@ from attncompile.core.errors import BadArguments
 from attncompile.core.model import Model
 from attncompile.core.profile import ShapeProfile
 from attncompile.core.site import AttentionSite
+from attncompile.passes.load import load
 from attncompile.report import ShapeTiming
 
 
@@ -60,6 +61,25 @@ def feeds_for(model: Model, profile: ShapeProfile, inputs: Path | None, seed: in
     )
 
 
+def check_pair(original: Path, other: Path) -> None:
+    """Refuse a file that cannot be run on the inputs of ``original``.
+
+    Raises BadModel for a file that cannot be read, BadArguments for inputs that ``original`` does not have.
+    """
+    first, second = (_required(load(path).proto.graph) for path in (original, other))
+    strange = [name for name in second if name not in first]
+    if strange:
+        raise BadArguments(
+            f"{other.name} takes input '{strange[0]}', which {original.name} does not have",
+            "give two files of the same model",
+        )
+
+
+def _required(graph: onnx.GraphProto) -> list[str]:
+    stored = {t.name for t in graph.initializer}
+    return [i.name for i in graph.input if i.name not in stored]
+
+
 def compare(
     original: Path,
     other: Path,
@@ -75,6 +95,7 @@ def compare(
     """
     if budget is None and metric != "relative_l2":
         raise BadArguments(f"--metric {metric} has no default budget", "give one with --max-error")
+    check_pair(original, other)
     evidence = "inputs" if any(f.label == "inputs" for f in feeds) else "seeded"
     progress.stage("verify", len(feeds))
     results = []
@@ -96,6 +117,7 @@ def bench(
     threads: int | None = None,
 ) -> tuple[ShapeTiming, ...]:
     """Time both files in paired rounds on all ``feeds``, ``seconds`` for each shape, both fully optimised."""
+    check_pair(original, other)
     threads = threads or measure.default_threads()
     sessions = [measure.open_session(path, threads) for path in (original, other)]
     progress.stage("bench", len(feeds))
@@ -163,6 +185,7 @@ def profile_files(
     feed = feeds.feeds[0]
     progress.stage("profile")
     if other is not None:
+        check_pair(model, other)
         pair = profile.profile_pair(model, other, feed, sites, threads=threads, runs=runs)
         return Profiled(model, other, feeds, pair.before, pair.after, pair.sites)
     proto = onnx.load(str(model), load_external_data=False)

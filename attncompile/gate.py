@@ -117,8 +117,8 @@ class SiteGate:
         except AttncompileError as error:
             return SiteResult(exactness, rolled_back=f"could not be timed: {error.message}")
         if not self._keep_slower and not any(t.timing.faster for t in timings):
-            ratios = ", ".join(f"{t.timing.ratio:.2f} at {t.label}" for t in timings)
-            return SiteResult(exactness, timings, f"not faster: ours / original {ratios}")
+            gains = ", ".join(f"{t.timing.gain:.2f}x ({_interval(t)}) at {t.label}" for t in timings)
+            return SiteResult(exactness, timings, f"not faster with 95% confidence: gain {gains}")
         return SiteResult(exactness, timings)
 
     def _exactness(
@@ -153,10 +153,13 @@ class SiteGate:
         if verify.largest_intermediate(model.original) > EXTRA_CASES_BELOW and extra:
             labels.append(f"a run takes long at some shapes: not tried there: {', '.join(c.name for c in extra)}")
             extra = []
-        found = self._compare(edit, model, core, verify.MEMORY_CAP)
+        facts = None
+        if site.form.startswith(verify.FACTS_FORMS):
+            facts = verify.FactsReference(site, model.original, made[0].feed)
+        found = self._compare(edit, model, core, verify.MEMORY_CAP, facts)
         if not extra or not found.passed:
             return found
-        more = self._compare(edit, model, extra, EXTRA_MEMORY_CAP)
+        more = self._compare(edit, model, extra, EXTRA_MEMORY_CAP, facts)
         failed = not more.passed and more.verdict.code != "nothing_compared"
         said = tuple(x for x in more.labels if x not in found.labels)
         return verify.SiteCheck(
@@ -164,11 +167,13 @@ class SiteGate:
         )  # fmt: skip
 
     def _compare(
-        self, edit: Edit, model: SiteModel, made: Sequence[verify.Case], memory_cap: int
+        self, edit: Edit, model: SiteModel, made: Sequence[verify.Case], memory_cap: int,
+        facts: verify.FactsReference | None,
     ) -> verify.SiteCheck:  # fmt: skip
         return verify.check_site(
-            model.original, model.replaced, made, query=edit.site.query, threads=self._threads, memory_cap=memory_cap
-        )
+            model.original, model.replaced, made, query=edit.site.query, facts=facts, threads=self._threads,
+            memory_cap=memory_cap,
+        )  # fmt: skip
 
     def _time(self, label: str, binding: Mapping[str, int], model: SiteModel) -> ShapeTiming:
         feed = verify.cases(model.inputs, model.fixed, model.roles, self._seed)[0].feed
@@ -210,6 +215,13 @@ def _exactness(found: Sequence[tuple[str, verify.SiteCheck]], labels: Sequence[s
     if not count:
         return Exactness(False, 0, label=label, reason="nothing was compared", checks=tuple(cases))
     return Exactness(True, count, ratio or None, distance if worst else None, label, worst, checks=tuple(cases))
+
+
+def _interval(item: ShapeTiming) -> str:
+    """The 95% interval of the gain, which is that of the ratio turned over."""
+    t = item.timing
+    low = f"{1 / t.high:.2f}" if math.isfinite(t.high) and t.high > 0 else "?"
+    return f"{low}..{1 / t.low:.2f}" if t.low > 0 else f"{low}..?"
 
 
 def _digest(models: Sequence[SiteModel], exact: bool) -> str:

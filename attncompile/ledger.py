@@ -82,7 +82,8 @@ class Ledger:
                                            ("keys", site.key_length)) if isinstance(n, int)]  # fmt: skip
         if fixed:
             yield Assumption("sizes", ", ".join(f"{what} {n}" for what, n in fixed), "the file fixes them")
-        heads = f"{site.heads} query heads on {site.kv_heads} key heads, head dim {site.head_dim} ({site.value_dim})"
+        heads = f"{site.heads} query heads on {site.kv_heads} key heads, head dim {site.head_dim}"
+        heads += f", value dim {site.value_dim}" if site.value_dim != site.head_dim else ""
         how = "the same at the usual sizes, at each of them plus 1, and at the largest" if symbols else "the file"
         yield Assumption("heads", heads, how)
         if len(symbols) > 1:
@@ -98,11 +99,9 @@ class Ledger:
             if part.kind == "padding":
                 yield from self._padding(site, part)
                 continue
-            c = part.certificate
-            words = ", ".join(f"{k} {v}" for k, v in part.parameters().items() if k not in ("source", "grid"))
+            words = ", ".join(_parameters(part))
             statement = f"the mask is {part.kind}" + (f" ({words})" if words else "")
-            reach = "holds for every length" if c.general or c.method == "structure" else "for these lengths alone"
-            yield Assumption("mask", statement, f"{c.method}: {c.detail}; {reach}", self.data_inputs(part.source or ""))
+            yield Assumption("mask", statement, _shown(site, part), self.data_inputs(part.source or ""))
         if not site.mask.parts:
             yield Assumption("mask", "there is no mask", "no value is added to the scores and none selects them")
         paddings = [p for p in site.mask.parts if p.kind == "padding"]
@@ -161,3 +160,39 @@ class Ledger:
         if site.dtype == "bfloat16":
             how = "checked on a float32 twin: ONNX Runtime's CPU provider has no bfloat16 kernels"
         yield Assumption("dtype", f"the site runs in {site.dtype}{wide}", how)
+
+
+_METHODS = {
+    "constant": "read from the stored mask", "evaluated": "computed and compared", "structure": "from the graph's form",
+    "attribute": "the operator says so",
+}  # fmt: skip
+
+
+def _parameters(part: MaskPart) -> Iterator[str]:
+    """``kernel 7x7``, ``dilation 2``, ``causal``: what is not as it usually is; one number where all axes agree."""
+    usual = {"dilation": 1, "stride": 1, "shift": 0, "before": 0, "after": 0, "causal": False, "cyclic": False,
+             "shape": "box"}  # fmt: skip
+    for key, value in part.parameters().items():
+        name = "kernel" if key == "kernel_size" else key.replace("_", " ")
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if key in ("source", "grid") or (key in usual and all(v == usual[key] for v in values)):
+            continue
+        if all(v is True for v in values):
+            yield name
+        elif len(values) > 8:
+            yield f"{len(values)} {name}"
+        elif values and all(isinstance(v, int) and v is not True for v in values):
+            yield f"{name} {'unlimited' if values == [-1] else 'x'.join(map(str, values))}"
+        else:
+            yield f"{name} {value}"
+
+
+def _shown(site: AttentionSite, part: MaskPart) -> str:
+    """How the mask was shown, its first clause alone (``explain`` prints all), and for which lengths it holds."""
+    c = part.certificate
+    how = f"{_METHODS[c.method]}: {re.split('[;:]', c.detail)[0].strip()}"
+    if isinstance(site.query_length, int) and isinstance(site.key_length, int):
+        return how  # the file fixes the lengths: there are no others
+    if c.general or (c.method == "structure" and not c.lengths):
+        return f"{how}; holds for every length"
+    return f"{how}; for {'these lengths' if len(c.lengths) > 1 else 'this length'} alone"

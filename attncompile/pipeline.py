@@ -26,6 +26,7 @@ from attncompile.env import environment
 from attncompile.gate import Edit, SiteGate, SiteResult
 from attncompile.ledger import Ledger
 from attncompile.passes.detect import detect
+from attncompile.passes.equal_lengths import with_sums
 from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.grid import parse_grid
 from attncompile.passes.load import load
@@ -67,7 +68,8 @@ class Options:
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """What a model holds. ``normal`` is the form that replacements are made in, or the reason why there is none;
-    ``feeds`` are the user's inputs.
+    ``feeds`` are the user's inputs. ``plain`` is what ``normal`` was before operands were given rank 4 and operators
+    written out (None: the same): what is written goes back to it where nothing was replaced.
     """
 
     model: Model
@@ -77,6 +79,7 @@ class Inspection:
     detection: Detection
     seconds: float
     feeds: tuple[Mapping[str, np.ndarray], ...] = ()
+    plain: Model | None = None
 
     @property
     def ledger(self) -> Ledger:
@@ -104,7 +107,7 @@ def inspect(path: Path, options: Options) -> Inspection:
     Sizes that the profile only assumes are widened to those of the user's inputs.
     """
     start = time.perf_counter()
-    model = load(path, hash_weights=options.hash_weights)
+    model = with_sums(load(path, hash_weights=options.hash_weights), options.profile)
     feeds = tuple(verify.load_inputs(options.inputs, model.proto)) if options.inputs else ()
     profile = widened(profile_for(model, options.profile), model, feeds)
     normal: Model | Unsupported
@@ -115,12 +118,13 @@ def inspect(path: Path, options: Options) -> Inspection:
     index = GraphIndex(model if isinstance(normal, Unsupported) else normal)
     grid = parse_grid(options.grid) if options.grid else None
     detection = detect(index.model, profile, index=index, grid=grid)
+    plain = None
     if isinstance(normal, Model) and any(m.code in HELPED for m in detection.near_misses):
         separated = separate(normal, profile)
         if separated is not normal:
-            normal, index = separated, GraphIndex(separated)
+            plain, normal, index = normal, separated, GraphIndex(separated)
             detection = detect(normal, profile, index=index, grid=grid)
-    return Inspection(model, normal, profile, index, detection, time.perf_counter() - start, feeds)
+    return Inspection(model, normal, profile, index, detection, time.perf_counter() - start, feeds, plain)
 
 
 def widened(profile: ShapeProfile, model: Model, feeds: Sequence[Mapping[str, np.ndarray]]) -> ShapeProfile:

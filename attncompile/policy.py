@@ -119,7 +119,15 @@ def decide(
             bound = f"below {policy.min_gain:g}" if best is None else f"that of {best[1].mechanism} {best[0]:.2f}"
             refusals.append(Refusal(candidate.mechanism, "gain", f"predicted gain {gain:.2f}, {bound}"))
     if best is None:
-        reason = refusals[0].reason if refusals else "no mechanism of this policy applies"
+        reason = _why_kept(refusals)
         return Decision(site.id, "keep", reason, refusals=tuple(refusals))
     gain, chosen = best
     return Decision(site.id, chosen.mechanism, chosen.reason, True, chosen.parameters, gain, tuple(refusals))
+
+
+def _why_kept(refusals: Sequence[Refusal]) -> str:
+    """The first refusal of a mechanism that could take such sites at all, else what none of them handles."""
+    if not refusals:
+        return "no mechanism of this policy applies"
+    able = [r for r in refusals if r.code != "needs"]
+    return able[0].reason if able else f"no mechanism of this policy can take it: {refusals[0].reason}"

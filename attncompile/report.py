@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,6 +81,11 @@ class SiteCase:
         }  # fmt: skip
 
 
+def not_judged(checks: Iterable[SiteCase]) -> dict[str, int]:
+    """Why cases were not judged -> how many of them, in the order of the cases."""
+    return dict(Counter(c.reason for c in checks if not c.judged))
+
+
 @dataclass(frozen=True, slots=True)
 class Exactness:
     """The rewritten site against the original subgraph on random and adversarial inputs.
@@ -104,6 +110,7 @@ class Exactness:
             "passed": self.passed, "cases": self.cases, "rmse_ratio": _number(self.rmse_ratio),
             "relative_l2": _number(self.relative_l2), "label": self.label, "worst_case": self.worst_case,
             "reason": self.reason, "checks": [c.to_json() for c in self.checks],
+            "not_judged": [{"reason": why, "cases": n} for why, n in not_judged(self.checks).items()],
         }  # fmt: skip
 
 
@@ -335,6 +342,9 @@ def mask_text(site: AttentionSite) -> str:
             words.append(f"window {left}..{right}")
         elif isinstance(kernel := part.parameters().get("kernel_size"), list):
             words.append(f"{part.kind} {'x'.join(map(str, kernel))}")
+        elif isinstance(window := part.parameters().get("window"), list):
+            shifted = any(part.parameters().get("shift") or ())
+            words.append(f"{part.kind} {'x'.join(map(str, window))}" + ", shifted" * shifted)
         else:
             words.append(part.kind)
     words += ["key ends"] * (site.mask.ends is not None)
@@ -342,7 +352,7 @@ def mask_text(site: AttentionSite) -> str:
 
 
 def beyond_text(site: AttentionSite) -> str:
-    """What the site has beyond plain attention in the main graph, in a few words: ``sinks, concat cache``."""
+    """What the site has beyond plain attention, in a few words: ``sinks, concat cache``."""
     words = [f"softcap {site.softcap:g}"] if site.softcap else []
     words += ["sinks"] * bool(site.sinks) + ["head scale"] * bool(site.head_scale)
     words += ["log-sum-exp"] * bool(site.log_sum_exp) + ["quantised"] * bool(site.quantised)
@@ -351,14 +361,14 @@ def beyond_text(site: AttentionSite) -> str:
     if site.linear is not None:
         words += [site.linear.form, f"map {site.linear.key_map}"] + ["causal"] * site.linear.causal
         words += [f"{site.linear.decay} decay"] * (site.linear.decay != "none")
-    return ", ".join([*words, *([f"in {site.scope}"] if site.scope else [])])
+    return ", ".join(words)
 
 
 def tokens_text(site: AttentionSite) -> str:
     """The number of tokens, or ``queries x keys`` where they differ."""
     if site.query_length == site.key_length:
         return str(site.query_length)
-    return f"{site.query_length} x {site.key_length}"
+    return " x ".join(f"({n})" if " " in str(n) else str(n) for n in (site.query_length, site.key_length))
 
 
 def heads_text(site: AttentionSite) -> str:

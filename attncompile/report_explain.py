@@ -8,7 +8,8 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from attncompile.core.mask import MaskFacts, MaskPart
-from attncompile.report import heads_text, mask_text, tokens_text
+from attncompile.core.site import NEED_WORDS, Dim
+from attncompile.report import mask_text, tokens_text
 
 if TYPE_CHECKING:
     from attncompile.core.plan import Decision
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
 _LENGTHS = 8
 """Lengths of a certificate that are written out for people; the JSON has all."""
+_METHODS = {
+    "constant": "the stored mask", "evaluated": "evaluating the graph", "structure": "the graph's structure",
+    "attribute": "the operator's attributes",
+}  # fmt: skip
+"""How a certificate was made, in words."""
+_SIZES = frozenset(("kernel_size", "dilation", "stride", "window", "windows", "shift"))
+"""Lists with one size an axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,7 @@ def _of_site(
     named: str, site: AttentionSite, verdicts: tuple[tuple[str, Verdict], ...], decision: Decision | None
 ) -> Iterator[str]:
     yield (
-        f"{named}: {site.kind} attention, {tokens_text(site)} tokens, {heads_text(site)} heads of {site.head_dim}, "
+        f"{named}: {site.kind} attention, {tokens_text(site)} tokens, {site.heads} heads of {site.head_dim}, "
         f"mask {mask_text(site)}"
     )
     yield f"  form: {site.form}"
@@ -92,8 +100,8 @@ def _of_site(
     values = f", values of {site.value_dim}" if site.value_dim != site.head_dim else ""
     softmax = "" if site.softmax_dtype == site.dtype or site.kind == "linear" else f", softmax in {site.softmax_dtype}"
     yield (
-        f"  batch {site.batch}, {site.query_length} queries, {site.key_length} keys, {site.heads} heads on "
-        f"{site.kv_heads} key heads{values}; {site.dtype}{softmax}; scale {site.scale:.6g}"
+        f"  batch {_dim(site.batch)}, {_dim(site.query_length)} queries, {_dim(site.key_length)} keys, {site.heads} "
+        f"heads on {site.kv_heads} key heads{values}; {site.dtype}{softmax}; scale {site.scale:.6g}"
     )
     for name, text in _beyond(site):
         yield f"  {name}: {text}"
@@ -127,13 +135,14 @@ def _beyond(site: AttentionSite) -> Iterator[tuple[str, str]]:
     if site.scope:
         yield "inside", site.scope
     if site.needs:
-        yield "needs", f"a mechanism that does {', '.join(sorted(site.needs))}"
+        yield "needs", f"a mechanism that handles {', '.join(NEED_WORDS[need] for need in sorted(site.needs))}"
 
 
 def _of_mask(mask: MaskFacts) -> Iterator[str]:
     for part in mask.parts:
         certificate = part.certificate
-        yield f"  mask: {_part(part)}, shown by {certificate.method}: {certificate.detail}{_lengths(part)}"
+        how = "no structure was shown" if part.kind == "opaque" else f"shown by {_METHODS[certificate.method]}"
+        yield f"  mask: {_part(part)}, {how}: {certificate.detail}{_lengths(part)}"
     if mask.ends is not None:
         yield f"  mask: each batch entry's own number of keys: {_pairs(asdict(mask.ends))}"
     if mask.parts:
@@ -154,22 +163,43 @@ def _lengths(part: MaskPart) -> str:
         return ""
     shown = ", ".join(str(q) if q == k else f"{q}x{k}" for q, k in known[:_LENGTHS])
     more = f" and {len(known) - _LENGTHS} more" if len(known) > _LENGTHS else ""
+    if part.kind == "opaque":
+        return f" (looked at {shown}{more})"
     return f" ({shown}{more}; {'holds for others' if part.certificate.general else 'for these alone'})"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    """``name value`` of everything that says something."""
-    return ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in values.items() if v not in ("", None, (), [], {}))
+    """``name value`` of everything that says something: flags that are set by their name alone, sizes as ``3x3``."""
+    words = []
+    for key, value in values.items():
+        name = key.replace("_", " ")
+        if value is True or (isinstance(value, (list, tuple)) and value and all(v is True for v in value)):
+            words.append(name)
+        elif key in _SIZES and isinstance(value, (list, tuple)):
+            words.append(f"{name} {'x'.join(map(_short, value))}")
+        elif not _says_nothing(value):
+            words.append(f"{name} {_short(value)}")
+    return ", ".join(words)
+
+
+def _says_nothing(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(v is False for v in value)
+    return value is False or value in ("", None, {})
+
+
+def _dim(dim: Dim) -> str:
+    return f"'{dim}'" if isinstance(dim, str) else str(dim)
 
 
 def _short(value: Any) -> str:
     if isinstance(value, float) and isfinite(value):
         return f"{value:g}"
     if isinstance(value, (list, tuple)) and len(value) > _LENGTHS:
-        return f"{', '.join(map(_short, value[:_LENGTHS]))}, ... ({len(value)})"
+        return f"[{', '.join(map(_short, value[:_LENGTHS]))}, ...] ({len(value)})"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_short, value))
-    return str(value)
+        return f"[{', '.join(map(_short, value))}]"
+    return "no end" if value is None else str(value)
 
 
 def _tail(text: str) -> str:

@@ -49,7 +49,8 @@ def render(report: Report) -> str:
     ]
     comparisons = report.parity.comparisons if report.parity else ()
     seconds = [(name, f"{value:.1f}") for name, value in report.seconds.items()]
-    near_misses = [(n.node, n.nearest_form, n.reason) for n in report.near_misses]
+    near_misses = [(n.node, n.reason, n.code, n.nearest_form) for n in report.near_misses]
+    notes = [f"{t.name}: {note}" for t in report.targets for note in t.notes]
     outputs = ("output", "shapes", "relative L2", "max abs", "cosine", "PSNR", "KL", "top-1")
     body = [
         f"<h1>attncompile: {escape(model.path)}</h1>",
@@ -63,9 +64,10 @@ def render(report: Report) -> str:
         _table("Whole model: time", TIMING_COLUMNS, timing_rows(report.timings)),
         _table("Whole model: outputs against the original", outputs, map(_comparison, comparisons)),
         _table("Targets", TARGET_COLUMNS, target_rows(report.targets)),
+        _list("Notes on the targets", notes),
         _table("Dynamic dimensions", ("name", "min", "usual", "max", ""), profile),
-        _table("Near misses", ("node", "nearest form", "reason"), near_misses),
-        _table("Seconds", ("stage", "seconds"), seconds),
+        _table("Near misses", ("node", "reason", "code", "nearest form"), near_misses),
+        _table("Time spent", ("stage", "seconds"), seconds),
         "<h2>Environment</h2>",
         f"<pre>{escape(json.dumps(report.environment.to_json(), indent=2))}</pre>",
     ]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, TypeVar
 
+from attncompile.report import not_judged
+
 if TYPE_CHECKING:
     from attncompile.report import SiteCase, SiteReport
 
@@ -37,8 +39,7 @@ def proof_lines(sites: Iterable[SiteReport]) -> Iterator[str]:
     for ids, checks in _together(sites, lambda s: s.exactness.checks if s.exactness else ()):
         names = list(dict.fromkeys(c.case for c in checks))
         shapes = list(dict.fromkeys(c.shapes for c in checks))
-        unjudged = sum(not c.judged for c in checks)
-        left = f"; {unjudged} of {len(checks)} gave nothing to compare" if unjudged else ""
+        left = "".join(f"; not judged: {n} of {len(checks)} ({why})" for why, n in not_judged(checks).items())
         yield f"{ids} was checked at {', '.join(shapes)} on: {', '.join(names)}{left}"
         found = True
     if found:
@@ -81,8 +82,11 @@ def _verdict(checks: Sequence[SiteCase]) -> str:
     if failed:
         return f"failed at {failed[0].shapes}: {failed[0].reason}"
     judged = [c for c in checks if c.judged]
-    notes = list(dict.fromkeys(c.reason for c in checks if c.reason))
-    words = "equal"
-    if len(judged) < len(checks):
-        words = f"equal at {len(judged)} of {len(checks)} shapes" if judged else "not judged"
-    return f"{words}: {'; '.join(notes)}" if notes else words
+    notes = list(dict.fromkeys(c.reason for c in judged if c.reason))
+    words = ["equal" + (f": {'; '.join(notes)}" if notes else "")] if judged else []
+    if judged and len(judged) < len(checks):
+        words[0] = words[0].replace("equal", f"equal at {len(judged)} of {len(checks)} shapes", 1)
+    several = len(checks) > 1
+    for why, n in not_judged(checks).items():
+        words.append("not judged" + (f" at {n} of {len(checks)} shapes" if several else "") + f": {why}")
+    return "; ".join(words)

@@ -42,11 +42,11 @@ _INLINED = re.compile(r"_inlfunc_(\w+?)_(?:token_\d+_)?@site\d+@")
 def print_sites(sites: Sequence[AttentionSite], near_misses: Sequence[NearMiss], console: Console) -> None:
     """The tables of ``inspect``: sites, equal ones in one row, then near misses."""
     if sites:
-        rows = _grouped((s.id, (s.form, *_facts(s), str(s.head_dim), mask_text(s), beyond_text(s))) for s in sites)
-        columns = ["site", "form", "kind", "tokens", "heads", "head dim", "mask", "also"]
-        width = len(columns) if any(row[-1] for _, row in rows) else len(columns) - 1
-        console.print(_table(columns[:width], ((_ids(ids), *row)[:width] for ids, row in rows)))
-        console.print()
+        facts = ((s.id, (*_facts(s), str(s.head_dim), mask_text(s), beyond_text(s), _written(s))) for s in sites)
+        rows = [(_ids(ids), *row) for ids, row in _grouped(facts)]
+        columns = ["site", "kind", "tokens", "heads", "head dim", "mask", "also"]
+        width = len(columns) if any(row[-2] for row in rows) else len(columns) - 1
+        _print_with_reasons(columns[:width], [(*row[:width], row[-1]) for row in rows], console)
     _print_near_misses(near_misses, console)
     text = f"{_count(len(sites), 'attention site')}, {_count(len(near_misses), 'near miss', 'near misses')}"
     console.print(text, highlight=False)
@@ -163,6 +163,8 @@ def closing_line(report: Report) -> str:
     total = _count(len(report.sites), "attention site")
     if report.outcome == "unchanged":
         text = "no attention found" if not report.sites else f"nothing to win at {total}"
+        if not report.sites and report.near_misses:
+            text += f", {_count(len(report.near_misses), 'near miss', 'near misses')} (see `attncompile inspect`)"
         return f"unchanged: {text}; model.onnx is the input file"
     if report.outcome == "rolled_back":
         return f"rolled back: no replacement at {total} held; model.onnx is the input file"
@@ -217,7 +219,12 @@ def timing_rows(timings: Iterable[ShapeTiming]) -> Iterable[tuple[str, ...]]:
         low = f"{1 / t.high:.2f}" if isfinite(t.high) and t.high > 0 else "?"
         high = f"{1 / t.low:.2f}" if t.low > 0 else "?"
         label = _shape(item.label, item.bindings)
-        yield label, f"{t.original * 1e3:.4g} ms", f"{t.ours * 1e3:.4g} ms", f"{t.gain:.2f}x", f"{low}..{high}"
+        yield label, _seconds(t.original), _seconds(t.ours), f"{t.gain:.2f}x", f"{low}..{high}"
+
+
+def _seconds(seconds: float) -> str:
+    """Milliseconds with four digits: ``0.2830 ms``."""
+    return f"{f'{seconds * 1e3:#.4g}'.rstrip('.')} ms"
 
 
 def _shape(label: str, bindings: Mapping[str, int]) -> str:
@@ -236,8 +243,12 @@ def target_rows(targets: Iterable[TargetReport]) -> Iterable[tuple[str, ...]]:
 
 
 def _print_with_reasons(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
-    """The rows without their last cell as a table; then that cell, the reason, as a line of its own."""
-    console.print(_table(columns, (row[:-1] for row in rows)))
+    """The rows without their last cell as a table; then that cell, the reason, as a line of its own. The column "kind"
+    is left out where all sites are softmax attention: it would say nothing and cost width.
+    """
+    kind = columns.index("kind")
+    shown = [i for i in range(len(columns)) if i != kind or any(row[kind] not in ("softmax", "") for row in rows)]
+    console.print(_table([columns[i] for i in shown], ([row[i] for i in shown] for row in rows)))
     console.print()
     for row in rows:
         console.print(f"{row[0]}: {row[-1]}", markup=False, highlight=False, soft_wrap=True)
@@ -245,9 +256,11 @@ def _print_with_reasons(columns: Sequence[str], rows: Sequence[Sequence[str]], c
 
 
 def _print_near_misses(near_misses: Sequence[NearMiss], console: Console) -> None:
+    """A line each, not a table: names and reasons are both long."""
+    for ids, (code, reason) in _grouped((n.node, (n.code, n.reason)) for n in near_misses):
+        tail = f" [{code}]" if code else ""
+        console.print(f"near miss {_ids(ids)}: {reason}{tail}", markup=False, highlight=False, soft_wrap=True)
     if near_misses:
-        rows = _grouped((n.node, (n.nearest_form, n.reason)) for n in near_misses)
-        console.print(_table(("near miss", "nearest form", "reason"), ((_ids(ids), *row) for ids, row in rows)))
         console.print()
 
 
@@ -283,6 +296,11 @@ def _ids(ids: Sequence[str]) -> str:
 
 def _facts(site: AttentionSite) -> tuple[str, str, str]:
     return site.kind, tokens_text(site), heads_text(site)
+
+
+def _written(site: AttentionSite) -> str:
+    """How the graph writes the site, and in which body."""
+    return site.form + (f", in {site.scope}" if site.scope else "")
 
 
 def _mechanism(decision: Decision) -> str:

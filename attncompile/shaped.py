@@ -14,6 +14,7 @@ from attncompile.core.model import Model
 from attncompile.core.site import AttentionSite
 from attncompile.passes.evaluate import World
 from attncompile.passes.index import symbol_of
+from attncompile.passes.symbols import symbols
 
 if TYPE_CHECKING:
     from attncompile.pipeline import Inspection
@@ -33,11 +34,12 @@ class Shaped:
 
 def sizes_of(model: Model, feed: Feed) -> dict[str, int]:
     """The dynamic dimensions' sizes in a feed that was checked against the model."""
+    known = symbols(model)
     return {
         symbol: feed[info.name].shape[axis]
         for info in model.proto.graph.input if info.name in feed
         for axis, dim in enumerate(info.type.tensor_type.shape.dim)
-        if (symbol := symbol_of(info.name, axis, dim)) is not None
+        if (symbol := symbol_of(info.name, axis, dim)) in known
     }  # fmt: skip
 
 

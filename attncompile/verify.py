@@ -6,6 +6,8 @@ The face of ``attncompile.verification``.
 from __future__ import annotations
 
 from attncompile.verification.cases import Case, cases
+from attncompile.verification.facts_reference import FORMS as FACTS_FORMS
+from attncompile.verification.facts_reference import FactsReference
 from attncompile.verification.inputs import (
     InputSpec,
     check_feed,
@@ -28,12 +30,14 @@ from attncompile.verification.whole import (
 )
 
 __all__ = [
+    "FACTS_FORMS",
     "MEMORY_CAP",
     "METRICS",
     "TO_TWIN",
     "Baseline",
     "Case",
     "CaseCheck",
+    "FactsReference",
     "InputSpec",
     "ModelComparison",
     "OutputComparison",

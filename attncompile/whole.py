@@ -17,6 +17,7 @@ from attncompile.core.plan import Plan
 from attncompile.culprits import find_culprits
 from attncompile.gate import Edit, SiteGate, SiteResult
 from attncompile.ledger_check import LedgerCheck
+from attncompile.passes.fold_back import Folds
 from attncompile.passes.load import graphs
 from attncompile.passes.replace import apply
 from attncompile.policy import load_policy
@@ -68,6 +69,7 @@ class Run:
         self._checker = checker
         self._progress = progress
         self._folder = folder
+        self._folds = Folds(found.plain.proto, found.index.model.proto) if found.plain is not None else None
         self._baseline = verify.Baseline(found.model.path)
         self._bfloat16 = verify.uses_bfloat16(found.model.proto)
         self._warnings: list[str] = []
@@ -370,7 +372,10 @@ class Run:
         notes = {"attncompile.version": __version__}
         if approximate:
             notes["attncompile.approximate_sites"] = ",".join(approximate)
-        return apply(self._found.index.model, [(e.site, e.lowering) for e in edits], notes)
+        proto = apply(self._found.index.model, [(e.site, e.lowering) for e in edits], notes)
+        if self._folds is not None:
+            self._folds.undo(proto)
+        return proto
 
     def _write(self, edits: Sequence[Edit]) -> Path:
         proto = self._proto(edits) if edits else self._found.model.proto

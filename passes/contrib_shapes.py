@@ -20,7 +20,7 @@ _LIKE_FIRST = frozenset({
 })  # fmt: skip
 """The first output has the shape and the type of the first input."""
 
-_SUM_OUTPUT = 3
+_SUM_OUTPUT = {"SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3, "SkipGroupNorm": 1}
 """Which output of the Skip normalisations is the sum of input and skip."""
 
 
@@ -40,15 +40,16 @@ def infer(node: NodeProto, types: Known) -> dict[str, TypeProto]:
     first = types.get(node.input[0])
     if node.op_type in _LIKE_FIRST and first is not None:
         found = {node.output[0]: first}
-        if node.op_type.startswith("Skip") and len(node.output) > _SUM_OUTPUT and node.output[_SUM_OUTPUT]:
-            found[node.output[_SUM_OUTPUT]] = first
+        at = _SUM_OUTPUT.get(node.op_type, len(node.output))
+        if at < len(node.output) and node.output[at]:
+            found[node.output[at]] = first
         return found
     rule = {
         "EmbedLayerNormalization": _embed, "MultiHeadAttention": _multi_head, "GroupQueryAttention": _grouped,
         "Attention": _attention, "QAttention": _attention, "FusedMatMul": _matmul, "BiasSplitGelu": _half,
         "DynamicQuantizeMatMul": _quantised_matmul, "MatMulIntegerToFloat": _quantised_matmul, "MatMulNBits": _nbits,
         "DequantizeLinear": _dequantised,
-        "QuantizeLinear": _quantised,
+        "QuantizeLinear": _quantised, "NhwcConv": _nhwc_conv,
     }.get(node.op_type)  # fmt: skip
     return rule(node, types) if rule is not None else {}
 
@@ -145,6 +146,22 @@ def _matmul(node: NodeProto, types: Known) -> dict[str, TypeProto]:
     one, two = ([1] * (rank - len(x)) + x[:-2] for x in (left, right))
     batch = [max(a, b) for a, b in zip(one, two, strict=False)]
     return {node.output[0]: _tensor(types[node.input[0]], [*batch, left[-2], right[-1]])}
+
+
+def _nhwc_conv(node: NodeProto, types: Known) -> dict[str, TypeProto]:
+    """Data [batch, height, width, channels], weights [output channels, height, width, channels of a group]."""
+    data, weight = _sizes(types, node.input[0]), _sizes(types, _input(node, 1))
+    ints = {a.name: list(a.ints) for a in node.attribute if a.ints}
+    if data is None or weight is None or len(data) != 4 or len(weight) != 4:
+        return {}
+    if any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for a in node.attribute):
+        return {}
+    pads, strides, dilations = ints.get("pads", [0] * 4), ints.get("strides", [1, 1]), ints.get("dilations", [1, 1])
+    sides = [
+        (data[1 + i] + pads[i] + pads[2 + i] - dilations[i] * (weight[1 + i] - 1) - 1) // strides[i] + 1
+        for i in range(2)
+    ]  # fmt: skip
+    return {node.output[0]: _tensor(types[node.input[0]], [data[0], *sides, weight[0]])}
 
 
 def _half(node: NodeProto, types: Known) -> dict[str, TypeProto]:

@@ -16,6 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_he
 from onnx.reference import ReferenceEvaluator
 
 from attncompile.core.errors import Unsupported
+from attncompile.core.sums import size_of
 from attncompile.passes.index import GraphIndex, symbol_of
 from attncompile.passes.infer import SMALL, Facts
 from attncompile.passes.load import node_inputs, tensor_value
@@ -137,8 +138,9 @@ class World:
             kind.CopyFrom(info.type)
             for axis, dim in enumerate(kind.tensor_type.shape.dim if kind.HasField("tensor_type") else ()):
                 symbol = symbol_of(info.name, axis, dim)
-                if symbol in self.binding:
-                    dim.dim_value = self.binding[symbol]
+                size = size_of(symbol, self.binding) if symbol is not None else None
+                if size is not None:
+                    dim.dim_value = size
             bound[info.name] = self.index.shared.inference.facts(kind)
         return bound
 

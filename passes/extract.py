@@ -34,6 +34,14 @@ class SiteModel:
     roles: dict[str, str]
 
 
+_MAX_FIXED = 1 << 22
+"""Elements of a value that depends on shapes alone, above which its nodes are taken in its place."""
+
+
+def _reads_shape(node: NodeProto) -> bool:
+    return node.op_type in ("Shape", "Size")
+
+
 def extract_site(world: World, site: AttentionSite, lowering: Lowering) -> SiteModel:
     """The site of ``world.index.model`` at the sizes of ``world``; ``world`` is that of the main graph.
 
@@ -48,6 +56,7 @@ def extract_site(world: World, site: AttentionSite, lowering: Lowering) -> SiteM
     operands = {"query": site.query.value, "key": site.key.value, "value": site.value.value}
     sources = [p.source for p in site.mask.parts if p.source and index.data_inputs(p.source)]
     stops = set(operands.values()) | set(sources)
+    masks = {p.source for p in site.mask.parts if p.source}
     nodes: list[NodeProto] = []
     constants: set[str] = set()
     inputs: dict[str, tuple[tuple[int, ...], int]] = {}
@@ -69,8 +78,13 @@ def extract_site(world: World, site: AttentionSite, lowering: Lowering) -> SiteM
         elif name in index.initializers:
             constants.add(name)
         elif not index.data_inputs(name):
-            if name in world.shapes and int(np.prod(world.shapes[name])) <= 64:
+            elements = int(np.prod(world.shapes[name])) if name in world.shapes else None
+            maker = index.producer[name]
+            if elements is not None and elements <= 64:
                 constants.add(name)
+            elif name not in masks and (elements is None or elements > _MAX_FIXED) and not _reads_shape(maker):
+                stack.append((name, True))  # indices written out element by element: cheaper computed than carried
+                stack.extend((v, False) for v in node_inputs(maker))
             else:
                 fixed[name] = world.value(name)
                 inputs[name] = _type(world, name)

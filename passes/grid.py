@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from attncompile.core.errors import BadArguments
 from attncompile.core.grid import TokenGrid
 from attncompile.core.site import AttentionSite, Operand
 from attncompile.passes.evaluate import GraphIndex, World
-from attncompile.passes.token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from attncompile.passes.token_layout import TokenLayout
 
 
 def parse_grid(text: str) -> TokenGrid:
@@ -79,7 +82,9 @@ def words(grid: TokenGrid) -> str:
 
 
 def _layout(index: GraphIndex, world: World) -> TokenLayout:
-    """Computed once a world."""
+    """Computed once a world. It follows axes with detection's means, and detection imports this module."""
+    from attncompile.passes.token_layout import TokenLayout
+
     found = world.kept.get("token layout")
     if not isinstance(found, TokenLayout):
         found = world.kept["token layout"] = TokenLayout(index, world)

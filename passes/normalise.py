@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import onnx
-from onnx import ModelProto, inliner, version_converter
+from onnx import ModelProto, helper, inliner, version_converter
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.model import Model
 from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.index import graph_at
+from attncompile.passes.load import graphs
 from attncompile.passes.rename import rename_inner
 from attncompile.passes.symbols import symbols
 
@@ -78,7 +79,7 @@ def _written_out(proto: ModelProto, notes: list[str]) -> ModelProto:
 def _convert(model: Model, proto: ModelProto) -> ModelProto:
     opset = model.opset
     try:
-        converted = version_converter.convert_version(_last_axis(model, proto), OLDEST)
+        converted = version_converter.convert_version(_imported(_last_axis(model, proto)), OLDEST)
     except Exception as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
         raise Unsupported("opset", f"the conversion from opset {opset} to {OLDEST} failed: {reason}",
@@ -88,6 +89,20 @@ def _convert(model: Model, proto: ModelProto) -> ModelProto:
     for name in ("producer_name", "producer_version", "domain", "doc_string", "model_version"):
         setattr(converted, name, getattr(proto, name))
     return converted
+
+
+def _imported(proto: ModelProto) -> ModelProto:
+    """With an import for every domain that nodes are of: ONNX Runtime's optimizer leaves out its own, and the converter
+    stops there.
+    """
+    known = {o.domain for o in proto.opset_import} | {"", "ai.onnx"}
+    missing = sorted({n.domain for graph in graphs(proto) for n in graph.node} - known)
+    if not missing:
+        return proto
+    result = ModelProto()
+    result.CopyFrom(proto)
+    result.opset_import.extend(helper.make_opsetid(domain, 1) for domain in missing)
+    return result
 
 
 def _last_axis(model: Model, proto: ModelProto) -> ModelProto:

@@ -1,4 +1,5 @@
-"""Gives attention operands of other ranks a rank-4 value: a Reshape and its inverse, which change nothing.
+"""Gives attention operands of other ranks, orders and types a value of their own: a Reshape, Transpose or Cast and its
+inverse, which change nothing.
 
 Exporters write [batch * heads, N, D] (``nn.MultiheadAttention``, SAM), [batch, N, D] (one head), five axes (groups of
 query heads) and, for the standard operator, [batch, N, heads * D]. A site's operands are rank-4 values of the graph,
@@ -19,13 +20,15 @@ from attncompile.core.mask import Certificate, MaskFacts
 from attncompile.core.model import Model
 from attncompile.core.profile import ShapeProfile
 from attncompile.passes.detect import detection_binding, form_of, worth_looking
+from attncompile.passes.detect.fused import Fused
 from attncompile.passes.detect.homes import NotSeparate, Separation, ShapeRead
 from attncompile.passes.detect.sinks import NotStored
 from attncompile.passes.detect.softmax import MaskQuery
 from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.index import graph_at, graphs_within, local_names
+from attncompile.passes.written_out import DOMAIN, write_out
 
-HELPED = frozenset({"layout", "shape-read", "not-stored"})
+HELPED = frozenset({"layout", "shape-read", "not-stored", "fused-op"})
 """Codes of near misses that may become sites."""
 
 _ROUNDS = 3
@@ -34,12 +37,15 @@ _ROUNDS = 3
 
 def separate(model: Model, profile: ShapeProfile) -> Model:
     """``model`` unchanged, or a copy in which every operand that needs it has a rank-4 value; ``notes`` say how many.
-    A key that exists only as [.., D, N] gets a Transpose and its inverse too.
+    A key that exists only as [.., D, N] gets a Transpose and its inverse too, and so do operands whose four axes come
+    in another order. Where values and output are of a wider float than queries and keys, these get a Cast and its
+    inverse.
 
     Where nothing is dynamic, Shape nodes that read inside a site become constants too. A sink's logits that are written
     out for every query, or in no value at all, get an initializer of their own, which nobody reads yet. Run it where
     detection gave near misses with a code of ``HELPED``; opset 18 or later.
     """
+    model = _written(model, profile)
     for _ in range(_ROUNDS):
         model = _stored(model, profile)
         changed = _operands(model if profile.ranges else _without_shapes(model, profile), profile)
@@ -47,6 +53,25 @@ def separate(model: Model, profile: ShapeProfile) -> Model:
             break
         model = changed
     return model
+
+
+def _written(model: Model, profile: ShapeProfile) -> Model:
+    """``model`` with what operators of ``com.microsoft`` hold in nodes of its own."""
+    proto, count = model.proto, 0
+    if not any(n.domain == DOMAIN for graph in graphs_within(proto.graph) for n in graph.node):
+        return model
+    for world in _every(World(GraphIndex(model), detection_binding(profile))):
+        wanted = {e.output for e in _failures(world.without_idle()) if isinstance(e, Fused)}
+        if wanted:
+            if proto is model.proto:
+                proto = ModelProto()
+                proto.CopyFrom(model.proto)
+            write_out(proto, world, wanted)
+            count += len(wanted)
+    if proto is model.proto:
+        return model
+    note = f"{count} com.microsoft operators were written out; those of sites that are kept stay as they were"
+    return replace(model, proto=proto, notes=(*model.notes, note))
 
 
 def _operands(model: Model, profile: ShapeProfile) -> Model:
@@ -70,7 +95,7 @@ def _operands(model: Model, profile: ShapeProfile) -> Model:
         count += len(wanted)
     if proto is model.proto:
         return model
-    note = f"{count} attention operands were given rank 4 by a Reshape and its inverse"
+    note = f"{count} attention operands were given a value of their own by a Reshape, Transpose or Cast and its inverse"
     return replace(model, proto=proto, notes=(*model.notes, note))
 
 
@@ -137,6 +162,10 @@ def _without_shapes(model: Model, profile: ShapeProfile) -> Model:
     return replace(model, proto=proto, notes=(*model.notes, note))
 
 
+def _inverse(perm: tuple[int, ...]) -> list[int]:
+    return [perm.index(i) for i in range(len(perm))]
+
+
 class _Editor:
     """Inserts pairs of Reshape nodes into the graph of ``proto`` that ``scope`` names."""
 
@@ -152,15 +181,26 @@ class _Editor:
         at = self._producer[s.reader]
         reader = self._graph.node[at]
         made: list[NodeProto] = []
-        swap = [*range(rank - 2), rank - 1, rank - 2]
-        value = self._op(made, "Transpose", [s.value], perm=swap) if s.swapped else s.value
-        split = self._split(s, value, rank, made)
-        back = self._op(made, "Reshape", [split, self._op(made, "Shape", [value])])
-        back = self._op(made, "Transpose", [back], perm=swap) if s.swapped else back
+        if s.form == "permuted":
+            back = self._op(made, "Transpose", [self._permuted(s, s.value, made)], perm=_inverse(s.perm))
+        elif s.form == "wider":
+            back = self._op(made, "Cast", [self._op(made, "Cast", [s.value], to=s.kinds[0])], to=s.kinds[1])
+        else:
+            back = self._reshaped_back(s, rank, made)
         for i, name in enumerate(reader.input):
             if self._behind_idle(name, s.value):
                 reader.input[i] = back
         self._before.setdefault(at, []).extend(made)
+
+    def _reshaped_back(self, s: Separation, rank: int, made: list[NodeProto]) -> str:
+        swap = [*range(rank - 2), rank - 1, rank - 2]
+        value = self._op(made, "Transpose", [s.value], perm=swap) if s.swapped else s.value
+        split = self._split(s, value, rank, made)
+        back = self._op(made, "Reshape", [split, self._op(made, "Shape", [value])])
+        return self._op(made, "Transpose", [back], perm=swap) if s.swapped else back
+
+    def _permuted(self, s: Separation, value: str, made: list[NodeProto]) -> str:
+        return self._op(made, "Transpose", [value], perm=list(s.perm))
 
     def _behind_idle(self, name: str, value: str) -> bool:
         """Whether ``name`` is ``value``, or it after nodes that detection steps over."""
@@ -180,6 +220,11 @@ class _Editor:
             if name == s.value:
                 node.output[i] = core
         made: list[NodeProto] = []
+        if s.form == "permuted":
+            split = self._permuted(s, core, made)
+            made.append(helper.make_node("Transpose", [split], [s.value], perm=_inverse(s.perm)))
+            self._after.setdefault(at, []).extend(made)
+            return
         rank = 2 if s.form == "matrix" else len(s.groups) + (2 if s.form == "outer" else 3)
         split = self._split(s, core, rank, made)
         # The shape is written without asking the core for it: a site's inner values are read by nobody else.

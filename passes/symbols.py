@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from attncompile.core.errors import BadArguments
 from attncompile.core.model import Model
 from attncompile.core.profile import Range, ShapeProfile
-from attncompile.passes.evaluate import symbol_of
+from attncompile.core.sums import terms_of
+from attncompile.passes.index import symbol_of
 
 BATCH = Range(1, 1, 4, assumed=True)
 LENGTH = Range(1, 128, 512, assumed=True)
@@ -15,7 +16,9 @@ LENGTH = Range(1, 128, 512, assumed=True)
 
 
 def symbols(model: Model) -> dict[str, int]:
-    """Every dynamic dimension's name, with the first axis that it is found on."""
+    """Every dynamic dimension's name, with the first axis that it is found on. A sum of others (``past + sequence``) is
+    none of them: its size follows.
+    """
     found: dict[str, int] = {}
     stored = {t.name for t in model.proto.graph.initializer}
     for info in model.proto.graph.input:
@@ -25,7 +28,9 @@ def symbols(model: Model) -> dict[str, int]:
             symbol = symbol_of(info.name, axis, dim)
             if symbol is not None:
                 found.setdefault(symbol, axis)
-    return found
+    sums = {s: terms[0].keys() for s in found if (terms := terms_of(s)) is not None}
+    plain = found.keys() - sums.keys()
+    return {s: axis for s, axis in found.items() if s in plain or not sums[s] <= plain}
 
 
 def profile_for(model: Model, given: Mapping[str, Range]) -> ShapeProfile:

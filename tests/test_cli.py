@@ -230,7 +230,8 @@ def test_interrupt_exits_130(fake: Fake, capfd: pytest.CaptureFixture[str]) -> N
     [
         (["compile"], "Missing argument 'MODEL'", "see 'attncompile compile --help'"),
         (["m.onnx", "--polcy", "sparse"], "No such option: --polcy", "--policy"),
-        (["inspct", "m.onnx"], "unexpected extra argument", "did you mean 'attncompile inspect'?"),
+        (["inspct", "m.onnx"], "'inspct' is neither a verb nor a file", "did you mean 'attncompile inspect'?"),
+        (["modelx"], "'modelx' is neither a verb nor a file", "the verbs are compile, inspect"),
         (["m.onnx", "other.onnx"], "unexpected extra argument", "see 'attncompile compile --help'"),
         (["explain"], "Missing argument 'MODEL'", "see 'attncompile explain --help'"),
         (["explain", "m.onnx", "one", "--node", "two"], "two nodes were given", "keep one"),
@@ -575,3 +576,27 @@ def test_colours(
     assert "\x1b[1m" in out, "headings are bold on a terminal"
     if variable:
         assert not colour.search(out)
+
+
+@pytest.mark.parametrize("verb", ["verify", "bench", "profile"])
+def test_files_with_other_inputs_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str], verb: str) -> None:
+    """Two models of different inputs cannot be run on the same feed: said in one line, before anything is run."""
+    paths = []
+    for name in ("x", "pixels"):
+        info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 3]) for n in (name, "y")]
+        graph = helper.make_graph([helper.make_node("Relu", [name], ["y"])], "g", info[:1], info[1:])
+        paths.append(tmp_path / f"{name}.onnx")
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), paths[-1])
+    message, hint = _error(capfd, [verb, str(paths[0]), str(paths[1]), "--quiet"], 2)
+    assert message == "pixels.onnx takes input 'pixels', which x.onnx does not have"
+    assert hint == "give two files of the same model"
+
+
+def test_equal_roll_backs_are_one_warning(fake: Fake, capfd: pytest.CaptureFixture[str]) -> None:
+    warnings = ("a was rolled back: slow", "b was rolled back: wrong", "c was rolled back: slow", "something else")
+    fake.result = samples.report(warnings=warnings)
+    assert main(["m.onnx", "--quiet"]) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert lines == [
+        "warning: a, c were rolled back: slow", "warning: b was rolled back: wrong", "warning: something else",
+    ]  # fmt: skip

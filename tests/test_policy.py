@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,19 @@ def test_the_largest_gain_wins_and_the_others_say_why_not() -> None:
     made = decision([Fake("A"), Fake("B"), Fake("C", lowers=False), Fake("D", exact=False)], {"A": 1.5, "B": 3.0})
     assert made.mechanism == "B" and made.predicted_gain == 3.0
     assert {r.mechanism: r.code for r in made.refusals} == {"A": "gain", "C": "opset", "D": "inexact"}
+
+
+def test_a_site_that_no_mechanism_handles_says_so() -> None:
+    """What is asked of all is the reason, not what the first of them happens to lack; an able one's refusal is."""
+    linear = replace(SITE, kind="linear")
+    policy = Policy("p", exact=("A", "B"), min_gain=1.15)
+    made = decide(policy, linear, [Fake("A"), Fake("B")], 18, lambda c: 9.0)  # type: ignore[arg-type]
+    assert made.kept and [r.code for r in made.refusals] == ["needs", "needs"]
+    assert made.reason == "no mechanism of this policy can take it: does not handle linear attention"
+    able = Fake("B", exact=False)
+    able.understands = frozenset({"linear"})  # type: ignore[assignment]
+    made = decide(policy, linear, [Fake("A"), able], 18, lambda c: 9.0)  # type: ignore[arg-type]
+    assert made.kept and made.reason == "not the same"
 
 
 def test_too_small_a_gain_keeps_the_site() -> None:

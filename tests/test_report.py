@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -13,7 +14,9 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from attncompile.core.mask import MaskFacts
+from attncompile.core.grid import TokenGrid
+from attncompile.core.mask import Certificate, MaskFacts, MaskPart
+from attncompile.core.pattern import GridWindow
 from attncompile.core.plan import Decision
 from attncompile.core.verdict import Verdict
 from attncompile.report import Bisection, Parity, Report, dumps, mask_text, schema
@@ -145,7 +148,6 @@ def test_table_has_a_row_for_equal_neighbours() -> None:
     assert "layers.0 .. layers.1 (2)" in text
     row = next(line for line in text.splitlines() if "layers.0" in line)
     for cell in (
-        "softmax",
         "seq",
         "12/4",
         "window -255..0 + padding",
@@ -158,6 +160,21 @@ def test_table_has_a_row_for_equal_neighbours() -> None:
     assert "512" in text and "2.33..2.63" in text, "the gain's interval is the inverse of the ratio's"
     assert "?..3.57" in text, "an unbounded interval is not printed as a number"
     assert "2 of 2" in text and "6.0 MB" in text
+
+
+def test_kind_is_a_column_where_it_says_something() -> None:
+    linear = dataclasses.replace(samples.kept("b"), site=dataclasses.replace(samples.site("b"), kind="linear"))
+    for sites, shown in (((samples.kept("a"),), False), ((samples.kept("a"), linear), True)):
+        header, *rows = _text(samples.report(sites=sites)).partition("\n\n")[0].splitlines()
+        assert ("kind" in header.split()) is shown
+        assert [("softmax" in row, "linear" in row) for row in rows[1:]] == [(shown, False), (False, True)][
+            : len(sites)
+        ]
+
+
+def test_near_misses_are_counted_where_nothing_was_found() -> None:
+    text = _text(samples.report(sites=(), outcome="unchanged", near_misses=(samples.NEAR_MISS,)))
+    assert "no attention found, 1 near miss (see `attncompile inspect`)" in text
 
 
 def test_different_sites_have_their_own_rows() -> None:
@@ -214,7 +231,7 @@ def test_explanations() -> None:
     text = "\n".join(found.lines)
     for words in (
         "site layers.0",
-        "evaluated",
+        "evaluating the graph",
         "NeighborhoodAttention: can: a window",
         "cannot: no mask",
         "hint: drop it",
@@ -223,6 +240,25 @@ def test_explanations() -> None:
     assert json.loads(dumps(found.to_json()))["verdicts"][1]["hint"] == "drop it"
     assert "the product with V is missing" in "\n".join(Explanation("n", near_miss=samples.NEAR_MISS).lines)
     assert "nothing in it looks like attention" in Explanation("n").lines[0]
+
+
+def test_mask_of_an_explanation() -> None:
+    """Sizes an axis read 3x5, flags stand by their name or not at all, what is opaque is not said to be shown."""
+    pattern = GridWindow(TokenGrid((6, 7)), (3, 5), (1, 2), (1, 1), (False, False))
+    some = Certificate("evaluated", "every element compared", ((42, 42),), False)
+    mask = MaskFacts(
+        (MaskPart("neighborhood", some, pattern=pattern),
+         MaskPart("neighborhood", some, pattern=dataclasses.replace(pattern, causal=(True, True))),
+         MaskPart("opaque", Certificate("evaluated", "no pattern fits", ((3, 3), (5, 5)), False), source="m"))
+    )  # fmt: skip
+    lines = Explanation("s", dataclasses.replace(samples.site("s"), mask=mask)).lines
+    assert [line for line in lines if line.startswith("  mask: ")] == [
+        "  mask: neighborhood (kernel size 3x5, dilation 1x2, stride 1x1, border clamp, shape box), shown by "
+        "evaluating the graph: every element compared (42; for these alone)",
+        "  mask: neighborhood (kernel size 3x5, dilation 1x2, stride 1x1, causal, border clamp, shape box), shown by "
+        "evaluating the graph: every element compared (42; for these alone)",
+        "  mask: opaque (from 'm', a bool), no structure was shown: no pattern fits (looked at 3, 5)",
+    ]
 
 
 def test_mask_and_size_words() -> None:

@@ -58,6 +58,7 @@ class Page(HTMLParser):
 def test_page(changes: dict[str, Any]) -> None:
     report = samples.report(**changes)
     page = Page(render(report))
+    assert "tensorrt-rtx: fp16" in page.text
     assert closing_line(report) in page.text
     assert page.links == []
     assert "script" not in page.tags

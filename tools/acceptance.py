@@ -1,12 +1,16 @@
 """The claims of the README, measured: `python tools/acceptance.py` prints one table and exits 1 if a claim fails.
 
 Every model is exported here with seeded weights; every ratio is from paired rounds in this run, against the input file
-with ONNX Runtime's full optimisation and the same threads. Run it on an idle machine.
+with ONNX Runtime's full optimisation and the same threads. What detection finds, ONNX's operator tests, left padding
+and mutants are commands and tests of this checkout, each with a budget. Run it on an idle machine; ``--only`` takes
+parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import resource
 import subprocess
 import sys
@@ -25,6 +29,8 @@ from attncompile import pipeline
 from attncompile.models import export
 from attncompile.pipeline import Options
 from attncompile.report import Report, SiteReport
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,69 @@ def large_weights(folder: Path) -> Row:
                seconds < 60 and peak < 1.4)  # fmt: skip
 
 
+def tool(*arguments: str, seconds: float) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A command of this checkout, its output, and how long it took. It is stopped at three times ``seconds``."""
+    start = time.perf_counter()
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3 * seconds, check=False)
+    return done, time.perf_counter() - start
+
+
+def zoo(budget: float = 60) -> Row:
+    """Every committed graph, compared with the truth counted in torch."""
+    done, seconds = tool("-m", "attncompile.models.zoo", "--check-graphs", seconds=budget)
+    summary = [line for line in done.stdout.splitlines() if re.match(r"\d+ entries, ", line)]
+    text = f"{summary[0] if summary else 'no summary'}; {seconds:.0f} s"
+    return Row("Zoo: graphs against truth", f"no site missed, none false, < {budget:.0f} s", text,
+               done.returncode == 0 and bool(summary) and seconds < budget)  # fmt: skip
+
+
+def backend_nodes(budget: float = 30) -> list[Row]:
+    """ONNX's own tests of its attention operators: what is rewritten gives the expected output."""
+    done, _ = tool("tools/backend_nodes.py", "--json", seconds=budget)
+    if done.returncode not in (0, 1) or not done.stdout.startswith("{"):
+        return [Row("onnx.backend.test nodes", "no rewrite differs", f"exit code {done.returncode}", False)]
+    rows = []
+    for r in json.loads(done.stdout)["rows"]:
+        text = f"{r['recognised']} of {r['number']} recognised, {r['rewritten']} rewritten, {r['differ']} differ"
+        ok = r["differ"] == 0 and r["recognised"] >= RECOGNISED[r["tests"]]
+        rows.append(Row(f"onnx.backend.test: {r['tests']}", f">= {RECOGNISED[r['tests']]}, none differs", text, ok))
+    return rows if len(rows) == len(RECOGNISED) else [*rows, Row("onnx.backend.test nodes", "all", "rows lack", False)]
+
+
+def detection_time() -> list[Row]:
+    """Llama-shaped graphs: 32 layers in seconds, and no more time for a node of a deep model than of a shallow one."""
+    done, _ = tool("tools/detection_time.py", "--layers", "8", "32", "64", "--repeats", "3", "--format", "json",
+                   seconds=60)  # fmt: skip
+    if done.returncode:
+        return [Row("Detection time", "measured", done.stderr.strip()[-80:], False)]
+    shallow, usual, deep = json.loads(done.stdout)
+    growth = (deep["seconds"] / deep["nodes"]) / (shallow["seconds"] / shallow["nodes"])
+    return [
+        Row("Detection, 32 layers, weights external", "< 10 s", f"{usual['seconds']:.2f} s, {usual['nodes']} nodes",
+            usual["seconds"] < 10),
+        Row("Detection, a node of 64 layers against one of 8", "<= 1.5 times the time", f"{growth:.2f} times",
+            growth <= 1.5),
+    ]  # fmt: skip
+
+
+def tests(claim: str, *paths: str, budget: float) -> Row:
+    """Tests that are a claim of their own: all pass, and none is skipped."""
+    done, seconds = tool("-m", "pytest", "-q", "-rs", *paths, seconds=budget)
+    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "no output"
+    passed = re.search(r"(\d+) passed", summary)
+    skipped = re.search(r"(\d+) skipped", summary)
+    ok = done.returncode == 0 and passed is not None and skipped is None and seconds < budget
+    return Row(claim, f"all pass, < {budget:.0f} s", summary, ok)
+
+
+RECOGNISED = {
+    "Attention": 75, "Attention expanded": 75, "FlexAttention": 10, "FlexAttention expanded": 10,
+    "LinearAttention": 14, "LinearAttention expanded": 0,
+}  # fmt: skip
+"""How many of ONNX's tests are recognised at least. The others give scores out or change the weights, which a
+replacement could not; LinearAttention is written out as a Scan."""
+
 CLAIMS = {
     "large": lambda f: [large_weights(f)],  # first: it reads the largest child's memory
     "mistral-512": lambda f: mistral(f, 512, 1.8, 3.0),
@@ -131,6 +200,20 @@ CLAIMS = {
         engine(f, "vit", "TensorRT-RTX fp16: ViT-S/16", size="small"),
         engine(f, "dit", "TensorRT-RTX fp16: DiT-XL/2 blocks", size="xl"),
         engine(f, "mistral", "TensorRT-RTX fp16: Mistral, window 512", size="bench", tokens=4096, window=512),
+    ],
+    "zoo": lambda f: [zoo()],
+    "backend-nodes": lambda f: backend_nodes(),
+    "detection-time": lambda f: detection_time(),
+    "left-padding": lambda f: [
+        tests("GPT-2 and left-padded BERT, end to end", "tests/models/test_zoo_end_to_end.py", budget=60)
+    ],
+    "mutants": lambda f: [
+        tests(
+            "Mutants: refused, or right as shown by running",
+            "tests/passes/test_mutants.py",
+            "tests/passes/test_mutants_of_forms.py",
+            budget=180,
+        )
     ],
 }
 

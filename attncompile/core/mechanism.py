@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto
 
-from attncompile.core.site import AttentionSite, Need
+from attncompile.core.site import NEED_WORDS, AttentionSite, Need
 from attncompile.core.verdict import Verdict
 
 Parameters = Mapping[str, Any]
@@ -108,7 +108,7 @@ def understood(mechanism: Mechanism, site: AttentionSite) -> Verdict:
     """Whether ``mechanism`` looks at everything that ``site`` has."""
     missing = sorted(site.needs - mechanism.understands)
     if missing:
-        return Verdict.no("needs", f"{mechanism.name} does not do {', '.join(missing)}")
+        return Verdict.no("needs", f"does not handle {', '.join(NEED_WORDS[need] for need in missing)}")
     return Verdict.yes("nothing beyond what it does")
 
 

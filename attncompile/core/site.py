@@ -28,6 +28,13 @@ Need = Literal["sinks", "head-scale", "log-sum-exp", "cache", "linear", "quantis
 """What a site may have beyond softmax(scale * Q K^T + mask) V in the main graph. A mechanism that does not say that it
 understands a need is never offered a site with it."""
 
+NEED_WORDS: dict[Need, str] = {
+    "sinks": "attention sinks", "head-scale": "a scale for each head", "log-sum-exp": "a log-sum-exp output",
+    "cache": "a KV cache inside the operator", "linear": "linear attention", "quantised": "quantised operands",
+    "body": "the body of an If, Loop or Scan", "key-ends": "a number of keys for each batch entry",
+}  # fmt: skip
+"""Each need in words for people."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cache:

@@ -25,6 +25,7 @@ from attncompile.core.errors import BadArguments, MissingDependency, TargetError
 from attncompile.core.model import Model
 from attncompile.core.profile import ShapeProfile
 from attncompile.core.site import AttentionSite
+from attncompile.core.sums import size_of
 from attncompile.core.verdict import Verdict
 from attncompile.targets import fusion, precision
 from attncompile.targets import graph as g
@@ -197,12 +198,14 @@ def _dimension(info: ValueInfoProto, axis: int, profile: ShapeProfile) -> tuple[
     if dim.dim_value > 0:
         return dim.dim_value, dim.dim_value, dim.dim_value
     symbol = dim.dim_param or f"{info.name}:{axis}"
-    if symbol not in profile.ranges:
+    ranges = profile.ranges
+    low, usual, high = (size_of(symbol, {n: int(getattr(r, field)) for n, r in ranges.items()})
+                        for field in ("minimum", "usual", "maximum"))  # fmt: skip
+    if low is None or usual is None or high is None:
         raise BadArguments(
             f"no range for dimension '{symbol}' of input '{info.name}'", f"give one: --profile {symbol}=MIN:USUAL:MAX"
         )
-    found = profile.ranges[symbol]
-    return found.minimum, found.usual, found.maximum
+    return low, usual, high
 
 
 def save(proto: ModelProto, path: Path) -> list[Path]:

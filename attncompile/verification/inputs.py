@@ -16,6 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from attncompile.core.errors import BadArguments
 from attncompile.core.model import Model
+from attncompile.core.sums import size_of
 from attncompile.passes.index import graphs_within
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -101,8 +102,8 @@ def _concrete(spec: InputSpec, binding: Mapping[str, int]) -> tuple[int, ...]:
     for axis, dim in enumerate(spec.shape):
         if isinstance(dim, int):
             dims.append(dim)
-        elif dim is not None and dim in binding:
-            dims.append(binding[dim])
+        elif dim is not None and (size := size_of(dim, binding)) is not None:
+            dims.append(size)
         elif f"{spec.name}:{axis}" in binding:  # how an unnamed axis can be bound
             dims.append(binding[f"{spec.name}:{axis}"])
         else:

@@ -1,4 +1,6 @@
-"""The truth that a site is judged by: the original subgraph in float64, whole or cut to sampled query rows."""
+"""The truth that a site is judged by: the original subgraph in float64, whole or cut to sampled query rows; where it
+can be neither, what the site's facts mean at sampled query rows.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,34 @@ from onnx.reference import ReferenceEvaluator
 
 from attncompile.core.errors import AttncompileError, Unsupported
 from attncompile.core.site import Operand
+from attncompile.core.verdict import Verdict
 from attncompile.measure import Session, open_session, run_session
+from attncompile.verification.facts_reference import FactsReference, far
 from attncompile.verification.judge import compare_output
 from attncompile.verification.retype import TO_DOUBLE, convert_feed, retype
 from attncompile.verification.rows import Rows, choose_rows, sample_rows
+from attncompile.verification.standard_operators import in_standard_operators
 
 Feed = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """A reference output in float64; ``rows`` if only those query rows of it were computed."""
+    """A reference output in float64; ``rows`` if only those query rows of it were computed. ``facts``: it is what the
+    site's facts mean, not what the graph gives.
+    """
 
     value: np.ndarray
     kind: str
     rows: Rows | None = None
+    facts: bool = False
+
+    def contradicted(self, original: np.ndarray) -> Verdict:
+        """Whether the original's sampled rows, in its own precision, are as near to facts as rounding allows."""
+        said = far(original, self.value) if self.facts else ""
+        if said:
+            return Verdict.no("facts_differ", f"the facts do not describe the subgraph: {said}")
+        return Verdict.yes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +57,32 @@ class _Cut:
     model: ModelProto
 
 
-class Reference:
-    """Runs the original in float64: whole, or cut to sampled query rows where that would need too much memory."""
+class FactsDiffer(AttncompileError):
+    """The site's facts do not describe its subgraph: it must not be replaced."""
 
-    def __init__(self, original: ModelProto, query: Operand | None, cap: int, threads: int | None) -> None:
-        self.original = original
+
+class Reference:
+    """Runs the original in float64: whole, or cut to sampled query rows where that would need too much memory. Where
+    it cannot be cut, ``facts`` are the reference, once ``original``, run by ``own``, is seen to agree with them.
+    """
+
+    def __init__(
+        self, original: ModelProto, query: Operand | None, cap: int, threads: int | None,
+        own: Session | None = None, facts: FactsReference | None = None,
+    ) -> None:  # fmt: skip
+        self.original = in_standard_operators(original)
+        self._unseen = self.original is not original  # whether it gives what the operators gave is still to be seen
         self.threads = threads
         self.labels: list[str] = []
         self.query = query
+        self._own_session = own
+        self._facts = facts
         self._session: tuple[Session, str, ModelProto] | None = None
         self._cuts: dict[bytes, _Cut] = {}
-        size = largest_intermediate(original) * 8
+        size = largest_intermediate(self.original) * 8
         self.over = size > cap
         if self.over:
-            self.why = f"float64 would need {size / 2**30:.1f} GiB for one intermediate, the cap is {cap / 2**30:.1f}"
+            self.why = f"float64 would need {size / 2**30:.2f} GiB for one intermediate, the cap is {cap / 2**30:.2f}"
 
     def run(self, feed: Feed, outputs: Sequence[np.ndarray], names: Sequence[str]) -> list[Truth | None]:
         """The reference for every output, or None where only the original's own precision is available."""
@@ -64,6 +91,10 @@ class Reference:
                 self._session = _double(self.original, self.threads)
             session, kind, model = self._session
             values = run_session(session, convert_feed(feed, model), names)
+            for output, value in zip(outputs, values, strict=True) if self._unseen else ():
+                if said := far(output, value):
+                    raise FactsDiffer(f"the operator is not what its documentation says: {said}", "report this")
+            self._unseen = False
             return [Truth(v, kind) for v in values]
         if self.query is None or len(names) != 1:
             return self._own(len(names), "which input carries the query rows is not known")
@@ -71,12 +102,15 @@ class Reference:
             rows = choose_rows(self.original, self.query, outputs[0])
             cut = self._cut(self.query, rows)
         except Unsupported as error:
-            return self._own(len(names), f"the subgraph cannot be cut to query rows ({error.message})")
+            return self._without_cut(
+                feed, outputs, names, f"the subgraph cannot be cut to query rows ({error.message})"
+            )
         # The cut is trusted only if the cut original gives the same rows as the whole one, in its own precision.
         same = run_session(cut.own, feed, names)[0]
         check = compare_output(cut.rows.take(outputs[0]), same, None)
         if not check.verdict.ok:
-            return self._own(len(names), f"the subgraph cut to query rows differs ({check.verdict.reason})")
+            why = f"the subgraph cut to query rows differs ({check.verdict.reason})"
+            return self._without_cut(feed, outputs, names, why)
         self._label(f"{self.why}: {len(rows.index)} sampled query rows were compared")
         value = run_session(cut.double, convert_feed(feed, cut.model), names)[0]
         return [Truth(value, f"{cut.kind}, {len(rows.index)} query rows", cut.rows)]
@@ -91,6 +125,30 @@ class Reference:
             own = open_session(model.SerializeToString(), self.threads)
             self._cuts[key] = _Cut(placed, own, double, kind, double_model)
         return self._cuts[key]
+
+    def _without_cut(
+        self, feed: Feed, outputs: Sequence[np.ndarray], names: Sequence[str], why: str
+    ) -> list[Truth | None]:  # fmt: skip
+        """The facts at sampled query rows. FactsDiffer if they do not describe the original."""
+        facts = self._facts
+        if facts is None or self._own_session is None or self.query is None:
+            return self._own(len(names), why)
+        try:
+            if facts.shown is None:
+                witness = convert_feed(facts.witness, self.original)
+                known = witness.keys() == feed.keys() and all(np.array_equal(witness[n], feed[n]) for n in witness)
+                output = outputs[0] if known else run_session(self._own_session, witness, names)[0]
+                facts.show(output, choose_rows(self.original, self.query, output))
+            if facts.shown is not None and not facts.shown.ok:
+                raise FactsDiffer(facts.shown.reason, "explain shows the facts")
+            value, rows = facts.output(feed, choose_rows(self.original, self.query, outputs[0]))
+        except Unsupported as error:
+            return self._own(len(names), f"{why}, nor its facts written out ({error.message})")
+        self._label(
+            f"{self.why}, and {why}: sampled query rows were compared with the site's facts written out in float64, "
+            "which the original agrees with in its own precision; ordinary cases also with all rows of the original"
+        )
+        return [Truth(value, f"float64 (the site's facts), {len(rows.index)} query rows", rows, facts=True)]
 
     def _own(self, count: int, why: str) -> list[Truth | None]:
         self._label(f"{self.why}, and {why}: compared with the original in its own precision")

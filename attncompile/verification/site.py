@@ -21,6 +21,7 @@ from attncompile.core.site import Operand
 from attncompile.core.verdict import Verdict
 from attncompile.measure import Session, open_session, run_session
 from attncompile.verification.cases import Case
+from attncompile.verification.facts_reference import FactsReference
 from attncompile.verification.judge import (
     LARGE_ROW_FLOOR_UNITS,
     ROW_FLOOR_UNITS,
@@ -29,7 +30,7 @@ from attncompile.verification.judge import (
     compare_patterns,
     where_finite,
 )
-from attncompile.verification.reference import Reference
+from attncompile.verification.reference import FactsDiffer, Reference
 from attncompile.verification.retype import TO_TWIN, convert_feed, retype, uses
 
 MEMORY_CAP = 1 << 30
@@ -68,15 +69,16 @@ def check_site(
     cases: Sequence[Case | Feed],
     *,
     query: Operand | None = None,
+    facts: FactsReference | None = None,
     memory_cap: int = MEMORY_CAP,
     threads: int | None = None,
 ) -> SiteCheck:
     """Check ``replaced`` against ``original``: standalone models with the same inputs and outputs.
 
     Where the float64 reference would hold an intermediate larger than ``memory_cap`` bytes, sampled query rows are
-    evaluated instead (``query`` says which input carries them); where the subgraph cannot be cut to rows, the original
-    in its own precision is the reference. Either is said in ``labels``. Failures of any kind are verdicts: only a bug
-    raises.
+    evaluated instead (``query`` says which input carries them); where the subgraph cannot be cut to rows, ``facts``
+    are the reference for these rows, and without them the original in its own precision. Any of it is said in
+    ``labels``. Failures of any kind are verdicts: only a bug raises.
     """
     labels: list[str] = []
     if uses(original, TensorProto.BFLOAT16) or uses(replaced, TensorProto.BFLOAT16):
@@ -94,7 +96,7 @@ def check_site(
             sessions.append(open_session(model.SerializeToString(), threads))
         except AttncompileError as error:
             return SiteCheck(Verdict.no(code, error.message), labels=tuple(labels))
-    reference = Reference(original, query, memory_cap, threads)
+    reference = Reference(original, query, memory_cap, threads, sessions[0], facts)
     checks: list[CaseCheck] = []
     for case in named:
         checks.extend(_check_case(case, names, original, sessions[0], sessions[1], reference))
@@ -130,6 +132,8 @@ def _check_case(
         return [CaseCheck(case.name, names[0], Verdict.no("replaced_failed", error.message))]
     try:
         truths = reference.run(feed, outputs, names)
+    except FactsDiffer as error:
+        return [CaseCheck(case.name, names[0], Verdict.no("facts_differ", error.message))]
     except AttncompileError as error:
         return [CaseCheck(case.name, names[0], Verdict.no("no_reference", error.message))]
     checks = []
@@ -150,6 +154,10 @@ def _check_case(
         units = LARGE_ROW_FLOOR_UNITS if case.large else ROW_FLOOR_UNITS
         check = compare_output(a_rows, b_rows, None if truth is None else truth.value, units)
         verdict = check.verdict if pattern.ok else pattern
+        if verdict.ok and truth is not None and truth.facts:
+            verdict = truth.contradicted(a_rows)
+            if verdict.ok and not case.large:  # facts are known at some rows, the original at all
+                verdict = compare_output(a, b, None, units).verdict
         checks.append(
             CaseCheck(
                 case.name, name, verdict, "original in its own precision" if truth is None else truth.kind,

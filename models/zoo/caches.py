@@ -23,7 +23,7 @@ class _Cached(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> Any:
         given = dict(zip(self._names, tensors, strict=True))
         pairs = [(given[f"past_key_{i}"], given[f"past_value_{i}"]) for i in range(self._layers())]
-        cache = self._filled(pairs, given["position"]) if self._static else self._grown(pairs)
+        cache = self._filled(pairs, given["position"]) if self._static else self._grown(pairs or None)
         more = {"attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
         out = self.model(input_ids=given["input_ids"], past_key_values=cache, use_cache=True, **more)
         return (out.last_hidden_state, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
@@ -31,7 +31,7 @@ class _Cached(torch.nn.Module):
     def _layers(self) -> int:
         return sum(name.startswith("past_key") for name in self._names)
 
-    def _grown(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    def _grown(self, pairs: list[tuple[torch.Tensor, torch.Tensor]] | None) -> Any:
         from transformers import DynamicCache
 
         return DynamicCache(ddp_cache_data=pairs)
@@ -51,8 +51,8 @@ class _Cached(torch.nn.Module):
 
 
 def cached(entry: Entry) -> Built:
-    """``options``: those of ``families.text``, ``new`` (tokens of this call), ``past`` (0: a prefill without a past),
-    ``static`` (a cache of fixed size that is written at ``position``).
+    """``options``: those of ``families.text``, ``new`` (tokens of this call), ``past`` (0: a prefill that takes no
+    past, as a merged decoder's first branch), ``static`` (a cache of fixed size that is written at ``position``).
     """
     options = entry.options
     model = transformers_model(entry, DECODER)
@@ -70,7 +70,7 @@ def cached(entry: Entry) -> Built:
         inputs["position"] = torch.tensor(int(options.get("position", _PAST)))
     generator = torch.Generator().manual_seed(2)
     for i in range(config.num_hidden_layers):
-        for kind in ("key", "value"):
+        for kind in ("key", "value") if past else ():
             inputs[f"past_{kind}_{i}"] = torch.randn(_BATCH, heads, past, dim, generator=generator)
     axes: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "sequence"}}
     for name in inputs:

@@ -133,11 +133,12 @@ def run_graph(entry: Entry) -> Outcome:
 def found_in(model: Model) -> Detection:
     """What the compiler finds: as in the pipeline, detection runs again where giving operands rank 4 helps."""
     from attncompile.passes.detect import detect
+    from attncompile.passes.equal_lengths import with_sums
     from attncompile.passes.normalise import normalise
     from attncompile.passes.separate import HELPED, separate
     from attncompile.passes.symbols import profile_for
 
-    model = normalise(model)
+    model = normalise(with_sums(model))
     profile = profile_for(model, {})
     detection = detect(model, profile)
     if any(m.code in HELPED for m in detection.near_misses):

@@ -30,7 +30,8 @@ by element.
 
 *true*: attention calls of the torch models. *refused*: near misses with the reason that is declared for them.
 *missed*: true sites that are not found as they are, *false*: claims that are not true as they are, *differs*: sites of
-which something else is not as it was seen (mask class, sinks). Section "Open" names each such export.
+which something else is not as it was seen (mask class, sinks). A section "Open" at the end names each such export, if
+there is any.
 """
 
 
@@ -41,15 +42,20 @@ def page(results: Mapping[int, Outcome | Skipped | str]) -> str:
     parts.append(_table("family", results, lambda e: e.family))
     parts.append(_table("model", results, lambda e: e.name))
     refused: Counter[tuple[str, str]] = Counter()
+    said: dict[tuple[str, str], str] = {}
     for result in results.values():
         if isinstance(result, Outcome):
             for code, count in result.entry.refused.items():
                 refused[result.entry.name, code] += count
+                reasons = [m.split(": ", 2) for m in result.near_misses]
+                said.setdefault((result.entry.name, code), next((why for c, _, why in reasons if c == code), ""))
     if refused:
-        lines = [f"| {name} | {code} | {count} |" for (name, code), count in sorted(refused.items())]
-        parts.append("\n".join(["## Refused", "| model | code | sites |", "|---|---|---|", *lines]) + "\n")
+        lines = [f"| {key[0]} | {key[1]} | {count} | {said[key]} |" for key, count in sorted(refused.items())]
+        parts.append(
+            "\n".join(["## Refused", "| model | code | sites | for example |", "|---|---|---|---|", *lines]) + "\n"
+        )
     if OPEN:
-        lines = [f"| {title} | {said} |" for title, said in sorted(OPEN.items())]
+        lines = [f"| {title} | {words} |" for title, words in sorted(OPEN.items())]
         parts.append("\n".join(["## Open", "| export | what is said instead |", "|---|---|", *lines]) + "\n")
     return "\n".join(parts)
 

@@ -18,7 +18,7 @@ from attncompile.models.zoo.entry import Entry
 
 _WIDTH, _HEADS, _TOKENS, _BATCH = 24, 3, 14, 2
 _DIM = _WIDTH // _HEADS
-_CAUSAL = ("cumulative", "outer", "retention", "triangle", "filled", "chunked")
+_CAUSAL = ("cumulative", "outer", "retention", "triangle", "filled", "chunked", "unrolled", "summed")
 
 
 class LinearCore(nn.Module):
@@ -117,6 +117,30 @@ class LinearCore(nn.Module):
         before = functional.pad(states.cumsum(2), (0, 0, 0, 0, 1, 0))[:, :, :-1]
         own = (q @ k.transpose(-1, -2)).tril() @ v
         return (own + q @ before).reshape(b, h, n, d)
+
+    def _unrolled(self, q: Any, k: Any, v: Any) -> Any:
+        """Retention in chunks of 4 tokens and a last one of 2: the state decays from chunk to chunk."""
+        rate = (1 - 2.0 ** (-2 - torch.arange(q.shape[1], dtype=torch.float32)))[:, None, None]
+        state = torch.zeros(q.shape[0], q.shape[1], q.shape[3], v.shape[3])
+        parts = []
+        for start in range(0, q.shape[2], 4):
+            now, keys, values = (t[:, :, start : start + 4] for t in (q * _DIM**-0.5, k, v))
+            n = now.shape[2]
+            age = torch.arange(n, dtype=torch.float32)
+            apart = (age[:, None] - age[None]).clamp(min=0)
+            own = (now @ keys.transpose(-1, -2) * (rate**apart).tril()) @ values
+            parts.append(own + (now * rate ** (age[:, None] + 1)) @ state)
+            state = state * rate**n + (keys * rate ** (n - 1 - age[:, None])).transpose(-1, -2) @ values
+        return torch.cat(parts, 2)
+
+    def _summed(self, q: Any, k: Any, v: Any) -> Any:
+        """Chunks of 7 tokens over a sum of the keys so far, which is kept beside the values as a channel of ones."""
+        b, h, n, d = q.shape
+        q, k = functional.elu(q) + 1, functional.elu(k) + 1
+        q, k, v = (t.view(b, h, n // 7, 7, -1) for t in (q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1)))
+        before = functional.pad((k.transpose(-1, -2) @ v).cumsum(2), (0, 0, 0, 0, 1, 0))[:, :, :-1]
+        y = (q @ k.transpose(-1, -2)).tril() @ v + q @ before
+        return (y[..., :-1] / (y[..., -1:] + 1e-6)).reshape(b, h, n, d)
 
 
 class _Block(nn.Module):

@@ -8,7 +8,7 @@ from attncompile.models.zoo.builders import twice
 from attncompile.models.zoo.entry import Entry
 
 _STATES = ("elu", "relu", "ones", "joined", "channels", "efficient", "random", "flat", "float", "dot")
-_CAUSAL = ("cumulative", "outer", "retention", "triangle", "filled")
+_CAUSAL = ("cumulative", "outer", "retention", "triangle", "filled", "chunked", "unrolled", "summed")
 
 
 def _linear(how: str) -> Entry:
@@ -18,7 +18,6 @@ def _linear(how: str) -> Entry:
 
 LINEAR: tuple[Entry, ...] = (
     *(form for how in (*_STATES, *_CAUSAL) for form in twice(_linear(how))),
-    *twice(replace(_linear("chunked"), refused={"chunked": 1})),
     *twice(Entry("linear-multi-scale", "attncompile.models.zoo.linear:multi_scale", "linear", linear=("LinearCore",))),
     replace(_linear("ones"), dtype="fp16"),
     replace(_linear("ones"), dynamic=("batch", "sequence")),

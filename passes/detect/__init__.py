@@ -29,6 +29,7 @@ from attncompile.passes.detect import (
     standard,
 )
 from attncompile.passes.detect.operators import check_lengths
+from attncompile.passes.detect.probed import linear_lift
 from attncompile.passes.detect.softmax import MaskAnalysis
 from attncompile.passes.detect.walks import node_name
 from attncompile.passes.evaluate import GraphIndex, World
@@ -44,7 +45,7 @@ FORMS: Mapping[str, tuple[str, Lift]] = {
     "Exp": ("matmul-written-out-softmax-matmul", softmax.lift_written_out),
     "Attention": ("attention-op", standard.lift),
     "LinearAttention": (linear_operator.FORM, linear_operator.lift),
-    **dict.fromkeys(("MatMul", "Einsum", "Gemm", "ReduceSum"), (linear.FORM, linear.lift)),
+    **dict.fromkeys(("MatMul", "Einsum", "Gemm", "ReduceSum"), (linear.FORM, linear_lift.lift)),
     **dict.fromkeys(("Loop", "Scan"), (linear.FORM, linear_recurrent.lift)),
 }
 

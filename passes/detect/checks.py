@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import isfinite
+
 from onnx import NodeProto
 
 from attncompile.core.errors import Unsupported
+from attncompile.core.mask import MaskFacts
 from attncompile.passes.detect.contraction import Contraction
-from attncompile.passes.detect.homes import ShapeRead
+from attncompile.passes.detect.homes import BYTES, ShapeRead
 from attncompile.passes.detect.scores import Path, Step, tensor_scale
 from attncompile.passes.detect.views import Atoms, Axes, Axis
 from attncompile.passes.detect.walks import dies, node_name
@@ -48,6 +52,28 @@ def head_scale(world: World, atoms: Atoms, checkpoints: list[tuple[Step, Axes]],
             raise tensor_scale(world, step.node)
         found = step.value
     return found
+
+
+def with_floor(world: World, path: Path, stable: bool, facts: MaskFacts) -> MaskFacts:
+    """``facts`` of a mask after which scores were raised to the lowest finite number: what hid with -inf hides with
+    that, so a row that sees no key is the average over all of them (0 / 0 where no maximum is taken off).
+
+    Raises:
+        Unsupported: a mask, a scale or a narrower type comes after it, and -inf with it again.
+    """
+    at = next((i for i, s in enumerate(path.steps) if s.kind == "floor"), None)
+    if at is None:
+        return facts
+    floor = path.steps[at].fill
+    for step in path.steps[at + 1 :]:
+        sizes = [BYTES.get(world.types.get(v, 0), 0) for v in (step.node.input[0], step.node.output[0])]
+        if step.kind not in ("view", "cast", "floor") or (step.kind == "cast" and sizes[1] < sizes[0]):
+            raise Unsupported("floor", f"the scores are kept above {floor:.3g} before '{step.node.output[0]}', which "
+                              "may bring -inf again")  # fmt: skip
+    if not isfinite(floor):
+        return facts
+    fills = tuple(max(f, floor) for f in facts.fills)
+    return replace(facts, fills=fills, masked_rows="uniform" if stable else "nan")
 
 
 def check_private(index: GraphIndex, core: list[NodeProto], allowed: list[NodeProto], out_value: str) -> None:

@@ -1,12 +1,13 @@
 """Whole attention in one operator of ONNX Runtime's own domain, ``com.microsoft``.
 
-Lifted where query, key and value are values of the graph and the operator does nothing to them; what each does was
-read from its documentation and compared with ONNX Runtime's CPU kernels.
+Lifted where query, key and value are values of the graph and the operator does nothing to them; one that holds
+projections, biases or packed operands is ``Fused``: a site once it is written out (``passes/written_out.py``). What
+each does was read from its documentation and compared with ONNX Runtime's CPU kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import sqrt
 
@@ -15,6 +16,7 @@ from onnx import NodeProto
 from attncompile.core.errors import Unsupported
 from attncompile.core.mask import Certificate, KeyEnds, MaskFacts, MaskPart
 from attncompile.core.site import AttentionSite, Cache
+from attncompile.passes.detect.fused import Fused, check_attention, check_packed_groups, packed_or_biased
 from attncompile.passes.detect.operators import Operands, Sizes, find_operands, find_sizes, number, with_frontier
 from attncompile.passes.detect.softmax import MaskAnalysis, MaskFactor, MaskQuery, dtype_name
 from attncompile.passes.detect.walks import node_name
@@ -26,7 +28,6 @@ _PROJECTED = "its projections lie inside: its queries, keys and values are not v
 _PACKED = "its batch entries lie one after another without padding"
 
 KEPT: Mapping[str, str] = {
-    "Attention": _PROJECTED,
     "DecoderAttention": _PROJECTED,
     "DecoderMaskedSelfAttention": _PROJECTED,
     "LongformerAttention": _PROJECTED,
@@ -43,15 +44,18 @@ KEPT: Mapping[str, str] = {
 }
 """Operators that are kept, and why."""
 
-NAMES = ("MultiHeadAttention", "GroupQueryAttention", *KEPT)
+NAMES = ("Attention", "MultiHeadAttention", "GroupQueryAttention", *KEPT)
 
 
 def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
     """The site that a ``MultiHeadAttention`` or ``GroupQueryAttention`` node is.
 
     Raises:
-        Unsupported: every other operator, and what these two do that a site cannot say.
+        Fused: it is one once it is written out, as ``Attention`` always is.
+        Unsupported: every other operator, and what these do that a site cannot say.
     """
+    if node.op_type == "Attention":
+        return _Lifter(index, world, node, analyse).projected()
     if node.op_type == "MultiHeadAttention":
         return _Lifter(index, world, node, analyse).multi_head()
     if node.op_type == "GroupQueryAttention":
@@ -76,14 +80,30 @@ class _Lifter:
         self.input = [*node.input, *([""] * 20)]
         self.output = [*node.output, *([""] * 4)][:4]
 
+    def projected(self) -> AttentionSite:
+        """Always raises: ``Fused`` where the projections can be written out."""
+        self._check(lambda: check_attention(self.world, self.node))
+        raise self._fused(_PROJECTED)
+
+    def _check(self, check: Callable[[], object]) -> None:
+        """Runs ``check``; what stands against writing out is why the operator is kept."""
+        try:
+            check()
+        except Unsupported as error:
+            raise _kept(self.node, error.message, error.code) from None
+
+    def _fused(self, reason: str) -> Fused:
+        self._check_scores()
+        return Fused(_kept(self.node, reason).message, next(o for o in self.output if o))
+
     def multi_head(self) -> AttentionSite:
         """Inputs: query, key, value, bias, key_padding_mask, attention_bias, past_key, past_value, ..."""
-        if not self.input[1] or not self.input[2]:
-            raise _kept(self.node, "queries, keys and values (or keys and values) lie in one packed tensor")
-        if self.input[3]:
-            raise _kept(self.node, "it adds a bias to queries, keys and values inside")
         if any(self.input[8:]):
             raise _kept(self.node, "its past and present caches share one buffer, or an input chooses its beams")
+        inside: list[str] = []
+        self._check(lambda: inside.extend(packed_or_biased(self.world, self.node)))
+        if inside:
+            raise self._fused(", and ".join(inside))
         heads = self._int("num_heads", 0)
         operands, sizes, cache = self._operands((heads, heads), 6)
         facts = self._bias(self.input[5], operands, sizes)
@@ -99,8 +119,6 @@ class _Lifter:
         """Inputs: query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache,
         position_ids, attention_bias, head_sink, k_scale, v_scale, q_norm_weight, k_norm_weight, query_seqlens.
         """
-        if not self.input[1] or not self.input[2]:
-            raise _kept(self.node, "queries, keys and values lie in one packed tensor")
         inside = (
             (self._int("do_rotary", 0), "it rotates queries and keys (RoPE) inside"),
             (self._int("smooth_softmax", 0), "its softmax has a sink of zero, which is no value of the graph"),
@@ -112,6 +130,9 @@ class _Lifter:
         for found, reason in inside:
             if found:
                 raise _kept(self.node, reason, "quantised" if reason.startswith("quantised") else "fused-op")
+        if not self.input[1] or not self.input[2]:
+            self._check(lambda: check_packed_groups(self.world, self.node))
+            raise self._fused("queries, keys and values lie in one packed tensor")
         operands, sizes, cache = self._operands((self._int("num_heads", 0), self._int("kv_num_heads", 0)), 3)
         if sizes.queries != sizes.new_keys:
             raise Unsupported("layout", "queries and new keys differ in number")
@@ -128,12 +149,15 @@ class _Lifter:
         site = self._site(operands, sizes, cache, facts)
         return replace(site, softcap=softcap, sinks=self.input[11])
 
+    def _check_scores(self) -> None:
+        if self.index.consumers.get(self.output[3]) or self.output[3] in self.index.outputs:
+            raise Unsupported("scores-used", f"the scores or weights '{self.output[3]}' are given out and used")
+
     def _int(self, name: str, default: int) -> int:
         return int(self.attributes[name].i) if name in self.attributes else default
 
     def _operands(self, heads: tuple[int, int], past_at: int) -> tuple[Operands, Sizes, Cache | None]:
-        if self.index.consumers.get(self.output[3]) or self.output[3] in self.index.outputs:
-            raise Unsupported("scores-used", f"the scores or weights '{self.output[3]}' are given out and used")
+        self._check_scores()
         past = (self.input[past_at], self.input[past_at + 1])
         if any(past) != all(past):
             raise Unsupported("kv-cache", "the node has one of past_key and past_value")
@@ -159,21 +183,15 @@ class _Lifter:
         )  # fmt: skip
 
     def _key_padding(self, facts: MaskFacts, sizes: Sizes) -> MaskFacts:
-        """MultiHeadAttention's mask of integers: lengths, or 0 where a number is added to the score."""
+        """MultiHeadAttention's mask of integers for each query: a number is added to the score where it is 0."""
         mask = self.input[4]
         if not mask:
             return facts
         filter_value = self.attributes["mask_filter_value"].f if "mask_filter_value" in self.attributes else -10000.0
         shape = self.world.shapes.get(mask)
-        if shape == (sizes.batch,):
-            ends = KeyEnds(mask, 0, "sequence")
-            return replace(facts, ends=ends, masked_rows="uniform", fills=(*facts.fills, filter_value))
-        if shape == (sizes.batch, sizes.keys):
-            detail = f"integers [batch, keys]: {filter_value} is added to the scores of keys where they are 0"
-        elif shape == (sizes.batch, sizes.queries, sizes.keys):
-            detail = f"integers [batch, queries, keys]: {filter_value} is added to the scores where they are 0"
-        else:
+        if shape != (sizes.batch, sizes.queries, sizes.keys):
             raise Unsupported("mask-shape", f"key_padding_mask '{mask}' has shape {list(shape or ())}")
+        detail = f"integers [batch, queries, keys]: {filter_value} is added to the scores where they are 0"
         part = MaskPart("opaque", Certificate("structure", detail), source=mask)
         fills = (*facts.fills, filter_value)
         return replace(facts, parts=(*facts.parts, part), masked_rows="uniform", fills=fills)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Literal
 
 from onnx import NodeProto, TensorProto
@@ -54,7 +55,9 @@ class Separation:
     ``reader`` is the first output of the node that reads it on the way to the core, empty for the output.
     ``groups`` are the axes that an output of more than four has in place of its heads; ``swapped`` says that the last
     two axes of ``value`` (a key, ready for its product) come in the other order. ``form``: batch and sequence come
-    first (``outer``), sequence and dim last (``inner``), or there are no other axes than these two (``matrix``).
+    first (``outer``), sequence and dim last (``inner``), or there are no other axes than these two (``matrix``); or
+    there are four axes in another order (``permuted``: ``perm`` gives those of ``layout``), or all is as it should be
+    but the element type, which ``kinds`` (the wider one wanted, its own) says (``wider``).
     """
 
     value: str
@@ -62,9 +65,11 @@ class Separation:
     layout: Layout
     heads: int
     dim: int
-    form: Literal["outer", "inner", "matrix"]
+    form: Literal["outer", "inner", "matrix", "permuted", "wider"]
     groups: tuple[int, ...] = ()
     swapped: bool = False
+    perm: tuple[int, ...] = ()
+    kinds: tuple[int, int] = (0, 0)
 
 
 class NotSeparate(Unsupported):
@@ -132,14 +137,41 @@ class _Search:
                     made = self._reshaped(replace(stage, axes=axes), heads, sequence, dim, reader)
                     if made is not None and not (swapped and made.form == "outer"):
                         return replace(made, swapped=swapped), self.atoms.leaves(heads)
+        for made_of in (self._permuted, self._widened):
+            for stage, reader in zip(walk.stages, readers, strict=True):
+                for heads in choices[::-1]:
+                    made = made_of(stage, heads, sequence, dim, reader)
+                    if made is not None:
+                        return made, self.atoms.leaves(heads)
         return None
 
     def output_separation(self, stages: list[Stage], sequence: Axis, dim: Axis) -> Separation | None:
-        for stage in stages[::-1]:
-            made = self._reshaped(stage, self.heads, sequence, dim, "") if stage.dtype == self.kind else None
-            if made is not None:
-                return made
+        for made_of in (self._reshaped, self._permuted):
+            for stage in stages[::-1]:
+                made = made_of(stage, self.heads, sequence, dim, "") if stage.dtype == self.kind else None
+                if made is not None:
+                    return made
         return None
+
+    def _permuted(self, stage: Stage, heads: Axis, sequence: Axis, dim: Axis, reader: str) -> Separation | None:
+        """Four axes in another order, as in XLNet's [sequence, batch, heads, dim]."""
+        wanted = [self.atoms.leaves(a) for a in (self.batch, sequence, heads, dim)]
+        held = [self.atoms.leaves(a) for a in stage.axes]
+        if stage.dtype != self.kind or len(held) != 4:
+            return None
+        perm = next((p for p in permutations(range(4)) if [held[i] for i in p] == wanted), None)
+        sizes = self.atoms.size(wanted[2]), self.atoms.size(wanted[3])
+        return Separation(stage.value, reader, "BNHD", *sizes, "permuted", perm=perm) if perm else None
+
+    def _widened(self, stage: Stage, heads: Axis, sequence: Axis, dim: Axis, reader: str) -> Separation | None:
+        """A narrower value among wider ones: it fits into their type, and back, without a change."""
+        b, s, d, h = (self.atoms.leaves(a) for a in (self.batch, sequence, dim, heads))
+        held = tuple(self.atoms.leaves(a) for a in stage.axes)
+        layout: Layout | None = "BHND" if held == (b, h, s, d) else "BNHD" if held == (b, s, h, d) else None
+        if layout is None or not 0 < BYTES.get(stage.dtype, 0) < BYTES.get(self.kind, 0):
+            return None
+        sizes = self.atoms.size(h), self.atoms.size(d)
+        return Separation(stage.value, reader, layout, *sizes, "wider", kinds=(self.kind, stage.dtype))
 
     def _reshaped(self, stage: Stage, heads: Axis, sequence: Axis, dim: Axis, reader: str) -> Separation | None:
         b, s, d, h = (self.atoms.leaves(a) for a in (self.batch, sequence, dim, heads))

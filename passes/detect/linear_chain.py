@@ -95,6 +95,10 @@ class Context:
             self.shifted = [World(self.index, {k: v + d for k, v in self.world.binding.items()}) for d in steps]
         return self.shifted
 
+    def worlds(self) -> list[World]:
+        """This world and the others."""
+        return [self.world, *self.others()]
+
 
 _CONTEXT = "linear attention"
 

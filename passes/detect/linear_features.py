@@ -102,7 +102,8 @@ def _named(world: World, nodes: list[NodeProto], source: str, value: str) -> Fea
             if np.array_equal(got, np.maximum(x, 0)):
                 return "relu"
             wanted = np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
-            if bool(np.all(np.abs(got - wanted) <= 4 * eps * np.maximum(wanted, 1))):
+            # Rounded twice at most; elu(0) + 1 is 1 exactly, and 1 + eps where something is added to the map.
+            if bool(np.all(np.abs(got - wanted) <= eps * np.maximum(wanted, 1)) and np.all(got[x == 0] == 1)):
                 return "elu+1"
             wanted = np.exp(x)
             normal = (wanted < largest) & (wanted > float(np.finfo(points.dtype).tiny))

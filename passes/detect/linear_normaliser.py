@@ -108,7 +108,14 @@ class Search:
         return value, axes
 
     def _idle_slice(self, node: NodeProto) -> bool:
-        return node.op_type == "Slice" and self._shape(node.output[0]) == self._shape(node.input[0])
+        """A Slice of everything, at all sizes, in the order that it has."""
+        if not standard(node, "Slice"):
+            return False
+        steps = node.input[4] if len(node.input) > 4 else ""
+        if steps and (self.ctx.index.data_inputs(steps) or not bool((self.ctx.world.value(steps) == 1).all())):
+            return False
+        shapes = [(w.shapes.get(node.output[0]), w.shapes.get(node.input[0])) for w in self.ctx.worlds()]
+        return all(after is not None and after == before for after, before in shapes)
 
     def _divided(
         self, value: str, axes: Axes, node: NodeProto, before: list[NodeProto], factor: float
@@ -222,14 +229,14 @@ class Search:
         if node.op_type != "Slice":
             return bad
         inputs = [*node.input, "", ""]
-        before, after = self._shape(node.input[0]), self._shape(node.output[0])
         starts, ends = (world.value(v).reshape(-1) for v in node.input[1:3])
         axes = world.value(inputs[3]).reshape(-1) if inputs[3] else range(len(starts))
         if inputs[4] and not bool((world.value(inputs[4]) == 1).all()):
             return bad
+        shapes = [(w.shapes.get(node.input[0], ()), w.shapes.get(node.output[0], ())) for w in self.ctx.worlds()]
+        same = all(a[:axis] + a[axis + 1 :] == b[:axis] + b[axis + 1 :] for a, b in shapes)
         for start, end, at in zip(starts, ends, axes, strict=True):
-            if int(at) % len(before) == axis:
+            if int(at) % len(shapes[0][0]) == axis:
                 low, high, _ = slice(int(start), int(end)).indices(size)
-                same = before[:axis] + before[axis + 1 :] == after[:axis] + after[axis + 1 :]
                 return [(low, high, node.output[0], False, tuple(chain))] if same else bad
         return bad

@@ -4,10 +4,13 @@ windows they work on are followed back to the tokens, or the region is run to se
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
 import numpy as np
 from onnx import NodeProto
 
-from attncompile.core.errors import Unsupported
+from attncompile.core.errors import AttncompileError, Unsupported
 from attncompile.core.mask import Certificate, MaskFacts
 from attncompile.core.site import AttentionSite
 from attncompile.passes.detect import softmax
@@ -15,13 +18,18 @@ from attncompile.passes.detect.gathers.lift import lift_gathered
 from attncompile.passes.detect.homes import ShapeRead
 from attncompile.passes.detect.normaliser import softmax_operator
 from attncompile.passes.detect.probed.lift import Readings, lift_probed
+from attncompile.passes.detect.probed.reasons import TELLING as PROBED
+from attncompile.passes.detect.probed.region import Region
 from attncompile.passes.detect.softmax import MaskAnalysis
+from attncompile.passes.detect.token_heads import queries_as_heads, tokens_among
 from attncompile.passes.evaluate import GraphIndex, World
 
 _FOLLOWED = "every pair of query and key compared, the windows followed back to their tokens"
 _READ = "every pair of query and key read by running the region, which equals attention on random inputs"
 
-_TELLING = frozenset({"padding-seen", "gather-bias", "gather-tokens", "gather-twice", "scores-used", "value-axis"})
+_TELLING = frozenset({
+    "padding-seen", "gather-bias", "gather-tokens", "gather-twice", "scores-used", "value-axis", "dynamic", "too-large",
+})  # fmt: skip
 """Reasons of the second look that say more than those of the first: the windows themselves were understood."""
 
 _IN_PIECES = frozenset({"unknown-op", "joined-scores", "weights-used", "no-value-product"})
@@ -37,28 +45,89 @@ def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis
         Unsupported: this softmax is not attention, or a form of it that is not understood.
     """
     try:
-        return softmax.lift(index, world, node, analyse)
+        site = softmax.lift(index, world, node, analyse)
+        if not tokens_among(index, world, site, "H"):
+            return site
+        first = queries_as_heads()
     except Unsupported as error:
         first = error
-
-    def of_tokens(picture: np.ndarray, guarded: bool, fills: tuple[float, ...]) -> MaskFacts:
-        return analyse.of_tokens(picture, Certificate("structure", _FOLLOWED, (picture.shape,)), fills, guarded)
-
-    def of_heads(pictures: np.ndarray) -> MaskFacts:
-        if not bool(np.all(pictures == pictures[:1])):
-            raise Unsupported("per-head-mask", "the keys that are seen differ between heads")
-        return analyse.of_tokens(pictures[0], Certificate("evaluated", _READ, (pictures.shape[1:],)), (), False)
-
     try:
-        return lift_gathered(index, world, softmax_operator(index, world, node), of_tokens)
+        return _followed(index, world, node, analyse)
     except Unsupported as error:
         if error.code in _TELLING and not isinstance(first, ShapeRead):  # that one is mended, and looked at again
             first = error
     if first.code not in _IN_PIECES:
         raise first
+    try:
+        return _read(index, world, node, analyse)
+    except Unsupported as error:
+        raise (error if error.code in {"dynamic", *PROBED} else first) from error
+
+
+def _followed(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
+    """The site of a core over windows, the same at all sizes of the batch."""
+    seen: list[tuple[np.ndarray, MaskFacts]] = []
+
+    def facts_of(picture: np.ndarray, guarded: bool, fills: tuple[float, ...]) -> MaskFacts:
+        if not any(np.array_equal(picture, known) for known, _ in seen):
+            how = Certificate("structure", _FOLLOWED, (picture.shape,))
+            seen.append((picture, analyse.of_tokens(picture, how, fills, guarded)))
+        return next(facts for known, facts in seen if np.array_equal(picture, known))
+
+    def at(other: World) -> AttentionSite:
+        return lift_gathered(index, other, softmax_operator(index, other, node), facts_of)
+
+    site = at(world)
+    operands = (site.query, site.key, site.value, site.output)
+    for symbol, other, changed in _changes(index, world, (*(o.value for o in operands), *site.interior)):
+        lengths = [shape[o.layout.index("N")] if (shape := other.shapes.get(o.value)) else None for o in operands[:2]]
+        if lengths != [site.query_length, site.key_length]:
+            raise _dynamic(world, symbol, changed)
+        if replace(at(other), batch=site.batch) != site:
+            raise Unsupported("dynamic", f"the windows change with '{symbol}', which is no length of this site")
+    return site
+
+
+def _read(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
+    """The site of a region that was run, all of whose sizes are numbers."""
     known = world.kept.setdefault("probed", Readings())
     assert isinstance(known, Readings)
-    try:
-        return lift_probed(index, world, node, known, of_heads)
-    except Unsupported as error:
-        raise first from error
+
+    def check(region: Region) -> None:
+        inner = (o for n in region.nodes for o in n.output if o)
+        for symbol, _, changed in _changes(index, world, (*(e.value for e in region.entries), *inner)):
+            raise _dynamic(world, symbol, changed)
+
+    def facts_of(pictures: np.ndarray) -> MaskFacts:
+        if not bool(np.all(pictures == pictures[:1])):
+            raise Unsupported("per-head-mask", "the keys that are seen differ between heads")
+        return analyse.of_tokens(pictures[0], Certificate("evaluated", _READ, (pictures.shape[1:],)), (), False)
+
+    return lift_probed(index, world, node, known, check, facts_of)
+
+
+def _changes(index: GraphIndex, world: World, values: Iterable[str]) -> Iterator[tuple[str, World, str]]:
+    """Each dynamic dimension that changes the shape of one of ``values``, the model with one more there, that value.
+
+    Raises:
+        Unsupported: the model has no meaning there.
+    """
+    values = list(values)
+    for symbol, size in world.binding.items():
+        try:
+            other = World(index, {**world.binding, symbol: size + 1})
+        except AttncompileError:
+            raise Unsupported(
+                "dynamic", f"the windows are known where '{symbol}' is {size} only: the shapes contradict {size + 1}"
+            ) from None
+        changed = next((v for v in values if other.shapes.get(v) != world.shapes.get(v)), None)
+        if changed is not None:
+            yield symbol, other, changed
+
+
+def _dynamic(world: World, symbol: str, changed: str) -> Unsupported:
+    return Unsupported(
+        "dynamic",
+        f"the windows are known where '{symbol}' is {world.binding[symbol]} only, and '{changed}' changes with it",
+        "export the model with this dimension fixed",
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, prod
 from typing import Literal
 
+import numpy as np
 from onnx import NodeProto, TensorProto
 
 from attncompile.core.errors import Unsupported
@@ -14,6 +15,11 @@ from attncompile.passes.detect.views import VIEW_OPS
 from attncompile.passes.evaluate import GraphIndex, World
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+LOWEST = {
+    int(TensorProto.FLOAT): float(np.finfo(np.float32).min), int(TensorProto.FLOAT16): -65504.0,
+    int(TensorProto.DOUBLE): float(np.finfo(np.float64).min), int(TensorProto.BFLOAT16): -3.3895313892515355e38,
+}  # fmt: skip
+"""The lowest finite number of each type."""
 HIDDEN = -9000.0
 """An additive mask at or below this hides a key (exporters use -1e4, finfo.min and -inf)."""
 
@@ -26,11 +32,12 @@ class Step:
 
     ``add``: ``value`` is added to the scores; ``visible``/``hidden``: keys where the bool ``value`` holds are kept or
     dropped (``fill`` is what a dropped score becomes); ``scale``: times ``factor``; ``head-scale``: times ``value``,
-    one number a head; ``softcap``: ``factor * tanh``.
+    one number a head; ``softcap``: ``factor * tanh``; ``floor``: nothing below ``fill``, the lowest number of its type,
+    so that only -inf is changed.
     """
 
     node: NodeProto
-    kind: Literal["view", "cast", "scale", "head-scale", "add", "visible", "hidden", "softcap"]
+    kind: Literal["view", "cast", "scale", "head-scale", "add", "visible", "hidden", "softcap", "floor"]
     value: str = ""
     factor: float = 1.0
     fill: float = 0.0
@@ -102,6 +109,8 @@ def _step(index: GraphIndex, world: World, node: NodeProto, depth: int) -> tuple
                     raise Unsupported("broadcast-scores", f"the mask of Where '{node.output[0]}' repeats the scores")
                 return Step(node, "visible" if kind == "visible" else "hidden", node.input[0], fill=number), scores
         raise Unsupported("where", f"Where '{node.output[0]}' does not fill with a large negative constant")
+    if op in ("Max", "Clip"):
+        return _floor(world, node)
     if op == "Concat":
         raise _joined(world, node)
     if op in ("DequantizeLinear", "QuantizeLinear"):
@@ -109,6 +118,18 @@ def _step(index: GraphIndex, world: World, node: NodeProto, depth: int) -> tuple
     raise Unsupported(
         "unknown-op", f"{op} '{node.output[0]}' stands between the softmax and the product of queries and keys"
     )
+
+
+def _floor(world: World, node: NodeProto) -> tuple[Step, str]:
+    """XGLM and OPT take the maximum of masked scores and the lowest number, so that no row is all -inf."""
+    shape, given = world.shapes.get(node.output[0]), [v for v in node.input if v]
+    lowest = LOWEST.get(world.types.get(node.output[0], 0), -inf)
+    for scores, bound in (given, given[::-1]) if len(given) == 2 else ():
+        number = world.scalar(bound) if node.op_type == "Max" or list(node.input)[:2] == [scores, bound] else None
+        if number is not None and number <= lowest and world.shapes.get(scores) == shape:
+            return Step(node, "floor", fill=number), scores
+    raise Unsupported("unknown-op", f"{node.op_type} '{node.output[0]}' bounds the scores by something other than the "
+                      "lowest number of their type")  # fmt: skip
 
 
 def _scale(index: GraphIndex, world: World, node: NodeProto) -> tuple[Step, str]:

@@ -13,11 +13,12 @@ from attncompile.core.errors import Unsupported
 from attncompile.core.mask import Certificate, MaskFacts
 from attncompile.core.site import AttentionSite, Operand
 from attncompile.passes.detect.cache import find_cache
-from attncompile.passes.detect.checks import check_guard, check_keys, check_private, head_scale
+from attncompile.passes.detect.checks import check_guard, check_keys, check_private, head_scale, with_floor
 from attncompile.passes.detect.contraction import Contraction
 from attncompile.passes.detect.homes import Walk
 from attncompile.passes.detect.log_sum_exp import log_sum_exp
 from attncompile.passes.detect.normaliser import Normaliser, softmax_operator, written_out
+from attncompile.passes.detect.repeated import for_all_heads
 from attncompile.passes.detect.roles import batch_and_heads, homes_of_either, roles
 from attncompile.passes.detect.scores import Path, Step, trace
 from attncompile.passes.detect.sinks import logits_of, with_sinks
@@ -234,7 +235,7 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
     check_private(index, interior_nodes, [*operand_nodes, *interior_nodes, *beside_nodes], out_value)
     facts = analyse(
         MaskQuery(
-            factors=_factors(world, atoms, path, checkpoints, (batch, heads, query_axis, keys), written),
+            factors=_factors(index, world, atoms, path, checkpoints, (batch, heads, query_axis, keys), written),
             guarded=guarded,
             stable=norm.stable,
             query=query.value,
@@ -245,6 +246,7 @@ def lift_around(index: GraphIndex, world: World, norm: Normaliser, analyse: Mask
             key_length=atoms.size(keys),
         )
     )
+    facts = with_floor(world, path, norm.stable, facts)
     return AttentionSite(
         id="",
         form=_form(product, second, path, norm, guarded, query_walk, key_walk, shared_keys),
@@ -276,8 +278,9 @@ def _after_softcap(path: Path, step: Step) -> bool:
 
 
 def _factors(
-    world: World, atoms: Atoms, path: Path, checkpoints: list[tuple[Step, Axes]], site: Axes, written: Axes
-) -> tuple[MaskFactor, ...]:
+    index: GraphIndex, world: World, atoms: Atoms, path: Path, checkpoints: list[tuple[Step, Axes]],
+    site: tuple[Axis, Axis, Axis, Axis], written: Axes,
+) -> tuple[MaskFactor, ...]:  # fmt: skip
     """What masks the scores. ``site``: batch, heads, queries and keys as the site says them; ``written``: as the graph
     does, which may hold heads where queries belong. A mask that is the same for all of both means the same there.
     """
@@ -298,7 +301,9 @@ def _factors(
         outer, inner = tuple(atoms.leaves(a) for a in axes[:2]), tuple(atoms.leaves(a) for a in axes[2:])
         windowed = len(axes) == 5 and (sum(outer, ()), *inner) == wanted
         windows = atoms.size(axes[1]) if windowed else 0
-        factors.append(MaskFactor(step.kind, step.value, step.fill, aligned, later, windows))
+        once = for_all_heads(index, world, atoms, step.value, axes, site)
+        aligned = aligned or bool(once)
+        factors.append(MaskFactor(step.kind, once or step.value, step.fill, aligned, later, windows))
     return tuple(factors)
 
 
@@ -313,6 +318,7 @@ def _form(
     words += ["head-scale"] * any(s.kind == "head-scale" for s in path.steps)
     words += [f"mask:{s.kind}" for s in path.steps if s.kind in ("add", "visible", "hidden")]
     words += ["softcap"] * any(s.kind == "softcap" for s in path.steps)
+    words += ["floor"] * any(s.kind == "floor" for s in path.steps)
     words += ["cast"] * any(s.kind == "cast" for s in path.steps)
     words += ["shared-kv"] * shared + ["nan-guard"] * guarded
     return " ".join(words)

@@ -10,7 +10,9 @@ from onnx import AttributeProto, NodeProto, TensorProto
 from attncompile.core.errors import Unsupported
 from attncompile.core.mask import KeyEnds, MaskFacts
 from attncompile.core.site import AttentionSite, Cache
+from attncompile.passes.detect.cache import find_cache
 from attncompile.passes.detect.operators import Operands, Sizes, find_operands, find_sizes, number, with_frontier
+from attncompile.passes.detect.repeated import before_repeats
 from attncompile.passes.detect.softmax import MaskAnalysis, MaskFactor, MaskQuery, dtype_name
 from attncompile.passes.detect.walks import node_name
 from attncompile.passes.evaluate import GraphIndex, World
@@ -43,6 +45,8 @@ def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis
     if any(past) != all(past):
         raise Unsupported("kv-cache", "the node has one of past_key and past_value")
     operands = find_operands(index, world, node, counts)
+    if not any((*past, outputs[1], outputs[2])):
+        operands = before_repeats(index, world, node, operands)
     sizes = find_sizes(world, operands, past)
     cache = _cache(index, past, (outputs[1], outputs[2]))
     facts = _mask(world, node, inputs, analyse, operands, sizes)
@@ -70,7 +74,7 @@ def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis
         softmax_dtype=_PRECISION.get(precision, dtype) if precision else dtype,
         nodes=(node_name(node), *(node_name(n) for n in operands.around)),
         interior=tuple(o for n in (node, *operands.around) for o in n.output if o and o not in kept),
-        cache=cache,
+        cache=cache or find_cache(index, world, operands.key, operands.value),
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def walk(index: GraphIndex, world: World, atoms: Atoms, value: str, axes: Axes, 
             except Unsupported:
                 break
             source = node.input[0]
-        elif _widens(world, node):
+        elif _widens(world, node) or _narrows_back(index, world, node):
             source = node.input[0]
         elif scaled and node.op_type in ("Mul", "Div") and (found := _scalar_factor(world, node)) is not None:
             source, factor = found
@@ -63,6 +63,18 @@ def _widens(world: World, node: NodeProto) -> bool:
     """Whether ``node`` casts to a wider float: no information is lost, so the operand may be taken before it."""
     sizes = [BYTES.get(world.types.get(v, 0), 0) for v in (node.input[0], node.output[0])]
     return node.op_type == "Cast" and 0 < sizes[0] < sizes[1]
+
+
+def _narrows_back(index: GraphIndex, world: World, node: NodeProto) -> bool:
+    """Whether ``node`` casts back what a cast before it, views between them aside, made wider: nothing was changed."""
+    if node.op_type != "Cast" or _widens(world, node):
+        return False
+    before = index.producer.get(node.input[0])
+    while before is not None and before.domain in ("", "ai.onnx") and before.op_type in VIEW_OPS:
+        before = index.producer.get(before.input[0])
+    if before is None or before.domain not in ("", "ai.onnx") or not _widens(world, before):
+        return False
+    return world.types.get(before.input[0]) == world.types.get(node.output[0])
 
 
 def _scalar_factor(world: World, node: NodeProto) -> tuple[str, float] | None:
@@ -149,7 +161,8 @@ def is_idle_dropout(index: GraphIndex, world: World, node: NodeProto) -> bool:
     """A Dropout that passes its input through: not in training mode, its mask unread."""
     if node.op_type != "Dropout" or any(index.consumers.get(o) or o in index.outputs for o in node.output[1:] if o):
         return False
-    return len(node.input) < 3 or not node.input[2] or world.scalar(node.input[2]) == 0.0
+    training = node.input[2] if len(node.input) > 2 else ""
+    return not training or (not index.data_inputs(training) and not world.value(training).any())
 
 
 def second_product(index: GraphIndex, world: World, weights: str) -> Contraction:

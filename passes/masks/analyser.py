@@ -25,6 +25,7 @@ from attncompile.passes.grid import grid_with
 from attncompile.passes.masks.conclude import Pictures, conclude, widths
 from attncompile.passes.masks.factors import Leaf, Numbers, separate
 from attncompile.passes.masks.lengths import Lengths, around, picture_of
+from attncompile.passes.masks.pairs import Past, pairs, past_of, seen_enough
 from attncompile.passes.masks.picture import Picture
 from attncompile.passes.masks.windows import shifted_windows
 
@@ -226,10 +227,21 @@ class MaskAnalyser:
             widest = max(numbers, default=0)
             for length in (*around(numbers, largest), *([2 * widest + 1] * (2 * widest > largest))):
                 self.at.add(pictures, leaves, query, dynamic, length)
-        general = not stored and len(dynamic) == 1 and len(pictures) >= _SEVERAL
+        past = past_of(self.at, query, dynamic) if not stored else None
+        apart = past is not None and self._pairs(pictures, leaves, query, past)
+        general = not stored and (len(dynamic) == 1 or apart) and len(pictures) >= _SEVERAL
         vectors = any(p.window is None for p in pictures.values())
         general = general and not self.at.cut_from_table(leaves, vectors)
         return conclude(pictures, stored, general, not dynamic, grid, source)
+
+    def _pairs(self, pictures: Pictures, leaves: list[Leaf], query: MaskQuery, past: Past) -> bool:
+        """Adds pictures at which past and sequence differ; whether those tell the two apart."""
+        if any(p.window is None for p in pictures.values()):
+            return False  # nothing but a window is claimed for two lengths
+        numbers = widths(pictures)
+        for before, new in pairs(self.at, past, numbers, self.at.first(leaves)):
+            self.at.add_at(pictures, leaves, query, past.sizes(before, new))
+        return widths(pictures) == numbers and seen_enough(pictures, numbers)
 
     def _one_a_window(self, leaves: list[Leaf]) -> MaskPart | None:
         """One mask a batch entry, where the batch is windows."""

@@ -115,9 +115,14 @@ class Lengths:
         self, pictures: dict[tuple[int, int], Picture], leaves: list[Leaf], query: MaskQuery, dynamic: list[str], n: int
     ) -> None:
         """The picture with all driving symbols at ``n``, if there is one."""
-        if n < 1:
-            return
-        world = self.world_at({**self.world.binding, **dict.fromkeys(dynamic, n)})
+        if n >= 1:
+            self.add_at(pictures, leaves, query, dict.fromkeys(dynamic, n))
+
+    def add_at(
+        self, pictures: dict[tuple[int, int], Picture], leaves: list[Leaf], query: MaskQuery, sizes: Mapping[str, int]
+    ) -> None:
+        """The picture at these sizes of the driving symbols, if there is one."""
+        world = self.world_at({**self.world.binding, **sizes})
         if world is None or (lengths := self.lengths(world, query)) is None or lengths in pictures:
             return
         try:

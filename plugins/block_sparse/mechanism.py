@@ -163,7 +163,7 @@ def _mask(site: AttentionSite, parts: tuple[MaskPart, ...]) -> _Mask:
     return _read(parts, queries, keys)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _read(parts: tuple[MaskPart, ...], queries: int, keys: int) -> _Mask:
     seen = visible(parts, queries, keys)
     digest = hashlib.sha256(repr(seen.shape).encode() + np.packbits(seen, axis=1).tobytes()).hexdigest()[:16]

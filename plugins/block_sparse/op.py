@@ -33,11 +33,10 @@ def lists(visible: np.ndarray, block: int = BLOCK) -> Mapping[str, Any]:
     padded = np.zeros((rows * block, columns * block), bool)
     padded[: visible.shape[0], : visible.shape[1]] = visible
     blocks = padded.reshape(rows, block, columns, block).swapaxes(1, 2)  # [rows, columns, block, block]
+    count = blocks.sum(axis=(2, 3), dtype=np.int64)
     # What lies beyond the lengths does not make a block partial.
-    beyond = np.ones_like(padded)
-    beyond[: visible.shape[0], : visible.shape[1]] = False
-    full = (blocks | beyond.reshape(rows, block, columns, block).swapaxes(1, 2)).all(axis=(2, 3))
-    met = blocks.any(axis=(2, 3))
+    height, width = (np.minimum(block, n - np.arange(0, n, block)) for n in visible.shape)
+    full, met = count == height[:, None] * width[None, :], count > 0
     where = np.argwhere(met)  # row-major, so columns ascend within a row
     partial = met & ~full
     bits = np.packbits(blocks[partial], axis=2).reshape(-1, block * block // 8)

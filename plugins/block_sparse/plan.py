@@ -227,7 +227,7 @@ def _assemble(visible: np.ndarray, pieces: _Pieces, groups: list[np.ndarray]) ->
         copied += 0 if np.array_equal(keys, np.arange(keys[0], keys[0] + len(keys))) else len(keys)
     table = sum(t.masks.size for t in made if not t.masks.all())
     if table > LARGEST_TABLE:
-        raise Unsupported("size", f"its blocks are so irregular that their masks would take {table >> 20} MiB")
+        raise Unsupported("size", f"the masks of its tiles would take {table >> 20} MiB")
     return Plan(tuple(made), slots, elements, copied)
 
 

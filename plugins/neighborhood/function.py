@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnx import FunctionProto, NodeProto, helper
 
 from attncompile.plugins.body import Body, attribute_names, overload_of
+from attncompile.plugins.neighborhood.cached import cached_body, cuts
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.gridded import gridded_body
 from attncompile.plugins.neighborhood.op import DOMAIN, OP_TYPE, Neighborhood
@@ -17,7 +18,8 @@ def function(hood: Neighborhood, call: Call) -> FunctionProto:
     optional = {"key_mask": call.key_mask, "bias": call.bias, "sinks": call.sinks}
     given = {name: name * there for name, there in optional.items()}
     if slides(hood, call.bias):
-        output = sliding_body(body, hood, call, "query", "key", "value", given["key_mask"], given["sinks"])
+        made = cached_body if cuts(hood, call) else sliding_body
+        output = made(body, hood, call, "query", "key", "value", given["key_mask"], given["sinks"])
     else:
         output = gridded_body(body, hood, call, "query", "key", "value", given["key_mask"], given["bias"])
     last = max((at for at, there in enumerate(optional.values(), 1) if there), default=0)

@@ -15,8 +15,9 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.pattern import GridWindow
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.body import float_type
+from attncompile.plugins.body import FIRST_OPSET, float_type
 from attncompile.plugins.neighborhood.approximate import BLOCK, body_parameters, grid_windows, sequence_windows
+from attncompile.plugins.neighborhood.cached import kept, met
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import (
     check_bias,
@@ -65,7 +66,7 @@ class NeighborhoodAttention:
         try:
             parameters, reason = self._exact_parameters(site)
         except Unsupported as error:
-            return (Verdict.of(error),)
+            return (kept(site, Verdict.of(error)),)
         for verdict in (self.supports(site, parameters), self.is_exact_for(site, parameters)):
             if not verdict.ok:
                 return (verdict,)
@@ -183,9 +184,10 @@ class NeighborhoodAttention:
         """Touched keys include masked ones and rows of padding; the dense branch is counted where it is taken."""
         hood = Neighborhood.of(parameters)
         block, dense_below = _block(parameters)
-        queries, keys = shape.query_length, shape.key_length
+        queries = shape.query_length
+        keys, together = met(hood, Call.of(site, FIRST_OPSET, block, dense_below), queries, shape.key_length)
         if slides(hood, site.mask.part("bias") is not None):
-            if 0 < queries * keys <= dense_below**2:
+            if together or 0 < queries * keys <= dense_below**2:
                 pairs = float(queries * keys)
             else:
                 width = hood.kernel_size[0] - 1 + block + hood.prefix + hood.suffix
@@ -267,7 +269,10 @@ class NeighborhoodAttention:
         before = dense * (1.0 if site.mask.parts else UNMASKED)
         block, _ = _block(parameters)
         hood = Neighborhood.of(parameters)
-        if slides(hood, site.mask.part("bias") is not None):
+        _, together = met(hood, Call.of(site, FIRST_OPSET, block, 0), shape.query_length, shape.key_length)
+        if together:
+            copied = 0  # one slice of the last keys
+        elif slides(hood, site.mask.part("bias") is not None):
             copied = ceil(shape.query_length / block) * (hood.kernel_size[0] - 1 + block + hood.prefix + hood.suffix)
         else:
             plan = tiling(hood, block)

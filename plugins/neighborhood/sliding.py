@@ -19,7 +19,7 @@ from attncompile.plugins.neighborhood.op import Neighborhood
 
 
 @dataclass(frozen=True, slots=True)
-class _Lengths:
+class Lengths:
     """Scalar int64 values: query length, key length, and the position of query 0 (None when it is 0). ``end`` is the
     query length as [1].
     """
@@ -34,11 +34,11 @@ def sliding_body(
     body: Body, hood: Neighborhood, call: Call, query: str, key: str, value: str, key_mask: str, sinks: str
 ) -> str:
     """Append the whole computation; returns the output's name. ``key_mask`` and ``sinks`` are empty without one."""
-    lengths = _lengths(body, call, query, key)
+    lengths = lengths_of(body, call, query, key)
     if call.sinks:
         call, (query, key, value) = with_sink.joined(body, call, query, key, value, sinks)
     if not call.dense_below:
-        return _blocked(body, hood, call, lengths, (query, key, value, key_mask))
+        return blocked(body, hood, call, lengths, (query, key, value, key_mask))
     # Short sequences: a block of queries would be mostly padding, so N = 1 takes the formula itself.
     if call.self_attention:
         short = body.op("LessOrEqual", lengths.queries, body.scalar(call.dense_below))
@@ -46,19 +46,19 @@ def sliding_body(
         work = body.op("Mul", lengths.queries, lengths.keys)
         short = body.op("LessOrEqual", work, body.scalar(call.dense_below**2))
     branches = []
-    for build in (_whole, _blocked):
+    for build in (_whole, blocked):
         branch = body.branch()
         out = build(branch, hood, call, lengths, (query, key, value, key_mask))
         branches.append(branch.graph(build.__name__.strip("_"), out, float_type(call.dtype)[0]))
     return body.op("If", short, then_branch=branches[0], else_branch=branches[1])
 
 
-def _lengths(body: Body, call: Call, query: str, key: str) -> _Lengths:
+def lengths_of(body: Body, call: Call, query: str, key: str) -> Lengths:
     queries, end = _length(body, query, parts.sequence_axis(call.layouts[0]), call.query_length)
     if call.self_attention:
-        return _Lengths(queries, queries, None, end)
+        return Lengths(queries, queries, None, end)
     keys, _ = _length(body, key, parts.sequence_axis(call.layouts[1]), call.key_length)
-    return _Lengths(queries, keys, body.op("Sub", keys, queries), end)
+    return Lengths(queries, keys, body.op("Sub", keys, queries), end)
 
 
 def _length(body: Body, value: str, axis: int, known: int | None) -> tuple[str, str]:
@@ -73,18 +73,18 @@ def _plus(body: Body, value: str, offset: str | None) -> str:
     return value if offset is None else body.op("Add", value, offset)
 
 
-def _arange(body: Body, end: str) -> str:
+def arange(body: Body, end: str) -> str:
     return body.op("Range", body.scalar(0), end, body.scalar(1))
 
 
-def _whole(body: Body, hood: Neighborhood, call: Call, lengths: _Lengths, operands: tuple[str, str, str, str]) -> str:
+def _whole(body: Body, hood: Neighborhood, call: Call, lengths: Lengths, operands: tuple[str, str, str, str]) -> str:
     """All queries with all keys under the window's mask."""
     query, key, value = (
         parts.heads_first(body, x, layout) for x, layout in zip(operands[:3], call.layouts, strict=False)
     )
-    rows = body.op("Unsqueeze", _plus(body, _arange(body, lengths.queries), lengths.offset), body.ints(1))  # [n, 1]
-    columns = _arange(body, lengths.keys)
-    visible = _in_window(body, hood, body.op("Sub", columns, rows))  # [n, Nk]
+    rows = body.op("Unsqueeze", _plus(body, arange(body, lengths.queries), lengths.offset), body.ints(1))  # [n, 1]
+    columns = arange(body, lengths.keys)
+    visible = in_window(body, hood, body.op("Sub", columns, rows))  # [n, Nk]
     if hood.prefix or hood.suffix:
         everywhere = _is_extra(body, hood, lengths, columns)
         if hood.causal[0]:
@@ -100,13 +100,13 @@ def _whole(body: Body, hood: Neighborhood, call: Call, lengths: _Lengths, operan
     return parts.heads_first(body, result, call.layouts[3])  # the same swap the other way round
 
 
-def _in_window(body: Body, hood: Neighborhood, relative: str) -> str:
+def in_window(body: Body, hood: Neighborhood, relative: str) -> str:
     """-left <= j - i <= right."""
     not_before = body.op("GreaterOrEqual", relative, body.scalar(-hood.left[0]))
     return body.op("And", not_before, body.op("LessOrEqual", relative, body.scalar(hood.right[0])))
 
 
-def _is_extra(body: Body, hood: Neighborhood, lengths: _Lengths, index: str) -> str:
+def _is_extra(body: Body, hood: Neighborhood, lengths: Lengths, index: str) -> str:
     """Whether a token is one of the prefix or of the suffix."""
     found = body.op("Less", index, body.scalar(hood.prefix))
     if hood.suffix:
@@ -115,7 +115,7 @@ def _is_extra(body: Body, hood: Neighborhood, lengths: _Lengths, index: str) -> 
     return found
 
 
-def _blocked(body: Body, hood: Neighborhood, call: Call, lengths: _Lengths, operands: tuple[str, str, str, str]) -> str:
+def blocked(body: Body, hood: Neighborhood, call: Call, lengths: Lengths, operands: tuple[str, str, str, str]) -> str:
     query, key, value, key_mask = operands
     block = call.block
     if call.query_length is not None:
@@ -127,7 +127,7 @@ def _blocked(body: Body, hood: Neighborhood, call: Call, lengths: _Lengths, oper
     padded = query if whole else _pad(body, query, axis, lengths.end, blocks, block)
     tiles = parts.tiles_of_queries(body, call, parts.scaled(body, call, padded), block, call.layouts[0])
 
-    first = body.op("Mul", _arange(body, blocks), body.scalar(block))
+    first = body.op("Mul", arange(body, blocks), body.scalar(block))
     first = body.op("Unsqueeze", _plus(body, first, lengths.offset), body.ints(1))  # [T, 1] position of row 0
     index, visible = _keys_of_blocks(body, hood, call, lengths, first)  # [T, W], [T, R, W]
     key, value = (parts.heads_first(body, x, y) for x, y in ((key, call.layouts[1]), (value, call.layouts[2])))
@@ -167,7 +167,7 @@ def _pad(body: Body, value: str, axis: int, length: str, blocks: str, block: int
     return body.op("Pad", value, pads)
 
 
-def _keys_of_blocks(body: Body, hood: Neighborhood, call: Call, lengths: _Lengths, first: str) -> tuple[str, str]:
+def _keys_of_blocks(body: Body, hood: Neighborhood, call: Call, lengths: Lengths, first: str) -> tuple[str, str]:
     """Key indices [T, W], clipped into range, and which of them each row sees [T, R, W].
 
     What depends on the block is one bool per (block, key); what depends on the row is the same for all blocks, made of
@@ -182,7 +182,7 @@ def _keys_of_blocks(body: Body, hood: Neighborhood, call: Call, lengths: _Length
     inside = body.op("And", body.op("GreaterOrEqual", index, low), body.op("Less", index, high))
     row = np.tile(np.arange(block, dtype=np.int64), call.group)[:, None]  # [R, 1], group-major as the tiles are
     relative = body.op("Sub", body.constant(steps), body.constant(row))  # [R, W]
-    visible = body.op("And", body.op("Unsqueeze", inside, body.ints(1)), _in_window(body, hood, relative))  # [T, R, W]
+    visible = body.op("And", body.op("Unsqueeze", inside, body.ints(1)), in_window(body, hood, relative))  # [T, R, W]
     extra = _extra_keys(body, hood, lengths)
     if extra is not None:
         count = hood.prefix + hood.suffix
@@ -197,7 +197,7 @@ def _keys_of_blocks(body: Body, hood: Neighborhood, call: Call, lengths: _Length
     return body.op("Min", body.op("Max", index, body.scalar(0)), last), visible
 
 
-def _extra_keys(body: Body, hood: Neighborhood, lengths: _Lengths) -> str | None:
+def _extra_keys(body: Body, hood: Neighborhood, lengths: Lengths) -> str | None:
     """Indices of the prefix and suffix tokens, [prefix + suffix]."""
     found = []
     if hood.prefix:

@@ -40,15 +40,17 @@ def attention(b: Builder, apply: Callable[[str], str], heads: int, length: int |
 def site_of(
     b: Builder, apply: Callable[[str], str], heads: int, length: int | str, keys: int | None = None,
     batch: int | str = 2, sizes: Range | None = None, grid: TokenGrid | None = None,
-    extra: tuple[onnx.ValueInfoProto, ...] = (),
+    extra: tuple[onnx.ValueInfoProto, ...] = (), models: list[onnx.ModelProto] | None = None,
 ) -> AttentionSite:  # fmt: skip
-    """The one site of ``attention``."""
+    """The one site of ``attention``; the model is appended to ``models``."""
     out = attention(b, apply, heads, length, keys)
     inputs = [helper.make_tensor_value_info("x", 1, [batch, length, 4 * heads]), *extra]
     if keys is not None:
         inputs.append(helper.make_tensor_value_info("y", 1, [batch, keys, 4 * heads]))
     graph = helper.make_graph(b.nodes, "g", inputs, [helper.make_tensor_value_info(out, 1, [None] * 4)], b.stored)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    if models is not None:
+        models.append(model)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load(save(model, Path(folder)))
         found = detect(loaded, profile_for(loaded, {str(length): sizes} if sizes else {}), grid=grid)

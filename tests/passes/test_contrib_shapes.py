@@ -83,3 +83,31 @@ def test_shapes_are_those_of_the_runtime(
     for name, array in found.items():
         assert world.shapes[name] == array.shape
         assert np.dtype(array.dtype) == np.dtype({1: np.float32, 2: np.uint8, 6: np.int32}[world.types[name]])
+
+
+@pytest.mark.parametrize(
+    ("size", "attributes"),
+    [
+        ((9, 11), {}),
+        ((9, 11), {"pads": [1, 2, 0, 1], "strides": [2, 3]}),
+        ((12, 13), {"dilations": [2, 1], "pads": [2, 1, 2, 1], "strides": [1, 2]}),
+    ],
+)
+def test_convolutions_with_channels_last(size: tuple[int, int], attributes: dict[str, Any]) -> None:
+    """ONNX Runtime's CPU provider has no kernel for them: against the standard Conv, channels first."""
+    data, weight = f(2, 6, *size), f(4, 6, 3, 2)
+    proto = one_node("Conv", named(data, weight), ["y"], opset=18, **attributes)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"x0": data, "x1": weight})
+    last = named(data.transpose(0, 2, 3, 1), weight.transpose(0, 2, 3, 1))
+    made = one_node("NhwcConv", last, ["y"], domain=MS, opset=18, **attributes)
+    world = World(GraphIndex(Model(Path("m.onnx"), made, "", 18)), {})
+    assert world.shapes["y"] == expected.transpose(0, 2, 3, 1).shape
+
+
+def test_the_sum_of_a_group_norm_with_skip() -> None:
+    """Its second output, and no other, is the sum; there is no CPU kernel to ask."""
+    given = named(f(2, 5, 7, 8), f(8), f(8), f(2, 5, 7, 8))
+    made = one_node("SkipGroupNorm", given, ["y", "s"], domain=MS, opset=18, groups=2)
+    world = World(GraphIndex(Model(Path("m.onnx"), made, "", 18)), {})
+    assert world.shapes["y"] == world.shapes["s"] == (2, 5, 7, 8)

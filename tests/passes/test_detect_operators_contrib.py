@@ -105,18 +105,9 @@ def test_rewrites_of_multi_head_attention(attributes: dict[str, Any], opset: int
     assert done >= {"DenseAttention"} | ({"Attention"} if opset == 23 else set())
 
 
-def test_lengths_of_keys_are_ends() -> None:
-    _, site = only_site(contrib("MultiHeadAttention", [*cross(), NONE, ("m", ints(4, 7))], num_heads=H))
-    assert site.mask.ends == KeyEnds("m", 0, "sequence")
-    assert site.mask.fills == (-10000.0,)
-
-
 @pytest.mark.parametrize(
     ("inputs", "attributes", "words"),
     [
-        ([*own(), ("b", floats(3 * H * D))], {}, "adds a bias"),
-        ([("q", floats(B, S, H, 3, D))], {}, "packed"),
-        ([own()[0], ("k", floats(B, L, H, 2, D))], {}, "packed"),
         (cross(), {"unidirectional": 1}, "unidirectional"),
         ([*own(), NONE, NONE, NONE, *past(9), ("n", ints(4))], {}, "share one buffer"),
     ],
@@ -178,7 +169,11 @@ ROTARY = [("cos", floats(16, 4)), ("sin", floats(16, 4))]
         (grouped(2, 5, None, [5, 5], ROTARY), {"do_rotary": 1}, "rotates"),
         (grouped(2, 5, None, [5, 5]), {"smooth_softmax": 1}, "sink of zero"),
         (grouped(2, 1, 6, [7, 7]), {"sliding_window_cache": 1, "local_window_size": 6}, "last window only"),
-        ([("q", floats(2, 5, 64)), NONE, NONE, NONE, NONE, ("e", ints(4, 4)), ("t", ints(5))], {}, "packed"),
+        (
+            [("q", floats(2, 5, 64)), NONE, NONE, NONE, NONE, ("e", ints(4, 4)), ("t", ints(5)), *ROTARY],
+            {"do_rotary": 1},
+            "rotates",
+        ),
         (grouped(2, 5, None, [5, 5], [NONE] * 7 + [("nq", floats(8)), ("nk", floats(8))]), {}, "normalises"),
         (grouped(2, 5, None, [5, 5], [NONE] * 9 + [("ql", ints(4, 5))]), {}, "padding"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +267,10 @@ def test_a_mask_is_read_on_the_grid_of_the_patches() -> None:
     shown = site.mask.to_json()
     assert shown["grid"]["shape"] == [5, 12] and shown["kernel_size"] == [3, 3] and shown["border"] == "truncate"
     assert "patch embedding" in site.mask.parts[0].certificate.detail
+
+
+@pytest.mark.parametrize("first", ["passes.grid", "passes.masks", "passes.token_layout", "passes.detect"])
+def test_every_pass_can_be_imported_first(first: str) -> None:
+    """Masks and grids are read by detection, and follow axes with its means."""
+    code = f"import attncompile.{first}; from attncompile.passes.masks import MaskAnalyser; MaskAnalyser"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

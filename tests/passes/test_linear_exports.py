@@ -119,9 +119,9 @@ def test_sana_in_half_precision(entry: Entry, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", _BOTH, ids=lambda e: e.slug)
-@pytest.mark.parametrize("block, count", [(16, 1), (4, 0)])
-def test_lightning_attention(entry: Entry, block: int, count: int, tmp_path: Path) -> None:
-    """transformers' MiniMax layer: 11 tokens in one block are one site with a decay a head, in three blocks none."""
+@pytest.mark.parametrize("block, form", [(16, "parallel"), (4, "chunked")])
+def test_lightning_attention(entry: Entry, block: int, form: str, tmp_path: Path) -> None:
+    """transformers' MiniMax layer: 11 tokens in one block, and in three with a state, are one site each."""
     minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
     config = pytest.importorskip("transformers").MiniMaxConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4,
@@ -139,8 +139,9 @@ def test_lightning_attention(entry: Entry, block: int, count: int, tmp_path: Pat
 
     built = Built(seed_weights(Layer(), 0).eval(), {"x": torch.randn(2, 11, 32)}, ("y",), {})
     found = sites(built, entry, tmp_path)
-    assert len(found) == count
+    assert len(found) == 1
     for site in found:
         assert site.linear is not None
+        assert site.linear.form == form
         assert (site.linear.causal, site.linear.decay, site.heads, site.query_length) == (True, "head", 4, 11)
         assert site.linear.decay_rates == tuple(sorted(site.linear.decay_rates))

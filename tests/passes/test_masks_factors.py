@@ -11,8 +11,11 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
+from attncompile.core.grid import TokenGrid
 from attncompile.core.grid_pattern import Blocked, ShiftedWindows
+from attncompile.core.pattern import GridWindow, Pattern
 from attncompile.core.profile import Range
+from attncompile.core.sequence_pattern import Dilated, GlobalLocal, Strided
 from attncompile.core.site import AttentionSite
 from attncompile.passes.detect import detect
 from attncompile.passes.load import load
@@ -150,6 +153,37 @@ def test_a_number_as_large_as_the_lengths_is_not_believed_for_others() -> None:
 
     (part,) = computed(make, Range(1, 23, 61)).mask.parts
     assert part.kind == "opaque" or not part.certificate.general
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Blocked((7,), (3,)),
+        Dilated(3, 9, 6),
+        GlobalLocal(2, 1, first=2),
+        Strided(6, 2, 1),
+        GridWindow(TokenGrid((5, 6), 1), (3, 3), (1, 1), (1, 1), (False, False)),
+        GridWindow(TokenGrid((31,)), (5,), (2,), (1,), (False,), "circular"),
+    ],
+)
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_model_computes_what_the_facts_say(pattern: Pattern, merged: bool) -> None:
+    """ONNX Runtime against NumPy, which knows the structure and the bias alone."""
+    rng = np.random.default_rng(0)
+    bias = rng.standard_normal((1, 2, N, N)) * merged
+    b = Builder()
+    mask = b.const(np.where(pattern.visible(N, N), bias, -np.inf).astype(np.float32))
+    models: list[onnx.ModelProto] = []
+    site = site_of(b, lambda scores: b.op("Add", scores, mask), 2, N, models=models)
+    assert [p.kind for p in site.mask.parts][1:] == ["bias"] * merged and site.mask.parts[0].pattern is not None
+    x = rng.standard_normal((2, N, 8)).astype(np.float32)
+    session = ort.InferenceSession(models[0].SerializeToString(), providers=["CPUExecutionProvider"])
+    truth = session.run(None, {"x": x})[0]
+    heads = x.astype(np.float64).reshape(2, N, 2, 4).transpose(0, 2, 1, 3)
+    scores = np.where(read(site, N, N), heads @ heads.transpose(0, 1, 3, 2) + bias, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    ours = weights / weights.sum(-1, keepdims=True) @ heads
+    np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
 
 
 # Swin: batch entries are windows.

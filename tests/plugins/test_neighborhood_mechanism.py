@@ -209,7 +209,7 @@ def test_attention_says_where_it_applies(case) -> None:
     assert isinstance(found, Candidate) and found.parameters == {"causal": True}
     assert isinstance(only(subject.exact_candidates(case().site(mask=mask(padding, rows="zero")))), Candidate)
     for facts, code in (
-        (mask(window(7, 0)), "mask"),
+        (mask(window(7, 0)), "window"),
         (mask(padding, rows="uniform"), "masked-rows"),
         (mask(causal, padding), "mask"),
         (mask(replace(causal, certificate=ONCE)), "certificate"),

@@ -16,7 +16,7 @@ from attncompile.passes.detect.walks import dies, node_name, readers_of
 from attncompile.passes.evaluate import GraphIndex, World
 
 _LAYOUTS: tuple[Layout, Layout] = ("BHND", "BNHD")
-_AFTER = (VIEW_OPS | {"Slice"}) - {"Expand"}
+_AFTER = (VIEW_OPS | {"Slice", "Gather"}) - {"Expand"}
 """What may stand between the windowed core and its output: nothing that repeats or adds."""
 
 
@@ -153,6 +153,8 @@ class OutputPlace:
         atoms, row = self._atoms, self._rows[role]
         if not row.atoms:
             return self._sizes[role] == 1
+        if any(a not in place for a in row.atoms):
+            return False
         own = [place[a].on_leaves(atoms) for a in row.atoms]
         wanted = atoms.leaves(axis)
         if any(a not in wanted for c in own for a in c.atoms) or any(int(c.array.min()) < 0 for c in own):

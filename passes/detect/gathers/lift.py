@@ -28,8 +28,11 @@ from attncompile.passes.evaluate import GraphIndex, World
 VisibleFacts = Callable[[np.ndarray, bool, tuple[float, ...]], MaskFacts]
 """What a bool array [query, key] is; whether a NaN guard follows the softmax; what hides keys."""
 
-MAX_PAIRS = 1 << 27
+MAX_SLOTS = 1 << 25
 """Query and key slots that are looked at one by one."""
+
+MAX_PAIRS = 1 << 27
+"""Queries times keys of a site."""
 
 
 def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: VisibleFacts) -> AttentionSite:
@@ -42,7 +45,7 @@ def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: V
         raise Unsupported("gather-form", "a sink stands beside the keys of the windows")
     path = trace(index, world, norm.scores)
     first = path.product
-    if len(first.summed) != 1 or first.node.op_type == "Gemm":
+    if len(first.summed) != 1 or not first.summed <= _both(first) or first.node.op_type == "Gemm":
         raise Unsupported("gather-form", "the product of queries and keys is not over one axis")
     atoms = Atoms()
     label_axis = {x: atoms.new(n) for x, n in zip(first.out_labels, world.shapes[first.node.output[0]], strict=True)}
@@ -55,12 +58,12 @@ def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: V
     for step in path.steps:
         if step.kind == "view":
             axes = forward(world, atoms, step.node, axes)
-        elif step.kind == "scale" and not fills:
+        elif step.kind == "scale" and not shown:
             scale *= step.factor
         elif step.kind in ("add", "visible", "hidden"):
             mask, fill = _visible(world, atoms, axes, step)
             shown.append(mask)
-            fills.append(fill)
+            fills += fill
         elif step.kind != "cast":
             raise Unsupported("gather-form", f"a {step.kind} stands between windowed scores and their softmax")
     keys = atoms.leaves(axes[-1])
@@ -79,6 +82,10 @@ def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: V
     value = find_source(index, world, atoms, values.name, values.axes, values.dim, key)
     if value.factor != 1.0:
         raise Unsupported("value-product", "the values are scaled")
+    if value.sizes["N"] != key.sizes["N"]:
+        raise Unsupported(
+            "gather-tokens", f"the keys are gathered from {key.sizes['N']} tokens, the values from {value.sizes['N']}"
+        )
     slots = atoms.leaves(keys)
     rows = tuple(a for x in first.out_labels for a in atoms.leaves(label_axis[x]) if a not in slots)
     picture = _picture(atoms, query, key, value, shown, rows)
@@ -104,21 +111,28 @@ def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: V
     )  # fmt: skip
 
 
-def _visible(world: World, atoms: Atoms, axes: Axes, step: Step) -> tuple[Coordinate, float]:
-    """A mask on windowed scores: a bool array over the atoms that it depends on, and what hides."""
+def _visible(world: World, atoms: Atoms, axes: Axes, step: Step) -> tuple[Coordinate, list[float]]:
+    """A mask on windowed scores: a bool array over the atoms that it depends on, and what hides: the number next to
+    zero, and the one farthest from it.
+    """
     array = world.value(step.value)
-    fill = step.fill
+    fills = [step.fill]
     if step.kind == "add":
         array = array.astype(np.float64)
         if not bool(np.all((array == 0) | (array <= HIDDEN))):
             raise Unsupported("gather-bias", f"'{step.value}' is added to windowed scores and is more than a mask")
-        fill, array = float(array.min(initial=0.0)), array == 0
+        fills = sorted({float(f(array[array < 0])) for f in (np.min, np.max) if (array < 0).any()})
+        array = array == 0
     else:
         array = array.astype(bool) ^ (step.kind == "hidden")
     wide = array.reshape((1,) * (len(axes) - array.ndim) + array.shape)
     own = [i for i, size in enumerate(wide.shape) if size > 1]
     leaves = tuple(a for i in own for a in atoms.leaves(axes[i]))
-    return Coordinate(leaves, wide.reshape([atoms.sizes[a] for a in leaves])), fill
+    return Coordinate(leaves, wide.reshape([atoms.sizes[a] for a in leaves])), fills
+
+
+def _both(product: Contraction) -> frozenset[str]:
+    return frozenset(product.left_labels) & frozenset(product.right_labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +150,10 @@ def _value_side(world: World, atoms: Atoms, second: Contraction, weights: str, a
     if second.left != weights:
         sides.reverse()
     (_, own_labels), (name, labels) = sides
-    if second.factor != 1.0 or len(second.summed) != 1:
-        raise Unsupported("value-product", "the product with the values is scaled, or sums over several axes")
+    if second.factor != 1.0 or len(second.summed) != 1 or not second.summed <= _both(second):
+        raise Unsupported(
+            "value-product", "the product with the values is scaled, or does not sum over one axis of both operands"
+        )
     label_axis = dict(zip(own_labels, axes, strict=True))
     new = [x for x in labels if x not in label_axis]
     if len(new) != 1:
@@ -160,13 +176,13 @@ def _picture(
     masks = [s.on_leaves(atoms) for s in shown]
     if apart & {a for c in (tokens_of_query, tokens_of_key, *masks) for a in c.atoms}:
         raise Unsupported("gather-form", "the windows differ between heads or batch entries")
-    if set(rows) - apart != set(tokens_of_query.atoms):
+    if apart - set(rows) or set(rows) - apart != set(tokens_of_query.atoms):
         raise Unsupported("gather-twice", "a query stands in several rows of the windowed scores")
     real = tokens_of_query.array[tokens_of_query.array >= 0]
     if len(np.unique(real)) != real.size:
         raise Unsupported("gather-twice", "a query stands in several rows of the windowed scores")
     every = tuple(dict.fromkeys(a for c in (tokens_of_query, tokens_of_key, *masks) for a in c.atoms))
-    if prod(atoms.sizes[a] for a in every) > MAX_PAIRS:
+    if prod(atoms.sizes[a] for a in every) > MAX_SLOTS or query.sizes["N"] * key.sizes["N"] > MAX_PAIRS:
         raise Unsupported("too-large", "the windowed scores are too many to be looked at one by one")
     shape = [atoms.sizes[a] for a in every]
     seen = np.broadcast_to(tokens_of_query.over(atoms, every) >= 0, shape)

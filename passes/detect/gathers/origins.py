@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 
 import numpy as np
 from onnx import NodeProto
@@ -24,6 +24,7 @@ MOVES = VIEW_OPS | {"Slice", "Gather", "GatherND", "Pad", "Concat", "Split", "Ti
 MAX_ELEMENTS = 1 << 25
 """Coordinates are arrays of at most this many numbers."""
 
+_STEERED = frozenset({"Slice", "Pad", "Tile", "Gather", "GatherND"})
 _PAD_MODES: Mapping[str, str] = {"edge": "edge", "reflect": "reflect", "wrap": "wrap"}
 
 
@@ -160,6 +161,8 @@ class Mover:
             sources = _moved_from(self._index, self._world, name)
             if not sources:
                 raise Unsupported("gather-form", f"'{name}' is not a part of the source")
+            if any(not prod(self._world.shapes.get(v, (0,))) for v in (*sources, name)):
+                raise Unsupported("gather-form", f"'{name}' is made of parts without elements")
             missing = [s for s in sources if s not in self._known]
             if missing:
                 stack += missing
@@ -167,7 +170,10 @@ class Mover:
             stack.pop()
             node = self._index.producer[name]
             self.nodes[id(node)] = node
-            self._known[name] = self.step(node, name)
+            made = self.step(node, name)
+            if tuple(self._atoms.size(self._atoms.leaves(a)) for a in made.axes) != self._world.shapes.get(name):
+                raise Unsupported("gather-form", f"'{name}' has another shape than its parts")
+            self._known[name] = made
             scaled = scaled_from(self._index, self._world, node)
             factors = {self.factor[s] for s in sources}
             if len(factors) != 1:
@@ -196,6 +202,8 @@ class Mover:
         """(axis, which of its entries): what each axis of the input becomes; an array of rank 2 makes two axes."""
         kind, world = node.op_type, self._world
         attributes = {a.name: a for a in node.attribute}
+        if kind in _STEERED and len(node.input) < 2:
+            raise Unsupported("gather-form", f"{kind} '{output}' is written as before opset 13")
         if kind == "Gather":
             axis = (attributes["axis"].i if "axis" in attributes else 0) % len(shape)
             indices = world.value(node.input[1]).astype(np.int64)

@@ -5,4 +5,7 @@ selections that do not look at the data. Such a region is one real-analytic func
 attention: if both agree at a point drawn at random, they agree everywhere (two different analytic functions agree on a
 set of measure zero). ``region`` finds the piece of graph, ``reading`` runs it to learn which keys each query sees and
 the scale, and compares it with attention on random inputs.
+
+Linear attention in chunks is a polynomial, or a quotient of two: ``linear_region`` and ``linear_reading`` do the same
+for it. ``reasons`` says what was read of a region that is not attention with a mask.
 """

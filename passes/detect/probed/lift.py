@@ -12,8 +12,9 @@ from onnx import NodeProto, ValueInfoProto, helper, numpy_helper
 from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts
 from attncompile.core.site import AttentionSite
-from attncompile.passes.detect.probed.reading import Reading, Run, Sizes, read
+from attncompile.passes.detect.probed.reading import Reading, check_logits, read
 from attncompile.passes.detect.probed.region import Region, regions_around
+from attncompile.passes.detect.probed.visible import Run, Sizes
 from attncompile.passes.detect.softmax import dtype_name
 from attncompile.passes.detect.walks import node_name
 from attncompile.passes.evaluate import GraphIndex, World
@@ -21,8 +22,11 @@ from attncompile.passes.evaluate import GraphIndex, World
 FactsOf = Callable[[np.ndarray], MaskFacts]
 """What a bool array [heads, query, key] is."""
 
-MAX_SCORES = 1 << 26
-"""A region with more scores a head than this (8,192 tokens squared) is not run."""
+Check = Callable[[Region], None]
+"""Raises ``Unsupported`` where a region must not be run: it has other sizes too."""
+
+MAX_SCORES = 1 << 28
+"""A region with more scores than this (12 heads of 4,700 tokens squared) is not run."""
 
 
 class Readings:
@@ -33,7 +37,7 @@ class Readings:
 
     def of(self, index: GraphIndex, world: World, region: Region) -> Reading:
         """Raises ``Unsupported`` where the region is not attention."""
-        key = _digest(index, world, region)
+        key = digest(index, world, region)
         if key not in self._known:
             try:
                 self._known[key] = _read(index, world, region)
@@ -46,14 +50,14 @@ class Readings:
 
 
 def lift_probed(
-    index: GraphIndex, world: World, softmax: NodeProto, readings: Readings, facts_of: FactsOf
+    index: GraphIndex, world: World, softmax: NodeProto, readings: Readings, check: Check, facts_of: FactsOf
 ) -> AttentionSite:
     """The site that ``softmax`` is a part of; lengths are numbers, the id is empty.
 
     Raises:
         Unsupported: the softmax lies in no analytic region, or the region is not attention.
     """
-    region, reading = _first_read(index, world, regions_around(index, world, softmax), readings)
+    region, reading = _first_read(index, world, regions_around(index, world, softmax), readings, check)
     query, key, value = region.entries
     sizes = dict(zip(query.layout, world.shapes[query.value], strict=True))
     keys = dict(zip(key.layout, world.shapes[key.value], strict=True))
@@ -70,15 +74,17 @@ def lift_probed(
 
 
 def _first_read(
-    index: GraphIndex, world: World, regions: list[Region], readings: Readings
+    index: GraphIndex, world: World, regions: list[Region], readings: Readings, check: Check
 ) -> tuple[Region, Reading]:  # fmt: skip
     """The first region that is attention, its entries in the order query, key, value.
 
     The values are the entry that reaches the output past every softmax.
     """
     last: Unsupported | None = None
-    for region in regions:
-        if dtype_name(world, region.output.value) != "float32":
+    # The right way to read the axes is more often than not the one with the most tokens.
+    for region in sorted(regions, key=lambda r: -_tokens(world, r)):
+        check(region)
+        if any(dtype_name(world, o.value) != "float32" for o in (*region.entries, region.output)):
             raise Unsupported("probe", "only float32 can be told apart finely enough by running it")
         reach = _past_softmax(region)
         values = [e for e in region.entries if e.value in reach]
@@ -98,6 +104,10 @@ def _first_read(
         return ordered, reading
     assert last is not None
     raise last
+
+
+def _tokens(world: World, region: Region) -> int:
+    return world.shapes[region.output.value][region.output.layout.index("N")]
 
 
 def _past_softmax(region: Region) -> set[str]:
@@ -123,28 +133,42 @@ def _sizes(world: World, region: Region) -> Sizes:
     same = q["B"] == k["B"] == v["B"] == o["B"] and q["H"] == k["H"] == v["H"] == o["H"]
     if not same or k["N"] != v["N"] or q["N"] != o["N"] or q["D"] != k["D"] or v["D"] != o["D"]:
         raise Unsupported("probe-region", "the operands' sizes do not fit together")
-    if q["N"] * k["N"] > MAX_SCORES:
-        raise Unsupported("too-large", f"{q['N']} queries and {k['N']} keys are too many to be looked at one by one")
+    if q["B"] * q["H"] * q["N"] * k["N"] > MAX_SCORES:
+        raise Unsupported("too-large", f"{q['N']} queries and {k['N']} keys in {q['B'] * q['H']} heads are too many to "
+                          "be looked at one by one")  # fmt: skip
     return Sizes(q["B"], q["H"], q["N"], k["N"], q["D"], v["D"])
 
 
 def _read(index: GraphIndex, world: World, region: Region) -> Reading:
     sizes = _sizes(world, region)
+    logits = tuple(dict.fromkeys(n.input[0] for n in region.nodes if n.op_type == "Softmax"))
+    session = session_of(index, world, region, logits)
+    check_logits(lambda q, k, v: _values(session, region, (q, k, v), logits), sizes)
+    return read(runner(session, region), sizes)
+
+
+def session_of(index: GraphIndex, world: World, region: Region, also: tuple[str, ...] = ()) -> ort.InferenceSession:
+    """The region as a model of its own, its entries the inputs, with the values ``also`` among the outputs.
+
+    Raises:
+        Unsupported: ONNX Runtime does not take it.
+    """
     nodes, stored = _whole(index, world, region)
     graph = helper.make_graph(
         nodes, "region",
         [helper.make_tensor_value_info(e.value, world.types[e.value], list(world.shapes[e.value]))
          for e in region.entries],
-        [ValueInfoProto(name=region.output.value)], world.known_initializers(stored),
+        [ValueInfoProto(name=v) for v in (region.output.value, *also)], world.known_initializers(stored),
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=index.model.proto.opset_import, ir_version=10)
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    # Indices of gigabytes are not computed ahead, and the nodes that run are those of the model.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own untyped errors
         raise Unsupported("not-evaluated", f"the region cannot be run: {' '.join(str(error).split())[:200]}") from None
-    return read(_runner(session, region), sizes)
 
 
 def _whole(index: GraphIndex, world: World, region: Region) -> tuple[list[NodeProto], set[str]]:
@@ -174,22 +198,31 @@ def _whole(index: GraphIndex, world: World, region: Region) -> tuple[list[NodePr
     return sorted(nodes.values(), key=lambda n: order[id(n)]), stored
 
 
-def _runner(session: ort.InferenceSession, region: Region) -> Run:
+def runner(session: ort.InferenceSession, region: Region) -> Run:
+    """Runs ``session`` on the region's entries, each given and returned with heads before tokens."""
+
     def run(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        feed = {}
-        for entry, array in zip(region.entries, (q, k, v), strict=True):
-            feed[entry.value] = np.ascontiguousarray(array.swapaxes(1, 2) if entry.layout == "BNHD" else array)
-        try:
-            out: np.ndarray = np.asarray(session.run([region.output.value], feed)[0])
-        except Exception as error:  # as above
-            reason = " ".join(str(error).split())[:200]
-            raise Unsupported("not-evaluated", f"the region cannot be run: {reason}") from None
+        (out,) = _values(session, region, (q, k, v), (region.output.value,))
         return out.swapaxes(1, 2) if region.output.layout == "BNHD" else out
 
     return run
 
 
-def _digest(index: GraphIndex, world: World, region: Region) -> str:
+def _values(
+    session: ort.InferenceSession, region: Region, entries: tuple[np.ndarray, ...], wanted: tuple[str, ...]
+) -> list[np.ndarray]:
+    """``wanted`` values, as they are in the graph, from entries with heads before tokens."""
+    feed = {}
+    for entry, array in zip(region.entries, entries, strict=True):
+        feed[entry.value] = np.ascontiguousarray(array.swapaxes(1, 2) if entry.layout == "BNHD" else array)
+    try:
+        return [np.asarray(x) for x in session.run(list(wanted), feed)]
+    except Exception as error:  # ONNX Runtime raises its own untyped errors
+        reason = " ".join(str(error).split())[:200]
+        raise Unsupported("not-evaluated", f"the region cannot be run: {reason}") from None
+
+
+def digest(index: GraphIndex, world: World, region: Region) -> str:
     """Of everything in the region but the names of its values."""
     nodes, stored = _whole(index, world, region)
     tensors = {t.name: t for t in world.known_initializers(stored)}
@@ -199,12 +232,13 @@ def _digest(index: GraphIndex, world: World, region: Region) -> str:
         number.setdefault(operand.value, len(number))
         text.update(f"{operand.layout}{world.shapes[operand.value]}".encode())
     for node in nodes:
-        text.update(node.op_type.encode())
+        text.update(f"\n{node.op_type} {len(node.input)} {len(node.attribute)} ".encode())
         for attribute in node.attribute:
-            text.update(attribute.SerializeToString(deterministic=True))
+            text.update(attribute.SerializeToString(deterministic=True) + b";")
         for value in (*node.input, *node.output):
             if value in tensors:
-                text.update(f"{list(tensors[value].dims)}".encode() + numpy_helper.to_array(tensors[value]).tobytes())
+                tensor = tensors[value]
+                text.update(f"{tensor.data_type}{list(tensor.dims)}".encode() + numpy_helper.to_array(tensor).tobytes())
             else:
-                text.update(str(number.setdefault(value, len(number))).encode())
+                text.update(f"{number.setdefault(value, len(number))},".encode())
     return text.hexdigest()

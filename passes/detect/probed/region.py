@@ -8,9 +8,10 @@ from onnx import NodeProto
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.site import Layout, Operand
+from attncompile.passes.detect.probed.reasons import check_entries
 from attncompile.passes.detect.scores import FLOATS
 from attncompile.passes.detect.views import VIEW_OPS
-from attncompile.passes.detect.walks import dies, node_name
+from attncompile.passes.detect.walks import dies, is_idle_dropout, node_name
 from attncompile.passes.evaluate import GraphIndex, World
 
 _MOVES = VIEW_OPS | {"Slice", "Gather", "GatherND", "GatherElements", "Pad", "Concat", "Split", "Tile", "Where",
@@ -43,6 +44,7 @@ def regions_around(index: GraphIndex, world: World, softmax: NodeProto) -> list[
     """
     exit_value = _exit(index, world, softmax)
     nodes, entries = _back(index, world, exit_value)
+    check_entries(index, entries)
     if len(entries) != 3:
         raise Unsupported(
             "probe-region", f"the region around the softmax starts at {len(entries)} values, not at three"
@@ -62,21 +64,23 @@ def regions_around(index: GraphIndex, world: World, softmax: NodeProto) -> list[
 
 def _region(index: GraphIndex, world: World, entries: list[str], inside: set[int], output: Operand) -> Region:
     homes = [_home(index, world, entry, inside, output) for entry in entries]
-    nodes = _between(index, output.value, {h.value for h in homes})
-    _check_private(index, nodes, output.value)
+    nodes = between(index, output.value, {h.value for h in homes})
+    check_private(index, nodes, output.value)
     nodes.sort(key=lambda n: index.position[id(n)])
     return Region(tuple(nodes), (homes[0], homes[1], homes[2]), output)
 
 
-def _analytic(index: GraphIndex, world: World, node: NodeProto) -> bool:
+def is_analytic(index: GraphIndex, world: World, node: NodeProto) -> bool:
     """Whether ``node`` is analytic in those of its inputs that carry data, and is not a projection by weights."""
     kind = node.op_type
     if node.domain not in ("", "ai.onnx") or kind not in ANALYTIC:
         return False
     data = [bool(v) and bool(index.data_inputs(v)) for v in node.input]
     floats = [world.types.get(v) in FLOATS for v in (*node.input[:1], *node.output[:1])]
-    if kind in ("Where",):
+    if kind == "Where":
         return not data[0]
+    if kind == "Dropout" and not is_idle_dropout(index, world, node):
+        return False
     if kind in ("ScatterND", "ScatterElements"):
         reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
         return not data[1] and reduction in ("none", "add")
@@ -99,7 +103,7 @@ def _exit(index: GraphIndex, world: World, softmax: NodeProto) -> str:
         for reader in index.consumers.get(value, []):
             if reader.op_type == "Shape" or id(reader) in seen:
                 continue
-            if not _analytic(index, world, reader):
+            if not is_analytic(index, world, reader):
                 leaving[value] = None
                 continue
             seen.add(id(reader))
@@ -121,7 +125,7 @@ def _back(index: GraphIndex, world: World, value: str) -> tuple[list[NodeProto],
         if not index.data_inputs(name):
             continue
         node = index.producer.get(name)
-        if node is None or not _analytic(index, world, node) or _adds_bias(index, world, node):
+        if node is None or not is_analytic(index, world, node) or adds_bias(index, world, node):
             entries[name] = None
             continue
         if id(node) in nodes:
@@ -134,14 +138,14 @@ def _back(index: GraphIndex, world: World, value: str) -> tuple[list[NodeProto],
     return list(nodes.values()), sorted(entries, key=lambda v: made.get(v, -1))
 
 
-def _adds_bias(index: GraphIndex, world: World, node: NodeProto) -> bool:
+def adds_bias(index: GraphIndex, world: World, node: NodeProto) -> bool:
     """Whether ``node`` adds the bias of a projection: it belongs to the projection."""
     if node.op_type != "Add":
         return False
     for source, bias in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
         before = index.producer.get(source)
         constant = not index.data_inputs(bias) and len(world.shapes.get(bias, (0, 0))) == 1
-        if constant and before is not None and before.op_type == "MatMul" and not _analytic(index, world, before):
+        if constant and before is not None and before.op_type == "MatMul" and not is_analytic(index, world, before):
             return True
     return False
 
@@ -197,7 +201,7 @@ def _layout(world: World, value: str, output: Operand) -> Layout | None:
     return "BNHD" if shape[2] == heads else "BHND"
 
 
-def _between(index: GraphIndex, end: str, starts: set[str]) -> list[NodeProto]:
+def between(index: GraphIndex, end: str, starts: set[str]) -> list[NodeProto]:
     nodes: dict[int, NodeProto] = {}
     stack = [end]
     while stack:
@@ -210,7 +214,7 @@ def _between(index: GraphIndex, end: str, starts: set[str]) -> list[NodeProto]:
     return list(nodes.values())
 
 
-def _check_private(index: GraphIndex, nodes: list[NodeProto], end: str) -> None:
+def check_private(index: GraphIndex, nodes: list[NodeProto], end: str) -> None:
     ids = {id(n) for n in nodes}
     for node in nodes:
         for output in (o for o in node.output if o and o != end):

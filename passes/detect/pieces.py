@@ -32,7 +32,8 @@ _TELLING = frozenset({
 })  # fmt: skip
 """Reasons of the second look that say more than those of the first: the windows themselves were understood."""
 
-_IN_PIECES = frozenset({"unknown-op", "joined-scores", "weights-used", "no-value-product"})
+_UNKNOWN = frozenset({"unknown-op", "joined-scores"})
+_IN_PIECES = _UNKNOWN | {"weights-used", "no-value-product"}
 """Reasons of the first look after which the region is run: something stands where it was not expected. Where the parts
 were understood and are not attention over tokens, running them cannot know better.
 """
@@ -61,7 +62,8 @@ def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis
     try:
         return _read(index, world, node, analyse)
     except Unsupported as error:
-        raise (error if error.code in {"dynamic", *PROBED} else first) from error
+        tells = error.code in {"dynamic", *PROBED} and first.code in _UNKNOWN
+        raise (error if tells else first) from error
 
 
 def _followed(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis) -> AttentionSite:

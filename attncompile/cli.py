@@ -11,6 +11,7 @@ import difflib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -453,7 +454,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("ATTNCOMPILE_DEBUG", "") not in ("", "0")
     try:
-        code = _run(arguments)
+        with warnings.catch_warnings():
+            if not debug:  # NaN and infinity are looked at where they matter; NumPy's remarks about them are chatter
+                warnings.simplefilter("ignore", RuntimeWarning)
+            code = _run(arguments)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

@@ -14,9 +14,8 @@ from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.attention.dense import OP_TYPE, Dense, function, node, register
 from attncompile.plugins.attention.reference import reference
-from attncompile.plugins.body import float_type
 from attncompile.plugins.neighborhood.call import Call
-from attncompile.plugins.neighborhood.facts import check_padding
+from attncompile.plugins.neighborhood.facts import check_padding, check_plain
 
 CHUNK = 128
 """Fewest queries in a chunk of a causal site: smaller products run slower than the saved scores are worth."""
@@ -128,13 +127,7 @@ class DenseAttention:
 
     def _check(self, site: AttentionSite, form: Dense) -> None:
         """Raise ``Unsupported`` for a site that this op cannot express."""
-        if site.kind != "softmax":
-            raise Unsupported("kind", f"a {site.kind} attention site")
-        if site.softcap:
-            raise Unsupported("softcap", f"softcap {site.softcap}: the op has none")
-        if site.heads % site.kv_heads:
-            raise Unsupported("heads", f"{site.heads} query heads over {site.kv_heads} key heads")
-        float_type(site.dtype)
+        check_plain(site)
         for part in site.mask.parts:
             if part.kind not in ("causal", "padding"):
                 raise Unsupported("mask", f"a mask of kind {part.kind} stays as it is")

@@ -22,9 +22,15 @@ from attncompile.plugins.block_sparse.function import function, node
 from attncompile.plugins.block_sparse.op import OP_TYPE, lists, register
 from attncompile.plugins.block_sparse.plan import LAUNCH, Plan, plan
 from attncompile.plugins.block_sparse.reference import reference
-from attncompile.plugins.body import float_type
 from attncompile.plugins.neighborhood.call import Call
-from attncompile.plugins.neighborhood.facts import check_bias, check_masked_rows, check_padding, structures, visible
+from attncompile.plugins.neighborhood.facts import (
+    check_bias,
+    check_masked_rows,
+    check_padding,
+    check_plain,
+    structures,
+    visible,
+)
 from attncompile.plugins.neighborhood.tiles import COPY
 
 MINIMUM_GAIN = 1.15
@@ -129,13 +135,7 @@ class BlockSparseAttention:
 
     def _check(self, site: AttentionSite, parameters: Parameters) -> _Mask:
         """The site's mask. Raises ``Unsupported`` for a site that this op cannot express with these parameters."""
-        if site.kind != "softmax":
-            raise Unsupported("kind", f"a {site.kind} attention site")
-        if site.softcap:
-            raise Unsupported("softcap", f"softcap {site.softcap}: the op has none")
-        if site.heads % site.kv_heads:
-            raise Unsupported("heads", f"{site.heads} query heads over {site.kv_heads} key heads")
-        float_type(site.dtype)
+        check_plain(site)
         _rows(parameters)
         check_padding(site.mask)
         check_bias(site)

@@ -8,6 +8,7 @@ from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts, MaskPart
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
+from attncompile.plugins.body import float_type
 
 UNIFORM_FILL = -1e30
 """A score plus a number below this is that number in every float type that has it, so hidden scores are all equal."""
@@ -70,6 +71,17 @@ def window(mask: MaskFacts) -> tuple[int, int] | Verdict:
         reason = "causal without a window: half of the keys" if right == 0 else "a window with one side unlimited"
         return Verdict.no("nothing-to-skip", f"{reason} cannot be skipped in blocks worth having")
     return left, right
+
+
+def check_plain(site: AttentionSite) -> None:
+    """Raise ``Unsupported`` for what none of the ops does: another kind, a softcap, heads or a type that do not fit."""
+    if site.kind != "softmax":
+        raise Unsupported("kind", f"a {site.kind} attention site")
+    if site.softcap:
+        raise Unsupported("softcap", f"softcap {site.softcap}: the op has none")
+    if site.heads % site.kv_heads:
+        raise Unsupported("heads", f"{site.heads} query heads over {site.kv_heads} key heads")
+    float_type(site.dtype)
 
 
 def check_padding(mask: MaskFacts) -> str:

@@ -15,7 +15,7 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.pattern import GridWindow
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.body import FIRST_OPSET, float_type
+from attncompile.plugins.body import FIRST_OPSET
 from attncompile.plugins.neighborhood.approximate import BLOCK, body_parameters, grid_windows, sequence_windows
 from attncompile.plugins.neighborhood.cached import kept, met
 from attncompile.plugins.neighborhood.call import Call
@@ -23,6 +23,7 @@ from attncompile.plugins.neighborhood.facts import (
     check_bias,
     check_masked_rows,
     check_padding,
+    check_plain,
     structures,
     visible,
     window,
@@ -224,13 +225,7 @@ class NeighborhoodAttention:
 
     def _check(self, site: AttentionSite, hood: Neighborhood) -> None:
         """Raise ``Unsupported`` for a site that this op cannot express with these parameters."""
-        if site.kind != "softmax":
-            raise Unsupported("kind", f"a {site.kind} attention site")
-        if site.softcap:
-            raise Unsupported("softcap", f"softcap {site.softcap}: the op has none")
-        if site.heads % site.kv_heads:
-            raise Unsupported("heads", f"{site.heads} query heads over {site.kv_heads} key heads")
-        float_type(site.dtype)
+        check_plain(site)
         structures(site.mask)
         check_padding(site.mask)
         bias = check_bias(site)

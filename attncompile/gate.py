@@ -155,7 +155,8 @@ class SiteGate:
             extra = []
         facts = None
         if site.form.startswith(verify.FACTS_FORMS):
-            facts = verify.FactsReference(site, model.original, made[0].feed)
+            witness = verify.ordinary(made[0].feed, site)
+            facts = verify.FactsReference(site, model.original, witness)
         found = self._compare(edit, model, core, verify.MEMORY_CAP, facts)
         if not extra or not found.passed:
             return found

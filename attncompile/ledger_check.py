@@ -160,7 +160,7 @@ def _alive(site: AttentionSite, seen: np.ndarray, queries: int) -> np.ndarray | 
         elif part.pattern is not None and queries * keys <= LARGEST:
             try:
                 other = part.pattern.visible(queries, keys)
-            except (ValueError, NotImplementedError):
+            except ValueError:
                 return None
             visible = other if visible is None else visible & other
     position = np.arange(queries) + keys - queries

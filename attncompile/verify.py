@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from attncompile.verification.cases import Case, cases
 from attncompile.verification.facts_reference import FORMS as FACTS_FORMS
-from attncompile.verification.facts_reference import FactsReference
+from attncompile.verification.facts_reference import FactsReference, ordinary
 from attncompile.verification.inputs import (
     InputSpec,
     check_feed,
@@ -55,6 +55,7 @@ __all__ = [
     "largest_intermediate",
     "load_inputs",
     "make_inputs",
+    "ordinary",
     "padded_feeds",
     "retype",
     "uses_bfloat16",

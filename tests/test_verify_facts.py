@@ -16,7 +16,7 @@ from attncompile.core.grid import TokenGrid
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.pattern import GridWindow
 from attncompile.core.site import AttentionSite, Operand
-from attncompile.verification.facts_reference import FactsReference, site_rows
+from attncompile.verification.facts_reference import FactsReference, ordinary, site_rows
 from attncompile.verify import SiteCheck, cases, check_site
 from tests.passes import windowed_graphs as graphs
 
@@ -169,3 +169,15 @@ def test_masks_that_are_not_understood_are_refused(part: MaskPart) -> None:
     with pytest.raises(Unsupported):
         site_rows(replace(SITE, mask=MaskFacts((part,))), {"q": x, "k": x, "v": x, "m": np.zeros((1, 1, 4, 4))},
                   np.array([0]))  # fmt: skip
+
+
+@pytest.mark.parametrize("scale, deviation", [(1.0, 1.0), (0.125, 1.0), (0.01, 0.08), (-1.0, 1.0)])
+def test_a_witness_has_ordinary_scores(scale: float, deviation: float) -> None:
+    """Whatever the exporter did with the scale before the site."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 1, 101, 64)).astype(np.float32) for _ in range(2))
+    site = replace(SITE, scale=scale, head_dim=64)
+    feed = ordinary({"q": q, "k": k}, site)
+    scores = scale * np.einsum("bhnd,bhmd->bhnm", feed["q"], feed["k"])
+    assert scores.std() == pytest.approx(deviation, rel=0.05)
+    assert feed["k"] is k

@@ -6,6 +6,7 @@ Each is its own naive definition; a causal mask beside one of them is a factor o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ def positions(queries: np.ndarray, query_length: int, key_length: int) -> tuple[
     return where, np.arange(key_length, dtype=np.int32)[None, :]
 
 
-class _Sequence:
+class _Sequence(ABC):
     """``visible`` is all rows."""
 
     __slots__ = ()
@@ -32,8 +33,9 @@ class _Sequence:
     def visible(self, query_length: int, key_length: int) -> np.ndarray:
         return self.rows(np.arange(query_length), query_length, key_length)
 
+    @abstractmethod
     def rows(self, queries: np.ndarray, query_length: int, key_length: int) -> np.ndarray:
-        raise NotImplementedError
+        """Bool [len(queries), key_length]: which keys these queries see."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,15 @@ class FactsReference:
         return np.asarray(numpy_helper.to_array(self._stored[name]))
 
 
+def ordinary(feed: Mapping[str, np.ndarray], site: AttentionSite) -> dict[str, np.ndarray]:
+    """``feed`` of standard normal operands with the query shrunk where the scores would deviate by more than one: a
+    site whose queries are scaled before it (scale 1) would be shown on scores that amplify rounding.
+    """
+    query = feed[site.query.value]
+    shrink = min(1.0, 1.0 / (abs(site.scale) * site.head_dim**0.5))
+    return {**feed, site.query.value: (query.astype(np.float32) * np.float32(shrink)).astype(query.dtype)}
+
+
 def far(original: np.ndarray, truth: np.ndarray) -> str:
     """Why ``original`` is farther from ``truth`` than rounding explains; empty if it is not, or nowhere finite."""
     both = np.isfinite(original)

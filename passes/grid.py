@@ -28,22 +28,6 @@ def parse_grid(text: str) -> TokenGrid:
     return TokenGrid(shape, int(match[2] or 0), int(match[3] or 0), "given by --grid")
 
 
-def infer_grid(
-    index: GraphIndex,
-    world: World,
-    site: AttentionSite,
-    given: TokenGrid | None = None,
-    others: Iterable[World | None] = (),
-) -> TokenGrid | None:
-    """The grid of a self-attention site whose tokens are patches of an image or a video, else None.
-
-    A ``given`` grid is taken for every self-attention site that has its number of tokens. A grid that is another one in
-    a world of ``others`` (other sizes of the inputs) is none: a grid is numbers.
-    """
-    found = find_grid(index, world, site, given, others)
-    return found if isinstance(found, TokenGrid) else None
-
-
 def find_grid(
     index: GraphIndex,
     world: World,
@@ -51,7 +35,11 @@ def find_grid(
     given: TokenGrid | None = None,
     others: Iterable[World | None] = (),
 ) -> TokenGrid | str | None:
-    """The same, but the evidence, in words, where the graph contradicts itself or the grid changes with the sizes."""
+    """The grid of a self-attention site whose tokens are patches of an image or a video, else None; the evidence, in
+    words, where the graph contradicts itself or the grid changes with the sizes (``others``: worlds of other sizes).
+
+    A ``given`` grid is taken for every self-attention site that has its number of tokens.
+    """
     if site.query_length != site.key_length:
         return None
     if given is not None:

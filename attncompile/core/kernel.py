@@ -1,0 +1,135 @@
+"""What a GPU kernel is, before it is compiled and without importing a compiler: plain values.
+
+A mechanism's ``kernel.py`` offers a ``Kernel``. Asked about one ``OpCall`` (a node of ours with all that is known of it
+at compile time) and an architecture, it answers with ``Program``s: one per tactic, each of which is compiled to one
+entry of a kernel bundle. What only the run knows (sizes and strides) reaches the entry as int32 arguments, which the
+runtimes compute from ``Argument.expression``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from attncompile.core.verdict import Verdict
+
+Constant = int | float | bool | str | None
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities that bundles are built for, major * 10 + minor."""
+
+SMALL_SHARED = 48 * 1024
+"""Bytes of shared memory that every launch may have without raising a function attribute. Every call has one tactic
+within it: whether TensorRT raises the attribute for a plugin is not known."""
+
+STRIDE_UNIT = 8
+"""Strides of query, key, value and output are passed in units of 8 elements (16 bytes): an int32 then reaches 2^34
+elements, and the compiler sees that rows are aligned. Head dims and offsets are multiples of it."""
+
+Abi = Literal["plain", "tma"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpCall:
+    """One node of ours as a kernel sees it.
+
+    ``inputs`` holds the element type of every optional input that is there, by its formal name (``key_mask``, ``bias``,
+    ``sinks``, ...); ``shapes`` what is known of their sizes, None where dynamic. ``outputs`` names the outputs. Lengths
+    and batch are None where dynamic. ``attributes`` are the node's, defaults filled in, layouts left out: strides say
+    those at run time.
+    """
+
+    op: str
+    dtype: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("output",)
+    batch: int | None = None
+    query_length: int | None = None
+    key_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One launch argument. TensorRT's order is inputs, int32 extras, outputs; every kernel keeps it.
+
+    ``type`` is the element type of what an input or output points to. ``expression`` of an ``int32`` is over the
+    symbols of ``expressions.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``, ...
+    """
+
+    name: str
+    kind: Literal["input", "int32", "output"]
+    type: str = "int32"
+    expression: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tactic:
+    """How one program is tiled and scheduled. ``constants`` are compile-time values of the kernel."""
+
+    name: str
+    constants: Mapping[str, Constant]
+    warps: int
+    stages: int = 1
+    registers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One kernel to be compiled. ``function`` is ``module:attribute`` of a Triton or Gluon function, whose parameters
+    are the arguments' names in order, then compile-time constants; a parameter that is in neither is a constant None.
+    ``grid`` gives the number of blocks an axis, as expressions. ``rank`` orders the tactics of a call, best first.
+    """
+
+    op: str
+    tactic: str
+    language: Literal["triton", "gluon"]
+    function: str
+    arguments: tuple[Argument, ...]
+    constants: Mapping[str, Constant]
+    grid: tuple[str, str, str]
+    warps: int
+    dtype: str
+    head_dim: int
+    stages: int = 1
+    registers: int | None = None
+    abi: Abi = "plain"
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one launch has to do, for the cost model. ``flops`` of the products over touched tiles (2 a multiply-add),
+    ``scores`` touched score elements, ``masked`` of them under mask code, ``bytes`` that must reach device memory,
+    ``blocks`` thread blocks.
+    """
+
+    flops: float
+    scores: float
+    masked: float
+    bytes: float
+    blocks: int
+
+
+class Kernel(Protocol):
+    """One implementation of a mechanism for a range of types, head dims and architectures."""
+
+    op: str
+
+    def supports(self, call: OpCall, architecture: int) -> Verdict:
+        """Whether there are programs for ``call``; the reason names what there are none for."""
+        ...
+
+    def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
+        """Best first; one of them needs at most ``SMALL_SHARED`` bytes. Raises ``Unsupported``."""
+        ...
+
+    def work(self, call: OpCall, program: Program) -> Work:
+        """What a launch of ``program`` does; ``call`` needs all its sizes. Raises ``Unsupported`` without them."""
+        ...

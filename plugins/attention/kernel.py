@@ -1,0 +1,126 @@
+"""The kernels of ``Attention`` (and of plain sliding windows): which calls they take, and what there is to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.kernel import Argument, Constant, OpCall, Program, Tactic, Work
+from attncompile.core.verdict import Verdict
+from attncompile.plugins.kernel_arguments import HALF, RULES, check_operands, inputs, int32, padded, strides, widths
+from attncompile.plugins.tactics import HOPPER, tactics
+
+OPTIONAL = ("key_mask", "bias", "sinks", "mask", "key_lengths")
+PACKAGE = "attncompile.plugins.attention"
+ROWS = 64
+"""Queries of one consumer of the Hopper kernel."""
+
+
+class AttentionKernel:
+    """Any lengths, static or dynamic. Of the attributes it reads ``left`` and ``right`` (-1: unlimited), ``softcap``
+    (0: none) and ``masked_rows``.
+    """
+
+    op = "Attention"
+
+    def supports(self, call: OpCall, architecture: int) -> Verdict:
+        try:
+            self._check(call)
+        except Unsupported as error:
+            return Verdict.of(error)
+        return Verdict.yes("any lengths")
+
+    def _check(self, call: OpCall) -> None:
+        check_operands(call)
+        unknown = set(call.inputs) - set(OPTIONAL)
+        if unknown:
+            raise Unsupported("inputs", f"there is no kernel with {', '.join(sorted(unknown))}")
+        for name, types in (("key_mask", ("bool",)), ("mask", ("bool",)), ("key_lengths", ("int32", "int64"))):
+            if name in call.inputs and call.inputs[name] not in types:
+                raise Unsupported("dtype", f"{name} is {call.inputs[name]}, not {' or '.join(types)}")
+        for name in ("bias", "sinks"):
+            if name in call.inputs and call.inputs[name] not in (*HALF, "float32"):
+                raise Unsupported("dtype", f"{name} is {call.inputs[name]}, not a float of at most 32 bits")
+        if not call.attributes.get("scale", 1.0) > 0:
+            raise Unsupported("scale", f"scale {call.attributes['scale']}: the kernels need a positive one")
+
+    def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
+        self._check(call)
+        hopper = architecture == 90 and not set(call.inputs) - {"sinks"} and not call.attributes.get("softcap")
+        hopper = hopper and call.attributes.get("masked_rows", "zero") != "uniform"
+        chosen = tactics(PACKAGE, call, architecture, kind(call), hopper)
+        return [self._program(call, tactic, rank) for rank, tactic in enumerate(chosen)]
+
+    def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
+        hopper = tactic.name.startswith(HOPPER)
+        constants: dict[str, Constant] = {
+            "HAS_LEFT": call.attributes.get("left", -1) >= 0, "HAS_RIGHT": call.attributes.get("right", -1) >= 0,
+            "RULE": RULES[call.attributes.get("masked_rows", "zero")], **widths(call), **tactic.constants,
+        }  # fmt: skip
+        if hopper:
+            constants["STAGES"] = tactic.stages
+        else:
+            constants["SOFTCAP"] = bool(call.attributes.get("softcap"))
+        module = "kernel_hopper" if hopper else "kernel_triton"
+        return Program(
+            op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
+            function=f"{PACKAGE}.{module}:attention", arguments=tuple(arguments(call)), constants=constants,
+            grid=(f"cdiv(NQ, {queries(constants)})", "H", "B"), warps=tactic.warps, stages=tactic.stages,
+            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, rank=rank,
+        )  # fmt: skip
+
+    def work(self, call: OpCall, program: Program) -> Work:
+        return work(call, program)
+
+
+def kind(call: OpCall) -> str:
+    """What the tactic tables tell apart: none, causal, window."""
+    if call.attributes.get("left", -1) >= 0:
+        return "window"
+    return "causal" if call.attributes.get("right", -1) >= 0 else "none"
+
+
+def queries(constants: dict[str, Constant]) -> int:
+    """Queries of one block."""
+    return int(constants["BM"] or 0) if "BM" in constants else ROWS * int(constants["CONSUMERS"] or 0)
+
+
+def arguments(call: OpCall) -> list[Argument]:
+    extras = [
+        int32("NQ", "NQ"), int32("NK", "NK"), int32("group", "H // HKV"), int32("scale", "scale_bits"),
+    ]  # fmt: skip
+    if call.attributes.get("softcap"):
+        extras.append(int32("softcap", "softcap_bits"))
+    for side in ("left", "right"):
+        if call.attributes.get(side, -1) >= 0:
+            extras.append(int32(side, side))
+    outputs = [Argument("output", "output", call.dtype)]
+    if "log_sum_exp" in call.outputs:
+        outputs.append(Argument("log_sum_exp", "output", "float32"))
+    return [*inputs(call, OPTIONAL), *strides(call), *extras, *outputs]
+
+
+def work(call: OpCall, program: Program) -> Work:
+    """Touched tiles, counted tile by tile."""
+    if call.batch is None or call.query_length is None or call.key_length is None:
+        raise Unsupported("sizes", "the cost of a launch needs batch and lengths")
+    nq, nk, bn = call.query_length, call.key_length, int(program.constants["BN"] or 0)
+    bm = queries(dict(program.constants))
+    left, right = call.attributes.get("left", -1), call.attributes.get("right", -1)
+    first = np.arange(0, nq, bm) + (nk - nq)
+    last = np.minimum(first + bm, nk) - 1
+    start = np.clip(first - left, 0, nk) if left >= 0 else np.zeros_like(first)
+    end = np.clip(last + right + 1, start, nk) if right >= 0 else np.full_like(first, nk)
+    tiles = -(-(end - start) // bn)
+    inner_from = np.clip(last - left, start, end) if left >= 0 else start
+    inner_to = np.clip(first + right + 1, inner_from, end) if right >= 0 else end
+    heads = call.batch * call.heads
+    touched = float(tiles.sum()) * bm * bn * heads
+    whole = float(((inner_to - inner_from) // bn).sum()) * bm * bn * heads
+    size = 2 * (call.batch * nq * call.heads * (call.head_dim + call.value_dim))
+    size += 2 * (call.batch * nk * call.kv_heads * (call.head_dim + call.value_dim))
+    dims = padded(call.head_dim) + padded(call.value_dim)
+    return Work(2.0 * touched * dims, touched, touched - whole, float(size), ceil(nq / bm) * heads)

@@ -1,0 +1,217 @@
+"""The kernels of ``NeighborhoodAttention``: which calls they take, how the grid is cut, what there is to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import ceil, prod
+
+import numpy as np
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.kernel import Argument, OpCall, Program, Tactic, Work
+from attncompile.core.verdict import Verdict
+from attncompile.plugins.kernel_arguments import RULES, check_operands, inputs, int32, padded, strides, widths
+from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood
+from attncompile.plugins.tactics import tactics
+
+PACKAGE = "attncompile.plugins.neighborhood"
+Three = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisCut:
+    """One axis cut into tiles of ``size`` queries: ``tiles``, the ``extent`` of the keys that the widest tile meets,
+    ``same``: every query of every tile sees all of its extent; ``clip``: an extent is longer than a dilation's line.
+    """
+
+    size: int
+    tiles: int
+    extent: int
+    same: bool
+    clip: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A grid cut into boxes of queries, always of three axes; missing ones are of size 1 and come first."""
+
+    hood: Neighborhood
+    axes: tuple[AxisCut, AxisCut, AxisCut]
+
+    @property
+    def queries(self) -> int:
+        return prod(a.size for a in self.axes)
+
+    @property
+    def tiles(self) -> int:
+        return prod(a.tiles for a in self.axes)
+
+    @property
+    def box(self) -> int:
+        """Keys that a tile meets."""
+        return prod(a.extent for a in self.axes)
+
+    @property
+    def all_seen(self) -> bool:
+        """Whether no mask is needed: every query of a tile sees the whole box."""
+        return self.hood.shape == "box" and all(a.same for a in self.axes)
+
+    def constants(self) -> dict[str, int | bool]:
+        """The kernel's compile-time constants that say the neighborhood and its cut."""
+        hood, axes = self.hood, range(3)
+        per_axis = {
+            "G": three(hood.grid, 1), "T": tuple(a.size for a in self.axes), "E": tuple(a.extent for a in self.axes),
+            "W": three(hood.kernel_size, 1), "L": three(hood.left, 0), "S": three(hood.stride, 1),
+            "D": three(hood.dilation, 1), "C": three(hood.causal, 0),
+        }  # fmt: skip
+        found: dict[str, int | bool] = {f"{k}{i}": v[i] for k, v in per_axis.items() for i in axes}
+        found |= {
+            "CLAMP": hood.border == "clamp", "BALL": hood.shape == "ball", "ALL_SEEN": self.all_seen,
+            "NARROW": max(a.extent for a in self.axes) < 128, "CLIP": any(a.clip for a in self.axes),
+            "PREFIX": hood.prefix, "SUFFIX": hood.suffix, "RULE": RULES[hood.masked_rows],
+        }  # fmt: skip
+        return found
+
+
+def three(values: Sequence[int], missing: int) -> Three:
+    """Three axes, the missing ones first."""
+    padded = (missing,) * (3 - len(values)) + tuple(values)
+    return padded[0], padded[1], padded[2]
+
+
+@lru_cache(maxsize=4096)
+def cut_axis(
+    grid: int, kernel: int, left: int, stride: int, dilation: int, causal: int, clamp: bool, size: int
+) -> AxisCut:
+    """Cut one axis into tiles of ``size`` queries on one line of the dilation."""
+    extent, same, shortest = 1, True, grid
+    longest = ceil(grid / dilation)
+    spans = []
+    for rest in range(min(dilation, grid)):
+        length = (grid - rest + dilation - 1) // dilation
+        shortest = min(shortest, length)
+        low, high = windows(length, kernel, left, stride, causal, clamp)
+        for first in range(0, length, size):
+            part = slice(first, min(first + size, length))
+            spans.append((low[part], high[part], length))
+            extent = max(extent, int(high[part].max()) - int(low[part].min()) + 1)
+    for low, high, length in spans:
+        corner = max(min(int(low.min()), length - extent), 0)
+        same = same and bool((low == corner).all() and (high == corner + extent - 1).all())
+    return AxisCut(size, ceil(longest / size) * dilation, extent, same, extent > shortest)
+
+
+def windows(
+    length: int, kernel: int, left: int, stride: int, causal: int, clamp: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last key of every query on a line of ``length`` tokens. An empty window has last < first."""
+    place = np.arange(length)
+    group = place // stride * stride
+    if causal:
+        leader = np.minimum(group + stride - 1, length - 1)
+        return np.maximum(leader - kernel + 1, 0), place
+    centre = np.minimum(group + stride // 2, length - 1)
+    if clamp:
+        centre = np.clip(centre, left, length - kernel + left)
+    return np.maximum(centre - left, 0), np.minimum(centre + kernel - 1 - left, length - 1)
+
+
+def _axis(hood: Neighborhood, a: int, size: int) -> AxisCut:
+    grid, kernel, left = three(hood.grid, 1), three(hood.kernel_size, 1), three(hood.left, 0)
+    stride, dilation, causal = three(hood.stride, 1), three(hood.dilation, 1), three(hood.causal, 0)
+    return cut_axis(grid[a], kernel[a], left[a], stride[a], dilation[a], causal[a], hood.border == "clamp", size)
+
+
+@lru_cache(maxsize=256)
+def cut(hood: Neighborhood, queries: int, keys: int) -> Cut:
+    """The cut into boxes of ``queries`` (a power of two) that meets the fewest tiles of ``keys`` keys."""
+    powers = [1 << i for i in range(queries.bit_length())]
+    shapes = [s for s in product(powers, repeat=3) if prod(s) == queries]
+    found = [Cut(hood, (_axis(hood, 0, a), _axis(hood, 1, b), _axis(hood, 2, c))) for a, b, c in shapes]
+
+    def price(made: Cut) -> tuple[float, int]:
+        work = made.tiles * ceil(made.box / keys) * keys
+        return work * (1.0 if made.all_seen else 1.15), -made.axes[2].size
+
+    return min(found, key=price)
+
+
+class NeighborhoodKernel:
+    """Static grids of one to three axes, on every architecture."""
+
+    op = OP_TYPE
+    optional = ("key_mask", "bias")
+
+    def supports(self, call: OpCall, architecture: int) -> Verdict:
+        try:
+            self._check(call)
+        except Unsupported as error:
+            return Verdict.of(error)
+        return Verdict.yes("boxes of the grid")
+
+    def _check(self, call: OpCall) -> Neighborhood:
+        check_operands(call)
+        hood = Neighborhood.of(call.attributes)
+        if hood.tokens is None:
+            raise Unsupported("grid", "a dynamic sequence has no grid kernel", "plain windows have that of Attention")
+        if any(hood.causal) and hood.prefix:
+            raise Unsupported("prefix", "prefix tokens before a causal axis of a static grid have no kernel")
+        for length in (call.query_length, call.key_length):
+            if length not in (None, hood.tokens):
+                raise Unsupported("lengths", f"{length} tokens for a grid of {hood.tokens}")
+        unknown = set(call.inputs) - set(self.optional)
+        if unknown:
+            raise Unsupported("inputs", f"there is no kernel with {', '.join(sorted(unknown))} on a grid")
+        if hood.tokens >= 1 << 31:
+            raise Unsupported("size", f"{hood.tokens} tokens: token numbers are int32")
+        return hood
+
+    def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
+        hood = self._check(call)
+        return [
+            self._program(call, hood, t, rank)
+            for rank, t in enumerate(tactics(PACKAGE, call, architecture, "none", False))
+        ]
+
+    def _program(self, call: OpCall, hood: Neighborhood, tactic: Tactic, rank: int) -> Program:
+        made = cut(hood, int(tactic.constants["BM"] or 0), int(tactic.constants["BN"] or 0))
+        extra = ceil((hood.prefix + hood.suffix) / made.queries)
+        constants = {**made.constants(), **widths(call), "BN": tactic.constants["BN"]}
+        return Program(
+            op=self.op, tactic=tactic.name, language="triton",
+            function="attncompile.plugins.neighborhood.kernel_triton:neighborhood",
+            arguments=tuple(arguments(call, self.optional)), constants=constants,
+            grid=(str(made.tiles + extra), "H", "B"), warps=tactic.warps, stages=tactic.stages,
+            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, rank=rank,
+        )  # fmt: skip
+
+    def work(self, call: OpCall, program: Program) -> Work:
+        return work(call, program)
+
+
+def arguments(call: OpCall, optional: Sequence[str]) -> list[Argument]:
+    extras = [int32("group", "H // HKV"), int32("scale", "scale_bits")]
+    return [*inputs(call, optional), *strides(call), *extras, Argument("output", "output", call.dtype)]
+
+
+def work(call: OpCall, program: Program) -> Work:
+    """Touched tiles of keys; a tile of prefix and suffix queries meets all tokens."""
+    if call.batch is None:
+        raise Unsupported("sizes", "the cost of a launch needs the batch")
+    hood = Neighborhood.of(call.attributes)
+    assert hood.tokens is not None
+    bn = int(program.constants["BN"] or 0)
+    sizes = [int(program.constants[f"T{a}"] or 0) for a in range(3)]
+    made = Cut(hood, tuple(_axis(hood, a, sizes[a]) for a in range(3)))  # type: ignore[arg-type]
+    heads, bm = call.batch * call.heads, made.queries
+    apart = hood.prefix + hood.suffix
+    runs = sum(-(-n // bn) for n in (hood.prefix, hood.suffix))
+    scores = float(made.tiles * (ceil(made.box / bn) + runs) + ceil(apart / bm) * ceil(hood.tokens / bn)) * bm * bn
+    masked = 0.0 if made.all_seen else float(made.tiles * ceil(made.box / bn)) * bm * bn
+    size = 2 * call.batch * hood.tokens * (call.heads + call.kv_heads) * (call.head_dim + call.value_dim)
+    dims = padded(call.head_dim) + padded(call.value_dim)
+    blocks = (made.tiles + ceil(apart / bm)) * heads
+    return Work(2.0 * scores * heads * dims, scores * heads, masked * heads, float(size), blocks)

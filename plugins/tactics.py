@@ -1,0 +1,72 @@
+"""Tactics: from tables that were measured (``tactics.toml`` in a mechanism's folder), else by rule.
+
+A row of a table holds for ``architectures``, head dims ``head_dim`` (first, last) and, where named, kinds of mask. The
+first row that fits is the best tactic; a tactic within ``SMALL_SHARED`` bytes always follows.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from attncompile.core.kernel import OpCall, Tactic
+
+HOPPER = "hopper"
+"""Prefix of the names of tactics whose kernel is the Gluon one."""
+
+
+@cache
+def table(package: str) -> Sequence[Mapping[str, Any]]:
+    """The rows of ``tactics.toml`` of a mechanism's package."""
+    text = (files(package) / "tactics.toml").read_text(encoding="utf-8")
+    rows: list[Mapping[str, Any]] = tomllib.loads(text)["tactic"]
+    return rows
+
+
+def measured(package: str, call: OpCall, architecture: int, kind: str) -> list[Tactic]:
+    """The tactics of the first row that fits; () where none was measured."""
+    dim = max(call.head_dim, call.value_dim)
+    for row in table(package):
+        first, last = row["head_dim"]
+        if architecture in row["architectures"] and first <= dim <= last and kind in row.get("kinds", (kind,)):
+            return [_tactic(t) for t in row["use"]]
+    return []
+
+
+def _tactic(t: Mapping[str, Any]) -> Tactic:
+    hopper = bool(t.get("hopper"))
+    constants = {k: v for k, v in t.items() if k.isupper()}
+    name = "-".join([HOPPER if hopper else "triton", *(f"{k.lower()}{v}" for k, v in constants.items())])
+    name += f"-w{t.get('warps', 4)}-s{t['stages']}"
+    return Tactic(name, constants, t.get("warps", 4), t["stages"], t.get("registers"))
+
+
+def by_rule(call: OpCall, architecture: int) -> Tactic:
+    """Where nothing was measured: large tiles of queries, keys as shared memory allows, no register spills."""
+    dim = max(call.head_dim, call.value_dim)
+    if dim <= 64:
+        return _tactic({"BM": 128, "BN": 64, "warps": 4, "stages": 3})
+    if dim <= 128:
+        return _tactic({"BM": 128, "BN": 64, "warps": 8, "stages": 2})
+    return _tactic({"BM": 128 if architecture in (90, 100) else 64, "BN": 32, "warps": 8, "stages": 2})
+
+
+def small(call: OpCall) -> Tactic:
+    """At most ``SMALL_SHARED`` bytes on every architecture."""
+    dim = max(call.head_dim, call.value_dim)
+    if dim <= 64:
+        return _tactic({"BM": 64, "BN": 32, "warps": 4, "stages": 2})
+    if dim <= 128:
+        return _tactic({"BM": 64, "BN": 32, "warps": 4, "stages": 1})
+    return _tactic({"BM": 32, "BN": 16, "warps": 4, "stages": 1})
+
+
+def tactics(package: str, call: OpCall, architecture: int, kind: str, hopper: bool) -> list[Tactic]:
+    """Best first; ``hopper`` says whether the call can be taken by the Gluon kernel."""
+    found = [t for t in measured(package, call, architecture, kind) if hopper or not t.name.startswith(HOPPER)]
+    if not any(not t.name.startswith(HOPPER) for t in found):
+        found.append(by_rule(call, architecture))
+    return [*found, *([] if small(call) in found else [small(call)])]

@@ -60,7 +60,8 @@ class Argument:
     """One launch argument. TensorRT's order is inputs, int32 extras, outputs; every kernel keeps it.
 
     ``type`` is the element type of what an input or output points to. ``expression`` of an ``int32`` is over the
-    symbols of ``expressions.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``, ...
+    symbols of ``expressions.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``, ``SMS``
+    (multiprocessors of the GPU), ...
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from math import ceil
+from math import ceil, inf, isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ from attncompile.plugins.neighborhood.approximate import BLOCK, body_parameters,
 from attncompile.plugins.neighborhood.cached import kept, met
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import (
+    Ring,
     check_bias,
     check_masked_rows,
     check_padding,
     check_plain,
+    ring,
     structures,
     visible,
     window,
@@ -32,6 +34,7 @@ from attncompile.plugins.neighborhood.function import function, node, slides
 from attncompile.plugins.neighborhood.gridded import tiles_of
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
 from attncompile.plugins.neighborhood.reference import reference
+from attncompile.plugins.neighborhood.rings import rings
 from attncompile.plugins.neighborhood.tiles import COPY, tiling
 
 MINIMUM_GAIN = 1.15
@@ -84,6 +87,9 @@ class NeighborhoodAttention:
 
     def _exact_parameters(self, site: AttentionSite) -> tuple[dict[str, Any], str]:
         """Parameters that say what the site's mask says, and that in words. Raises ``Unsupported`` without any."""
+        wrapped = ring(site.mask)
+        if wrapped is not None:
+            return self._ring_parameters(site, wrapped)
         parts = [p for p in site.mask.parts if p.pattern is not None]
         grid = parts[0].pattern if parts else None
         if isinstance(grid, GridWindow):
@@ -116,6 +122,20 @@ class NeighborhoodAttention:
         }  # fmt: skip
         return parameters, f"a neighborhood of {size} on the grid of {sides} tokens"
 
+    def _ring_parameters(self, site: AttentionSite, found: Ring) -> tuple[dict[str, Any], str]:
+        windows, grid = found.windows, found.windows.grid
+        assert grid is not None
+        moved = [s % w for s, w in zip(windows.shift, windows.window, strict=True)]
+        seam = found.seam if isfinite(found.seam) else "-inf"  # JSON has no infinity
+        parameters = {
+            "kernel_size": list(windows.window), "stride": list(windows.window), "grid": list(grid.shape),
+            "border": "circular", "shift": moved, "seam": seam, "masked_rows": "zero",
+            "block": prod(windows.window), "dense_below": 0,
+        }  # fmt: skip
+        sides, size = ("x".join(map(str, x)) for x in (grid.shape, windows.window))
+        where = f", moved by {'x'.join(map(str, moved))}" if any(moved) else ""
+        return parameters, f"windows of {size}{where} on the grid of {sides} tokens"
+
     def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
         if site.query_length != site.key_length or any(p.kind not in ("causal", "padding") for p in site.mask.parts):
             return ()
@@ -136,7 +156,9 @@ class NeighborhoodAttention:
             hood = Neighborhood.of(parameters)
             block, dense_below = _block(parameters)
             self._check(site, hood)
-            if not slides(hood, site.mask.part("bias") is not None):
+            if hood.circular:
+                rings(hood)
+            elif not slides(hood, site.mask.part("bias") is not None):
                 tiling(hood, block)
         except Unsupported as error:
             return Verdict.of(error)
@@ -153,6 +175,8 @@ class NeighborhoodAttention:
             return supported
         hood = Neighborhood.of(parameters)
         static = isinstance(site.query_length, int) and isinstance(site.key_length, int)
+        if hood.circular:
+            return self._ring_is_exact(site, hood)
         for part in structure:
             if not part.certificate.general and not static:
                 return Verdict.no(
@@ -181,11 +205,35 @@ class NeighborhoodAttention:
                 return Verdict.no("masked-rows", f"fully masked rows give {site.mask.masked_rows} in the source")
         return Verdict.yes(f"the mask is this window ({structure[0].certificate.method})")
 
+    def _ring_is_exact(self, site: AttentionSite, hood: Neighborhood) -> Verdict:
+        """The windows are the site's, element by element; so are the seam's number and where it is added."""
+        found, tokens = ring(site.mask), hood.tokens
+        if found is None or tokens is None:
+            return Verdict.no("other-window", "the site's mask is no ring of whole windows")
+        if tokens > LARGEST_MASK:
+            return Verdict.no("size", f"a mask of {tokens} tokens is too large to be compared")
+        assert found.windows.grid is not None
+        shift = tuple(s % w for s, w in zip(found.windows.shift, found.windows.window, strict=True))
+        own = (found.windows.grid.shape, found.windows.window, shift)
+        # Places, and where the seams are, follow from these three; the same mask may be cut in other ways.
+        by_place = bool(found.bias) or found.seam not in (0.0, -inf)
+        if by_place and own != (hood.grid, hood.kernel_size, hood.shift):
+            return Verdict.no("other-window", "the site's windows are not those of these parameters")
+        if hood.seam != found.seam and any(shift):
+            return Verdict.no("other-window", f"the source adds {found.seam:g} across the end of the grid")
+        if not np.array_equal(rings(hood).visible(hood), found.windows.visible(tokens, tokens)):
+            return Verdict.no("other-window", "the site's mask is not the windows of these parameters")
+        return Verdict.yes(f"the mask is these windows ({structures(site.mask)[0].certificate.method})")
+
     def cost(self, site: AttentionSite, parameters: Parameters, shape: Shape) -> Cost:
         """Touched keys include masked ones and rows of padding; the dense branch is counted where it is taken."""
         hood = Neighborhood.of(parameters)
         block, dense_below = _block(parameters)
         queries = shape.query_length
+        if hood.circular:
+            size = prod(hood.kernel_size)
+            elements = float(shape.batch * site.heads * queries * size)
+            return Cost(flops=2 * elements * (site.head_dim + site.value_dim), keys=float(size), elements=elements)
         keys, together = met(hood, Call.of(site, FIRST_OPSET, block, dense_below), queries, shape.key_length)
         if slides(hood, site.mask.part("bias") is not None):
             if together or 0 < queries * keys <= dense_below**2:
@@ -216,8 +264,10 @@ class NeighborhoodAttention:
         block, dense_below = _block(parameters)
         self._check(site, hood)
         call = Call.of(site, opset, block, dense_below)
-        mask, bias = check_padding(site.mask), check_bias(site)
-        inputs = [site.query.value, site.key.value, site.value.value, mask, bias, site.sinks]
+        found = ring(site.mask) if hood.circular else None
+        mask, bias = check_padding(site.mask), "" if found is not None else check_bias(site)
+        places = found.bias if found is not None else ""
+        inputs = [site.query.value, site.key.value, site.value.value, mask, bias, site.sinks, places]
         while not inputs[-1]:
             inputs.pop()
         made = node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
@@ -228,6 +278,9 @@ class NeighborhoodAttention:
         check_plain(site)
         structures(site.mask)
         check_padding(site.mask)
+        if hood.circular:
+            self._check_ring(site, hood)
+            return
         bias = check_bias(site)
         if bias and (hood.prefix or hood.suffix):
             raise Unsupported("bias", "the rows of prefix and suffix tokens take no bias")
@@ -249,6 +302,13 @@ class NeighborhoodAttention:
                 "grid", f"the grid has {hood.tokens} tokens, the site {nq} queries and {nk} keys", "give another --grid"
             )
 
+    def _check_ring(self, site: AttentionSite, hood: Neighborhood) -> None:
+        if ring(site.mask) is None or site.sinks:
+            raise Unsupported("mask", "border circular takes whole windows, a bias by places, and nothing beside them")
+        if (site.query_length, site.key_length) != (hood.tokens, hood.tokens):
+            lengths = f"{site.query_length} queries and {site.key_length} keys"
+            raise Unsupported("grid", f"the grid has {hood.tokens} tokens, the site {lengths}", "give another --grid")
+
     def _check_sinks(self, site: AttentionSite, hood: Neighborhood, bias: bool) -> None:
         if not slides(hood, bias) or hood.prefix or hood.suffix:
             raise Unsupported("sinks", "sink logits go with a plain sliding window only")
@@ -265,7 +325,9 @@ class NeighborhoodAttention:
         block, _ = _block(parameters)
         hood = Neighborhood.of(parameters)
         _, together = met(hood, Call.of(site, FIRST_OPSET, block, 0), shape.query_length, shape.key_length)
-        if together:
+        if hood.circular:
+            copied = shape.key_length
+        elif together:
             copied = 0  # one slice of the last keys
         elif slides(hood, site.mask.part("bias") is not None):
             copied = ceil(shape.query_length / block) * (hood.kernel_size[0] - 1 + block + hood.prefix + hood.suffix)

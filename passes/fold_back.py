@@ -1,6 +1,7 @@
 """Takes back, in a written model, what was done for detection and of no use: sites that are kept stay as they were.
 
-Detection works on a copy of the model in which operands have values of rank 4 and fused operators are written out.
+Detection works on a copy of the model in which operands have values of rank 4, fused operators are written out and
+windows stand right around their attention.
 Where the nodes in which that copy differs from the model are all still there and nobody else reads what they make, the
 model's own nodes come back in their place. It asks for the difference alone, not for who made it.
 """
@@ -37,15 +38,17 @@ class Folds:
 
     def __init__(self, plain: ModelProto, working: ModelProto) -> None:
         self._regions: dict[str, list[_Region]] = {}
-        self._stored: dict[str, frozenset[str]] = {}
+        self._stored: dict[str, frozenset[str]] = {}  # constants that go where nobody reads them
         for place, own, copy in _pairs(plain.graph, working.graph):
             regions = _regions(own, copy)
             if regions:
                 self._regions[place] = regions
             self._stored[place] = frozenset(t.name for t in copy.initializer) - {t.name for t in own.initializer}
+            used = {v for n in own.node for v in node_inputs(n)} - {i.name for i in own.input}
+            self._stored[place] |= {t.name for t in own.initializer} & used
 
     def undo(self, proto: ModelProto) -> None:
-        """Folds ``proto`` back, in place. Constants that only the working copy needed are removed."""
+        """Folds ``proto`` back, in place. Constants that were there to be read, and are read no more, are removed."""
         if not self._regions and not any(self._stored.values()):
             return
         pending = [("", proto.graph, frozenset[str]())]
@@ -108,8 +111,10 @@ def _regions(own: GraphProto, copy: GraphProto) -> list[_Region]:
 
     touching: dict[str, list[int]] = {}
     makes = {o for n in new for o in n.output if o}
+    gone = {o for n in old for o in n.output if o} - local_names(copy)
     for i, node in enumerate([*old, *new]):
-        reads = () if i < len(old) else (v for v in node_inputs(node) if v in makes and v not in names)
+        inputs = node_inputs(node)
+        reads = (v for v in inputs if (v in gone if i < len(old) else v in makes and v not in names))
         for value in {*(o for o in node.output if o), *reads}:
             touching.setdefault(value, []).append(i)
     for group in touching.values():

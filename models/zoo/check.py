@@ -131,19 +131,23 @@ def run_graph(entry: Entry) -> Outcome:
 
 
 def found_in(model: Model) -> Detection:
-    """What the compiler finds: as in the pipeline, detection runs again where giving operands rank 4 helps."""
+    """What the compiler finds: as in the pipeline, detection runs again where giving operands rank 4 helps, or where
+    windows can be taken to their attention.
+    """
     from attncompile.passes.detect import detect
     from attncompile.passes.equal_lengths import with_sums
     from attncompile.passes.normalise import normalise
     from attncompile.passes.separate import HELPED, separate
     from attncompile.passes.symbols import profile_for
+    from attncompile.passes.whole_grid import whole_grid
 
     model = normalise(with_sums(model))
     profile = profile_for(model, {})
     detection = detect(model, profile)
     if any(m.code in HELPED for m in detection.near_misses):
-        detection = detect(separate(model, profile), profile)
-    return detection
+        model = separate(model, profile)
+        detection = detect(model, profile)
+    return whole_grid(model, profile, detection)[1]
 
 
 def compare(entry: Entry, calls: Sequence[Call], found: Detection, proto: ModelProto, seconds: float) -> Outcome:

@@ -10,14 +10,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module, util
+from math import prod
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
 from onnx.checker import ValidationError
 
+from attncompile.core.grid_pattern import Blocked
 from attncompile.core.mask import MaskPart
 from attncompile.core.model import Model
+from attncompile.core.pattern import BlockSparse
 from attncompile.core.site import AttentionSite, Detection
 from attncompile.models.export import export_built, quiet
 from attncompile.models.recipe import Built, Options
@@ -193,12 +196,35 @@ def _fits(site: AttentionSite, call: Call) -> bool:
     own = (site.kind, site.head_dim, site.value_dim)
     if own != (call.kind, call.head_dim, call.value_dim):
         return False
+    site = _one_window(site)
     if not isinstance(site.key_length, str) and site.key_length != call.key_length:
         return False
     lengths = isinstance(site.query_length, str) or site.query_length == call.query_length
     if lengths and (site.heads, site.kv_heads) == (call.heads, call.kv_heads):
         return True
     return _unfolded(site) == _unfolded(call)
+
+
+def _one_window(site: AttentionSite) -> AttentionSite:
+    """A site over a grid whose windows are batch entries in torch, as torch calls it: its first window.
+
+    What is looked at is said by the site alone: which tokens are that window, and which of them see one another.
+    """
+    part = next((p for p in site.mask.parts if p.kind == "blocked"), None)
+    if not site.form.startswith("windowed ") or part is None or not isinstance(part.pattern, Blocked):
+        return site
+    grid, size = part.pattern.grid, prod(part.pattern.window)
+    if grid is None or site.query_length != grid.tokens:
+        return site
+    along = [
+        np.arange(shift, shift + window) % n
+        for n, window, shift in zip(grid.shape, part.pattern.window, part.pattern.shift, strict=True)
+    ]
+    tokens = np.ravel_multi_index(tuple(x.reshape(-1) for x in np.meshgrid(*along, indexing="ij")), grid.shape)
+    seen = part.pattern.rows(tokens, grid.tokens, grid.tokens)[:, tokens]
+    inside = replace(part, kind="block_sparse", pattern=BlockSparse.of(seen, size))
+    others = tuple(inside if p is part else p for p in site.mask.parts)
+    return replace(site, query_length=size, key_length=size, mask=replace(site.mask, parts=others))
 
 
 def _unfolded(of: Call | AttentionSite) -> tuple[int, int, int | str]:
@@ -216,7 +242,7 @@ def _words(of: Call | AttentionSite) -> str:
 
 
 def _differences(site: AttentionSite, call: Call) -> list[str]:
-    said = _mask_difference(site, call)
+    said = _mask_difference(_one_window(site), call)
     wrong = [f"{site.id}: {said}"] if said else []
     if bool(site.sinks) != call.sinks:
         wrong.append(f"{site.id}: sinks are {'missed' if call.sinks else 'claimed'}")

@@ -116,7 +116,7 @@ def _common(index: GraphIndex, values: list[str]) -> list[str]:
             stack.pop()
             continue
         sources = sources_of(index, name) if len(known) + len(stack) < _MAX_VALUES else []
-        missing = [s for s in sources if s not in known and s not in stack]
+        missing = [s for s in sources if s not in known]
         if missing:
             stack += missing
             continue

@@ -292,9 +292,9 @@ class _Emitter:
         """Writes ``node`` for all tokens at once."""
         writer, data = self._writer, set(self._data(node.output[0]))
         inputs = [self._made[self._key(v)] if v in data else v for v in node.input]
-        if node.op_type in VIEW_OPS - {"Transpose", "Expand"}:
-            shape = self.shape(node.output[0])
-            self._made[self._key(node.output[0])] = writer.op("Reshape", [inputs[0], writer.ints(shape)])
+        if node.op_type in VIEW_OPS - {"Transpose"}:
+            kind, shape = ("Expand" if node.op_type == "Expand" else "Reshape"), self.shape(node.output[0])
+            self._made[self._key(node.output[0])] = writer.op(kind, [inputs[0], writer.ints(shape)])
             return
         if node.op_type in MOVES - {"Transpose"} and not self._of_channels(node):
             raise Unsupported("windows", f"{node.op_type} '{node.output[0]}' takes tokens apart")

@@ -90,16 +90,16 @@ class Follower(Mover):
 
     def _elementwise(self, node: NodeProto, data: list[str], output: str) -> Axes:
         atoms, world = self._atoms, self._world
-        shape, tokens = world.shapes[output], self._token_atoms()
-        constants = [world.shapes[v] for v in node_inputs(node) if v not in data]
+        shape, tokens = _shape(world, output), self._token_atoms()
+        constants = [_shape(world, v) for v in node_inputs(node) if v not in data]
         out: list[Axis] = []
         for back in range(len(shape), 0, -1):
             axis: Axis = ()
             for value in data:
                 axes = self._known[value].axes
                 own = atoms.leaves(axes[-back]) if len(axes) >= back else ()
-                if own and axis and own != axis:
-                    raise _refused(node, "joins different axes")
+                if own and axis and own != axis and tokens & {*own, *axis}:  # channels may be made anew
+                    raise _refused(node, "joins different tokens")
                 axis = axis or own
             if any(a in tokens for a in axis) and any(len(c) >= back and c[-back] != 1 for c in constants):
                 raise _refused(node, "treats tokens differently by where they stand")
@@ -109,13 +109,13 @@ class Follower(Mover):
     def _product(self, node: NodeProto, axes: Axes) -> Axes:
         """``axes`` after a product with a constant matrix from the right."""
         world = self._world
-        weights = world.shapes[node.input[1]]
+        weights = _shape(world, node.input[1])
         numbers = {a.name: a.i for a in node.attribute}
         if len(weights) != 2 or len(axes) < 2 or numbers.get("transA"):
             raise _refused(node, "is not a product with one matrix from the right")
         self._alone(node, axes[-1:])
         if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
-            added = world.shapes[node.input[2]]
+            added = _shape(world, node.input[2])
             if len(added) > 1 and added[-2] != 1:
                 raise _refused(node, "treats tokens differently by where they stand")
         return (*axes[:-1], self._atoms.new(weights[0] if numbers.get("transB") else weights[1]))
@@ -134,13 +134,21 @@ def sources_of(index: GraphIndex, value: str) -> list[str]:
     node = index.producer.get(value)
     if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in MOVES | TOKEN_WISE:
         return []
-    return [v for v in dict.fromkeys(node_inputs(node)) if index.data_inputs(v)]
+    data = [v for v in dict.fromkeys(node_inputs(node)) if index.data_inputs(v)]
+    steered = node.op_type in MOVES - {"Concat"} and data != [node.input[0]]  # where to is no constant
+    return [] if steered else data
 
 
 def tokens_of(world: World, source: str) -> tuple[Atoms, Axes]:
     """Fresh atoms, and the axes of ``source`` in them: all but the last are those of tokens."""
     atoms = Atoms()
     return atoms, tuple(atoms.new(size) for size in world.shapes[source])
+
+
+def _shape(world: World, value: str) -> tuple[int, ...]:
+    if value not in world.shapes:
+        raise Unsupported("shape-unknown", f"the shape of '{value}' is not known")
+    return world.shapes[value]
 
 
 def _refused(node: NodeProto, reason: str) -> Unsupported:

@@ -122,20 +122,23 @@ def window_facts(
     """
     rows, columns = (e.coordinates["N"].on_leaves(atoms) for e in ends)
     shared = tuple(a for a in rows.atoms if a in columns.atoms)
-    own = [tuple(a for a in leaves if a in c.atoms and a not in shared)
-           for leaves, c in zip(order, (rows, columns), strict=True)]  # fmt: skip
+    own_rows, own_columns = (
+        tuple(a for a in leaves if a in c.atoms and a not in shared)
+        for leaves, c in zip(order, (rows, columns), strict=True)
+    )
     tables = []
-    for coordinate, mine in zip((rows, columns), own, strict=True):
+    for coordinate, mine in ((rows, own_rows), (columns, own_columns)):
         table = coordinate.over(atoms, (*shared, *mine))
         tables.append(table.reshape(prod(atoms.sizes[a] for a in shared), -1))
     tokens = tables[0]
-    if not np.array_equal(*tables) or tokens.size != ends[0].sizes["N"]:
-        raise Unsupported("gather-bias", "queries and keys of a window are not the same tokens in the same order")
+    first = f"'{added[0][0]}' is added to windowed scores and is more than a mask, and " if added else ""
+    if not np.array_equal(tokens, tables[1]) or tokens.size != ends[0].sizes["N"]:
+        raise Unsupported("gather-bias", f"{first}queries and keys of a window are not the same tokens in one order")
     blocks = blocks_of(tokens)
     if blocks is None:
-        raise Unsupported("gather-bias", "the windows do not stand side by side on a grid of tokens")
+        raise Unsupported("gather-bias", f"{first}the windows do not stand side by side on a grid of tokens")
     heads = ends[0].coordinates["H"].on_leaves(atoms).atoms
-    total = _total(atoms, added, (shared, heads, *own))
+    total = _total(atoms, added, (shared, heads, own_rows, own_columns))
     pattern, number = _seam(blocks, tokens, total, picture, float(np.finfo(_numpy(dtype)).eps))
     how = Certificate(
         "structure", f"every token of {len(tokens)} windows followed back to the grid", (picture.shape,)

@@ -39,22 +39,25 @@ class Folds:
     def __init__(self, plain: ModelProto, working: ModelProto) -> None:
         self._regions: dict[str, list[_Region]] = {}
         self._stored: dict[str, frozenset[str]] = {}  # constants that go where nobody reads them
+        self._unread: dict[str, frozenset[str]] = {}  # values that nobody reads in the model either
         for place, own, copy in _pairs(plain.graph, working.graph):
             regions = _regions(own, copy)
             if regions:
                 self._regions[place] = regions
             self._stored[place] = frozenset(t.name for t in copy.initializer) - {t.name for t in own.initializer}
+            self._unread[place] = frozenset(_unread(own))
             used = {v for n in own.node for v in node_inputs(n)} - {i.name for i in own.input}
             self._stored[place] |= {t.name for t in own.initializer} & used
 
     def undo(self, proto: ModelProto) -> None:
-        """Folds ``proto`` back, in place. Constants that were there to be read, and are read no more, are removed."""
+        """Folds ``proto`` back, in place. Nodes and constants that were there to be read, and are read no more, go."""
         if not self._regions and not any(self._stored.values()):
             return
         pending = [("", proto.graph, frozenset[str]())]
         while pending:
             place, graph, around = pending.pop()
             _fold(graph, self._regions.get(place, []), around)
+            _clear(graph, self._unread.get(place, frozenset()))
             _drop(graph, self._stored.get(place, frozenset()))
             inside = around | local_names(graph)
             pending += [(place + at, inner, inside) for at, inner in _inner(graph)]
@@ -168,6 +171,20 @@ def _fold(graph: GraphProto, regions: list[_Region], around: frozenset[str]) -> 
     for i in reversed(range(len(graph.initializer))):
         if graph.initializer[i].name in constants:  # a constant in place of a Shape node
             del graph.initializer[i]
+
+
+def _unread(graph: GraphProto) -> set[str]:
+    """The first outputs of nodes that nobody reads."""
+    used = {v for n in graph.node for v in node_inputs(n)} | {o.name for o in graph.output}
+    return {n.output[0] for n in graph.node if not used & {*n.output}}
+
+
+def _clear(graph: GraphProto, unread: frozenset[str]) -> None:
+    """Removes nodes that nobody reads, except those that nobody read before."""
+    while gone := _unread(graph) - unread:
+        left = [NodeProto.FromString(n.SerializeToString()) for n in graph.node if not gone & {*n.output}]
+        del graph.node[:]
+        graph.node.extend(left)
 
 
 def _drop(graph: GraphProto, stored: frozenset[str]) -> None:

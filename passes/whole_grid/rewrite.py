@@ -6,7 +6,7 @@ once more for all tokens at once; the windows stay right around the site, where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -38,6 +38,7 @@ class Writer:
         self._new: list[NodeProto] = []
         self._constants: dict[tuple[int, ...], str] = {}
         self._taken: set[str] = set()
+        self._inside: set[str] = set()
         self._count = 0
 
     def lift(self, found: Lifted) -> None:
@@ -55,6 +56,7 @@ class Writer:
                     self._into_windows(found, side, emitter.value(side.operand.value))
             self._out_of_windows(found)
             self._count += 1
+            self._inside |= {*found.site.interior, found.site.output.value}
         except Unsupported:
             del self._new[before[0] :]
             self._taken = before[1]
@@ -65,20 +67,19 @@ class Writer:
         if not self._taken:
             return None
         graph = self._proto.graph
-        dead = _dead(graph)
+        outputs = [o.name for o in graph.output]
+        unread = _unread(graph.node, outputs)
         kept = [self._freed(n) for n in graph.node]
-        nodes = [*self._new, *(n for n in kept if n is not None)]
-        copies = [NodeProto.FromString(n.SerializeToString()) for n in topological(nodes)]
+        nodes = topological([*self._new, *(n for n in kept if n is not None)])
+        # What is computed from shapes stays, though nobody may read it: layers share it, and a site that is kept needs
+        # its own nodes back whatever became of the others. ``fold_back`` clears up.
+        data = self._index.data_inputs
+        while gone := {v for v in _unread(nodes, outputs) - unread if v not in self._index.producer or data(v)}:
+            nodes = [n for n in nodes if not gone & {*n.output}]
+        nodes = self._without_shapes(nodes)
+        copies = [NodeProto.FromString(n.SerializeToString()) for n in nodes]
         del graph.node[:]
         graph.node.extend(copies)
-        self._shapes(graph)
-        for _ in range(len(graph.node)):
-            gone = _dead(graph) - dead
-            if not gone:
-                break
-            left = [NodeProto.FromString(n.SerializeToString()) for n in graph.node if not gone & {*n.output}]
-            del graph.node[:]
-            graph.node.extend(left)
         self._drop_unread(graph)
         made = {o for n in graph.node for o in n.output} | {t.name for t in graph.initializer}
         for i in reversed(range(len(graph.value_info))):
@@ -176,18 +177,16 @@ class Writer:
                 copy.output[i] = self.name("unread")
         return copy
 
-    def _shapes(self, graph: GraphProto) -> None:
-        """Shape nodes that alone keep an old value become constants: all sizes are known."""
-        read = {v for n in graph.node if n.op_type != "Shape" for v in node_inputs(n)} | {o.name for o in graph.output}
-        before = {v for n in self._index.model.proto.graph.node if n.op_type != "Shape" for v in node_inputs(n)}
-        asked = [n for n in graph.node if n.op_type == "Shape" and n.input[0] in before - read]
+    def _without_shapes(self, nodes: list[NodeProto]) -> list[NodeProto]:
+        """``nodes`` with constants in place of Shape nodes that read what is gone, or is part of a site now: all sizes
+        are known.
+        """
+        made = {o for n in nodes for o in n.output} - self._taken - self._inside
+        asked = [n for n in nodes if n.op_type == "Shape" and n.input[0] in self._index.producer.keys() - made]
         for node in asked:
             value = self._world.value(node.output[0])
-            graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
-        names = {n.output[0] for n in asked}
-        left = [NodeProto.FromString(n.SerializeToString()) for n in graph.node if not names & {*n.output}]
-        del graph.node[:]
-        graph.node.extend(left)
+            self._proto.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+        return [n for n in nodes if not any(n is x for x in asked)]
 
     def _drop_unread(self, graph: GraphProto) -> None:
         """Constants of this class that are of no use after all."""
@@ -324,7 +323,8 @@ class _Emitter:
         return not any(a in tokens for axis in over for a in axes[axis % len(axes)])
 
 
-def _dead(graph: GraphProto) -> set[str]:
-    """What nobody reads."""
-    used = {v for n in graph.node for v in node_inputs(n)} | {o.name for o in graph.output}
-    return {n.output[0] for n in graph.node if not used & {*n.output}}
+def _unread(nodes: Iterable[NodeProto], outputs: Iterable[str] = ()) -> set[str]:
+    """The first outputs of nodes that nobody reads, except for their shape."""
+    nodes = list(nodes)
+    used = {v for n in nodes if n.op_type != "Shape" for v in node_inputs(n)} | {*outputs}
+    return {n.output[0] for n in nodes if not used & {*n.output}}

@@ -32,6 +32,7 @@ from attncompile.plugins.neighborhood.facts import (
 )
 from attncompile.plugins.neighborhood.function import function, node, slides
 from attncompile.plugins.neighborhood.gridded import tiles_of
+from attncompile.plugins.neighborhood.head_scale import scaled_query
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
 from attncompile.plugins.neighborhood.reference import reference
 from attncompile.plugins.neighborhood.rings import rings
@@ -64,7 +65,7 @@ class NeighborhoodAttention:
 
     name = OP_TYPE
     skips_keys = True
-    understands: frozenset[Need] = frozenset({"body", "sinks"})
+    understands: frozenset[Need] = frozenset({"body", "sinks", "head-scale"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         try:
@@ -267,11 +268,12 @@ class NeighborhoodAttention:
         found = ring(site.mask) if hood.circular else None
         mask, bias = check_padding(site.mask), "" if found is not None else check_bias(site)
         places = found.bias if found is not None else ""
-        inputs = [site.query.value, site.key.value, site.value.value, mask, bias, site.sinks, places]
+        scaled, query, stored = scaled_query(site)
+        inputs = [query, site.key.value, site.value.value, mask, bias, site.sinks, places]
         while not inputs[-1]:
             inputs.pop()
         made = node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
-        return Lowering((made,), (function(hood, call),))
+        return Lowering((*scaled, made), (function(hood, call),), stored)
 
     def _check(self, site: AttentionSite, hood: Neighborhood) -> None:
         """Raise ``Unsupported`` for a site that this op cannot express with these parameters."""

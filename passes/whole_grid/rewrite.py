@@ -22,7 +22,16 @@ from attncompile.passes.evaluate import World
 from attncompile.passes.index import graphs_within, local_names
 from attncompile.passes.infer import topological
 from attncompile.passes.load import node_inputs
-from attncompile.passes.whole_grid.lifted import Lifted, Side, channels, flat, formal, keeps_channels, side_leaves
+from attncompile.passes.whole_grid.lifted import (
+    Lifted,
+    Side,
+    channels,
+    flat,
+    formal,
+    keeps_channels,
+    moved_line,
+    side_leaves,
+)
 from attncompile.passes.whole_grid.token_wise import sources_of
 
 
@@ -251,41 +260,48 @@ class _Emitter:
         return found
 
     def _base(self, value: str) -> bool:
-        """Whether ``value`` is the start, or that in windows and nothing else: then it is written as a view of it."""
+        """Whether ``value`` is the start, or windows of a value in the source's order and nothing else: then it is
+        written as a view of that.
+        """
         key = self._key(value)
         if self._given:
             if value == self._start:
                 self._made[key] = self._given
             return value == self._start
-        if not self._moved(value) or not self._whole(value):
+        if flat(self._side, value) != (*side_leaves(self._side), *channels(self._side, value)):
             return False
-        if self._world.shapes[self._start] == key[1]:
-            self._made[key] = self._start
-            return True
-        self._made[key] = self._writer.op("Reshape", [self._start, self._writer.ints(key[1])])
-        return True
+        for before in moved_line(self._index, value):
+            if self._in_order(before) and self._same_channels(before, value):
+                same = self._world.shapes[before] == key[1]
+                written = before if same else self._writer.op("Reshape", [before, self._writer.ints(key[1])])
+                self._made[key] = written
+                return True
+        return False
 
-    def _moved(self, value: str) -> bool:
-        """Whether ``value`` holds elements of the start and nothing computed from them."""
-        stack, seen = [value], set[str]()
-        while stack:
-            name = stack.pop()
-            if name == self._start or name in seen:
-                continue
-            seen.add(name)
-            node = self._index.producer.get(name)
-            if node is None or node.op_type not in MOVES:
-                return False
-            stack += sources_of(self._index, name)
-        return True
-
-    def _whole(self, value: str) -> bool:
-        """Whether ``value`` is windows, places in them, and the start's channels in order."""
-        leaves = flat(self._side, value)
-        last = len(self._world.shapes[self._start]) - 1
-        if leaves != (*side_leaves(self._side), *channels(self._side, value)):
+    def _in_order(self, value: str) -> bool:
+        """Whether ``value`` has the tokens of the source in order, and its channels last."""
+        side, sizes = self._side, self._world.shapes[self._start][:-1]
+        try:
+            coordinates = [c.on_leaves(side.atoms) for c in side.follower.origins(value).coordinates]
+        except Unsupported:
+            return False  # it lies before the source
+        tokens = {a for c in coordinates for a in c.atoms}
+        first = flat(side, value)[: len(tokens)]
+        if set(first) != tokens or len(side.follower.leaves(value)[-1]) == 0:
             return False
-        return keeps_channels(self._index, self._world, self._start, [last], value)
+        total = np.zeros([side.atoms.sizes[a] for a in first], np.int64)
+        for coordinate, size in zip(coordinates, sizes, strict=True):
+            total = total * size + coordinate.over(side.atoms, first)
+        return bool(np.array_equal(total.reshape(-1), np.arange(prod(sizes))))
+
+    def _same_channels(self, before: str, value: str) -> bool:
+        """Whether the channels of ``value``, moved from ``before``, are those in order."""
+        tokens = self._side.follower.tokens(before)
+        leaves = self._side.follower.leaves(before)
+        axes = [i for i, axis in enumerate(leaves) if axis and not tokens & {*axis}]
+        if any(tokens & {*axis} and not tokens >= {*axis} for axis in leaves):
+            return False  # an axis of both
+        return keeps_channels(self._index, self._world, before, axes, value)
 
     def _copy(self, node: NodeProto) -> None:
         """Writes ``node`` for all tokens at once."""

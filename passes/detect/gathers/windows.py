@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -60,14 +61,28 @@ def blocks_of(tokens: np.ndarray) -> Blocks | None:
             return None
         grid.append(rest // pitch)
         rest = pitch
-    if rest != 1 or any(n % w for n, w in zip(grid, window, strict=True)):
+    if rest != 1:
         return None
-    first = np.unravel_index(int(tokens[plain, 0]), grid)
-    shift = tuple(int(x) % w for x, w in zip(first, window, strict=True))
-    moved = any(shift)
-    evidence = f"the order of the tokens in {count} windows"
-    pattern = Blocked(tuple(window), shift, TokenGrid(tuple(grid), evidence=evidence), cyclic=moved)
-    return Blocks(pattern, plain) if _holds(pattern, tokens) else None
+    for sides, cut in _with_one_more_axis(grid, window):
+        if any(n % w for n, w in zip(sides, cut, strict=True)):
+            continue
+        first = np.unravel_index(int(tokens[plain, 0]), sides)
+        shift = tuple(int(x) % w for x, w in zip(first, cut, strict=True))
+        where = TokenGrid(tuple(sides), evidence=f"the order of the tokens in {count} windows")
+        pattern = Blocked(tuple(cut), shift, where, cyclic=any(shift))
+        if _holds(pattern, tokens):
+            return Blocks(pattern, plain)
+    return None
+
+
+def _with_one_more_axis(grid: list[int], window: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Grid and window as they are, then with an axis cut in two: windows of one token along an axis do not show it."""
+    yield grid, window
+    for axis in range(len(grid)) if len(grid) < _MAX_AXES else ():
+        for inner in range(2, grid[axis]):
+            if grid[axis] % inner == 0:
+                sides = [*grid[:axis], grid[axis] // inner, inner, *grid[axis + 1 :]]
+                yield sides, [*window[:axis], 1, *window[axis:]]
 
 
 def _lattice(window: np.ndarray) -> tuple[list[int] | None, list[int]]:

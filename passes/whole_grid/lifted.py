@@ -59,14 +59,14 @@ class Lifted:
         return self.order.size
 
 
-def lifted(index: GraphIndex, world: World, site: AttentionSite) -> Lifted:
-    """How the windows of ``site`` are taken out.
+def lifted(index: GraphIndex, world: World, site: AttentionSite) -> Lifted | None:
+    """How the windows of ``site`` are taken out; None where its operands are not made from one value by moving tokens
+    and by working on each alone: its batch entries are then no windows.
 
     Raises:
-        Unsupported: its operands are not made from one value by moving tokens and by working on each alone, or its
-            output is not brought back into the order of that value.
+        Unsupported: its output is not brought back into the order of that value.
     """
-    reason = Unsupported("windows", "the operands are made from no common value whose tokens are in another order")
+    reason: Unsupported | None = None
     for found in reversed(list(_sources(index, world, site))):
         try:
             end, last, output = _end(index, world, site, found.table)
@@ -74,7 +74,9 @@ def lifted(index: GraphIndex, world: World, site: AttentionSite) -> Lifted:
             reason = error
             continue
         return Lifted(site, found.value, end, last, found.batch, found.order, found.sides, output)
-    raise reason
+    if reason is not None:
+        raise reason
+    return None
 
 
 @dataclass(frozen=True, slots=True)

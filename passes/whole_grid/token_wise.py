@@ -136,7 +136,8 @@ def sources_of(index: GraphIndex, value: str) -> list[str]:
         return []
     data = [v for v in dict.fromkeys(node_inputs(node)) if index.data_inputs(v)]
     steered = node.op_type in MOVES - {"Concat"} and data != [node.input[0]]  # where to is no constant
-    return [] if steered else data
+    meets = node.op_type in _PRODUCTS and len(data) > 1  # attention itself: nothing is followed through it
+    return [] if steered or meets else data
 
 
 def tokens_of(world: World, source: str) -> tuple[Atoms, Axes]:

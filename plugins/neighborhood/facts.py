@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import inf
-
 import numpy as np
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.grid_pattern import Blocked
 from attncompile.core.mask import MaskFacts, MaskPart, in_windows, plain_biases, seam
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
@@ -136,33 +132,3 @@ def check_bias(site: AttentionSite) -> str:
     if not isinstance(site.query_length, int) or not isinstance(site.key_length, int):
         raise Unsupported("bias", "a bias is cut into tiles of a fixed length only", "export with a fixed length")
     return bias.source
-
-
-@dataclass(frozen=True, slots=True)
-class Ring:
-    """Whole windows side by side on a grid whose ends may meet, as border ``circular`` says it: what is added across
-    a seam, and the graph value of the bias by places (empty without one).
-    """
-
-    windows: Blocked
-    seam: float
-    bias: str
-
-
-def ring(mask: MaskFacts) -> Ring | None:
-    """The mask as a ring of windows; None where it holds something else."""
-    beside, places = seam(mask), in_windows(mask)
-    rest = [p for p in mask.parts if p is not beside and p is not places]
-    windows = rest[0].pattern if len(rest) == 1 else None
-    if not isinstance(windows, Blocked) or windows.grid is None or windows.before or windows.after:
-        return None
-    grid = windows.grid
-    if grid.prefix or grid.suffix or any(n % w for n, w in zip(grid.shape, windows.window, strict=True)):
-        return None
-    shifted = any(s % w for s, w in zip(windows.shift, windows.window, strict=True))
-    across = -inf if shifted and not windows.cyclic else 0.0
-    if beside is not None:
-        if across or beside.pattern != replace(windows, cyclic=False):
-            return None
-        across = beside.number
-    return Ring(windows, across, (places.source or "") if places is not None else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from math import ceil, inf, isfinite, prod
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,10 @@ from attncompile.plugins.neighborhood.approximate import BLOCK, body_parameters,
 from attncompile.plugins.neighborhood.cached import kept, met
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import (
-    Ring,
     check_bias,
     check_masked_rows,
     check_padding,
     check_plain,
-    ring,
     structures,
     visible,
     window,
@@ -35,6 +33,7 @@ from attncompile.plugins.neighborhood.gridded import tiles_of
 from attncompile.plugins.neighborhood.head_scale import scaled_query
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
 from attncompile.plugins.neighborhood.reference import reference
+from attncompile.plugins.neighborhood.ring_sites import check_ring, ring, ring_is_exact, ring_parameters
 from attncompile.plugins.neighborhood.rings import rings
 from attncompile.plugins.neighborhood.tiles import COPY, tiling
 
@@ -90,7 +89,7 @@ class NeighborhoodAttention:
         """Parameters that say what the site's mask says, and that in words. Raises ``Unsupported`` without any."""
         wrapped = ring(site.mask)
         if wrapped is not None:
-            return self._ring_parameters(site, wrapped)
+            return ring_parameters(wrapped)
         parts = [p for p in site.mask.parts if p.pattern is not None]
         grid = parts[0].pattern if parts else None
         if isinstance(grid, GridWindow):
@@ -122,20 +121,6 @@ class NeighborhoodAttention:
             "masked_rows": site.mask.masked_rows, "block": BLOCK, "dense_below": 0,
         }  # fmt: skip
         return parameters, f"a neighborhood of {size} on the grid of {sides} tokens"
-
-    def _ring_parameters(self, site: AttentionSite, found: Ring) -> tuple[dict[str, Any], str]:
-        windows, grid = found.windows, found.windows.grid
-        assert grid is not None
-        moved = [s % w for s, w in zip(windows.shift, windows.window, strict=True)]
-        seam = found.seam if isfinite(found.seam) else "-inf"  # JSON has no infinity
-        parameters = {
-            "kernel_size": list(windows.window), "stride": list(windows.window), "grid": list(grid.shape),
-            "border": "circular", "shift": moved, "seam": seam, "masked_rows": "zero",
-            "block": prod(windows.window), "dense_below": 0,
-        }  # fmt: skip
-        sides, size = ("x".join(map(str, x)) for x in (grid.shape, windows.window))
-        where = f", moved by {'x'.join(map(str, moved))}" if any(moved) else ""
-        return parameters, f"windows of {size}{where} on the grid of {sides} tokens"
 
     def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
         if site.query_length != site.key_length or any(p.kind not in ("causal", "padding") for p in site.mask.parts):
@@ -177,7 +162,7 @@ class NeighborhoodAttention:
         hood = Neighborhood.of(parameters)
         static = isinstance(site.query_length, int) and isinstance(site.key_length, int)
         if hood.circular:
-            return self._ring_is_exact(site, hood)
+            return ring_is_exact(site, hood, LARGEST_MASK)
         for part in structure:
             if not part.certificate.general and not static:
                 return Verdict.no(
@@ -205,26 +190,6 @@ class NeighborhoodAttention:
             if hood.masked_rows != site.mask.masked_rows:
                 return Verdict.no("masked-rows", f"fully masked rows give {site.mask.masked_rows} in the source")
         return Verdict.yes(f"the mask is this window ({structure[0].certificate.method})")
-
-    def _ring_is_exact(self, site: AttentionSite, hood: Neighborhood) -> Verdict:
-        """The windows are the site's, element by element; so are the seam's number and where it is added."""
-        found, tokens = ring(site.mask), hood.tokens
-        if found is None or tokens is None:
-            return Verdict.no("other-window", "the site's mask is no ring of whole windows")
-        if tokens > LARGEST_MASK:
-            return Verdict.no("size", f"a mask of {tokens} tokens is too large to be compared")
-        assert found.windows.grid is not None
-        shift = tuple(s % w for s, w in zip(found.windows.shift, found.windows.window, strict=True))
-        own = (found.windows.grid.shape, found.windows.window, shift)
-        # Places, and where the seams are, follow from these three; the same mask may be cut in other ways.
-        by_place = bool(found.bias) or found.seam not in (0.0, -inf)
-        if by_place and own != (hood.grid, hood.kernel_size, hood.shift):
-            return Verdict.no("other-window", "the site's windows are not those of these parameters")
-        if hood.seam != found.seam and any(shift):
-            return Verdict.no("other-window", f"the source adds {found.seam:g} across the end of the grid")
-        if not np.array_equal(rings(hood).visible(hood), found.windows.visible(tokens, tokens)):
-            return Verdict.no("other-window", "the site's mask is not the windows of these parameters")
-        return Verdict.yes(f"the mask is these windows ({structures(site.mask)[0].certificate.method})")
 
     def cost(self, site: AttentionSite, parameters: Parameters, shape: Shape) -> Cost:
         """Touched keys include masked ones and rows of padding; the dense branch is counted where it is taken."""
@@ -281,7 +246,7 @@ class NeighborhoodAttention:
         structures(site.mask)
         check_padding(site.mask)
         if hood.circular:
-            self._check_ring(site, hood)
+            check_ring(site, hood)
             return
         bias = check_bias(site)
         if bias and (hood.prefix or hood.suffix):
@@ -303,13 +268,6 @@ class NeighborhoodAttention:
             raise Unsupported(
                 "grid", f"the grid has {hood.tokens} tokens, the site {nq} queries and {nk} keys", "give another --grid"
             )
-
-    def _check_ring(self, site: AttentionSite, hood: Neighborhood) -> None:
-        if ring(site.mask) is None or site.sinks:
-            raise Unsupported("mask", "border circular takes whole windows, a bias by places, and nothing beside them")
-        if (site.query_length, site.key_length) != (hood.tokens, hood.tokens):
-            lengths = f"{site.query_length} queries and {site.key_length} keys"
-            raise Unsupported("grid", f"the grid has {hood.tokens} tokens, the site {lengths}", "give another --grid")
 
     def _check_sinks(self, site: AttentionSite, hood: Neighborhood, bias: bool) -> None:
         if not slides(hood, bias) or hood.prefix or hood.suffix:

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.grid import TokenGrid
@@ -145,6 +147,15 @@ def test_other_windows_are_not_exact(wrong, case) -> None:
     assert not SUBJECT.is_exact_for(site, {**found, **wrong}).ok
 
 
+def test_a_seam_where_the_site_has_none_is_not_exact(case) -> None:
+    """One window a ring: the same keys are seen wherever it begins, but not with the same scores."""
+    whole = Blocked((4,), (0,), TokenGrid((4,)))
+    site = case(queries=4, static=True, windows=whole).site()
+    same = {"kernel_size": [4], "stride": [4], "grid": [4], "border": "circular", "shift": [1]}
+    assert SUBJECT.is_exact_for(site, same).ok
+    assert not SUBJECT.is_exact_for(site, {**same, "seam": -5.0}).ok
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -173,6 +184,28 @@ def test_no_other_mechanism_takes_a_bias_by_places(case) -> None:
     for other in mechanisms():
         if other.name != SUBJECT.name:
             assert all(isinstance(c, Verdict) and not c.ok for c in other.exact_candidates(site)), other.name
+
+
+@pytest.mark.parametrize("layout", ["BNHD", "BHND"])
+def test_a_scale_for_each_head(layout, case) -> None:
+    """SwinV2's: the query is multiplied by it before the op, so that the reference sees such a query."""
+    at = swin(case, (6, 9), (3, 3), (1, 2), -100.0, layouts=(layout,) * 4, batch=2)
+    scale = np.array([0.5, 2.0, 7.0], np.float32)
+    site = at.site(head_scale="head_scale")
+    lowering = SUBJECT.lower(site, SUBJECT._exact_parameters(site)[0], 18)
+    model = at.model(SUBJECT, SUBJECT._exact_parameters(at.site())[0])
+    del model.graph.node[:]
+    model.graph.node.extend(lowering.nodes)
+    model.graph.initializer.extend(
+        [*lowering.initializers, numpy_helper.from_array(scale[:, None, None], "head_scale")]
+    )
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    got = session.run(None, at.feeds())[0]
+    q, k, v = (at.tensors()[x] for x in "qkv")
+    want = reference(
+        q * scale[:, None], k, v, SUBJECT._exact_parameters(at.site())[0], scale=at.scale, window_bias=at.window_bias
+    )
+    np.testing.assert_allclose(got if layout == "BNHD" else got.transpose(0, 2, 1, 3), want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_candidate_for_swin_t(case) -> None:

@@ -68,47 +68,66 @@ def _outer(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
 
 
 def ring_body(body: Body, hood: Neighborhood, call: Call, query: str, key: str, value: str, window_bias: str) -> str:
-    """Append the whole computation; returns the output's name. ``window_bias`` is empty without one."""
+    """Append the whole computation; returns the output's name. ``window_bias`` is empty without one.
+
+    Windows come before heads, [B, T, G, R, D]: what is added is one table over the last axes of the scores.
+    """
     plan = rings(hood)
     size = plan.index.shape[1]
-    rows = tiled.take(body, query, plan.index.reshape(-1), plan.index.size, parts.sequence_axis(call.layouts[0]))
-    tiles = parts.tiles_of_queries(body, call, parts.scaled(body, call, rows), size, call.layouts[0])
+    rows = _windows(body, parts.scaled(body, call, query), plan, call.layouts[0], call.heads, call.head_dim)
+    if call.group > 1:  # the query heads of a group are rows
+        rows = body.op("Reshape", rows, body.ints(0, 0, call.kv_heads, call.group * size, call.head_dim))
     keys = _windows(body, key, plan, call.layouts[1], call.kv_heads, call.head_dim)
     values = _windows(body, value, plan, call.layouts[2], call.kv_heads, call.value_dim)
-    added = _seams(body, hood, call, plan)
-    if window_bias:
-        bias = _bias(body, call, window_bias, size)
-        added = bias if added is None else body.op("Add", bias, added)
-    weights = parts.probabilities(body, call, tiles, keys, added, [0, 1, 2, 4, 3])  # [B, G, T, R, W]
-    result = parts.untile(body, call, body.op("MatMul", weights, values), size, call.layouts[3])
-    return tiled.take(body, result, plan.slots, plan.slots.size, parts.sequence_axis(call.layouts[3]))
+    added = _added(body, hood, call, plan, window_bias)
+    weights = parts.probabilities(body, call, rows, keys, added, [0, 1, 2, 4, 3])  # [B, T, G, R, W]
+    return _grid(body, call, plan, body.op("MatMul", weights, values))
 
 
 def _windows(body: Body, value: str, plan: Rings, layout: Layout, heads: int, dim: int) -> str:
-    """Keys or values in ``layout`` -> [B, G, T, W, dim]."""
+    """An operand in ``layout`` -> [B, T, heads, W, dim]."""
     count, size = plan.index.shape
     taken = tiled.take(body, value, plan.index.reshape(-1), plan.index.size, parts.sequence_axis(layout))
     if layout == "BHND":
-        return body.op("Reshape", taken, body.ints(0, heads, count, size, dim))
+        wide = body.op("Reshape", taken, body.ints(0, heads, count, size, dim))
+        return body.op("Transpose", wide, perm=[0, 2, 1, 3, 4])
     wide = body.op("Reshape", taken, body.ints(0, count, size, heads, dim))
-    return body.op("Transpose", wide, perm=[0, 3, 1, 2, 4])
+    return body.op("Transpose", wide, perm=[0, 1, 3, 2, 4])
 
 
-def _seams(body: Body, hood: Neighborhood, call: Call, plan: Rings) -> str | None:
-    """What the seams add, [T, R, W]; None where no window has one, or they change nothing."""
+def _grid(body: Body, call: Call, plan: Rings, value: str) -> str:
+    """[B, T, G, R, Dv] -> the output in its layout."""
+    count, size = plan.index.shape
+    layout, heads, dim = call.layouts[3], call.heads, call.value_dim
+    if call.group > 1:
+        value = body.op("Reshape", value, body.ints(0, count, heads, size, dim))
+    if layout == "BHND":
+        moved = body.op("Transpose", value, perm=[0, 2, 1, 3, 4])
+        flat = body.op("Reshape", moved, body.ints(0, heads, count * size, dim))
+    else:
+        moved = body.op("Transpose", value, perm=[0, 1, 3, 2, 4])
+        flat = body.op("Reshape", moved, body.ints(0, count * size, heads, dim))
+    return tiled.take(body, flat, plan.slots, plan.slots.size, parts.sequence_axis(layout))
+
+
+def _added(body: Body, hood: Neighborhood, call: Call, plan: Rings, window_bias: str) -> str | None:
+    """Bias and seams, [G, R, W] or [T, G, R, W]; None without any. A stored bias makes all of it a constant."""
+    kind, numpy_type = float_type(parts.softmax_type(call))
+    size = plan.index.shape[1]
+    bias = _bias(body, call, body.op("Cast", window_bias, to=kind), size) if window_bias else None
     if not hood.seam or not plan.apart.any():
-        return None
-    _, numpy_type = float_type(parts.softmax_type(call))
+        return bias
     table = np.where(plan.apart, hood.seam, 0.0).astype(numpy_type)
-    added = body.constant(np.tile(table, (1, call.group, 1)))
+    added = body.constant(np.tile(table, (1, call.group, 1))[:, None])  # [U, 1, R, W]
+    if bias is not None:
+        added = body.op("Add", bias, added)
     return body.op("Gather", added, body.constant(plan.kind.astype(np.int64)), axis=0)
 
 
 def _bias(body: Body, call: Call, bias: str, size: int) -> str:
-    """What broadcasts to [H, W, W] -> [1 or G, 1, R, W]: the query heads of a group are rows, as in the tiles."""
-    bias = body.op("Cast", bias, to=float_type(parts.softmax_type(call))[0])
-    if call.group == 1:
-        return body.op("Reshape", bias, body.ints(-1, 1, size, size))
+    """What broadcasts to [H, W, W] -> [1 or G, R, W]: the query heads of a group are rows, as in the windows."""
     bias = body.op("Reshape", bias, body.ints(-1, size, size))
+    if call.group == 1:
+        return bias
     wide = body.op("Expand", bias, body.ints(call.heads, size, size))
-    return body.op("Reshape", wide, body.ints(call.kv_heads, 1, call.group * size, size))
+    return body.op("Reshape", wide, body.ints(call.kv_heads, call.group * size, size))

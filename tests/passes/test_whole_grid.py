@@ -176,6 +176,38 @@ def test_a_window_that_is_square_can_be_reversed_by_its_transpose_only_where_tha
     assert found.sites[0].form.startswith("windowed ")  # 3x3 by 3x3: nothing was changed
 
 
+@pytest.mark.parametrize("form", ["Swin", "fused qkv", "merged mask", "projected first"])
+def test_names_and_idle_nodes_mean_nothing(form: str, tmp_path: Path) -> None:
+    """Every value renamed, an Identity on every edge, the nodes written in another order of the same graph."""
+    layer = FORMS[form]
+    proto = layer.model()
+    want = run(proto, layer)
+    rng = np.random.default_rng(0)
+    names = {o for n in proto.graph.node for o in n.output} - {"y"}
+    fresh = {name: f"v{i}" for name, i in zip(sorted(names), rng.permutation(len(names)), strict=True)}
+    nodes = []
+    for node in proto.graph.node:
+        made = onnx.NodeProto()
+        made.CopyFrom(node)
+        made.name = ""
+        for i, value in enumerate(node.input):
+            if value in fresh:
+                nodes.append(onnx.helper.make_node("Identity", [fresh[value]], [f"{fresh[value]}_{len(nodes)}"]))
+                made.input[i] = nodes[-1].output[0]
+        for i, value in enumerate(node.output):
+            made.output[i] = fresh.get(value, value)
+        nodes.append(made)
+    del proto.graph.node[:], proto.graph.value_info[:]
+    proto.graph.node.extend(nodes)
+    model = load(save(proto, tmp_path))
+    profile = profile_for(model, {})
+    working, found = whole_grid(model, profile, detect(model, profile))
+    (site,) = found.sites
+    check_facts(site, layer)
+    assert distance(run(replaced(model, working, [site]), layer), want) <= 1e-5
+    assert distance(run(replaced(model, working, []), layer), want) <= 1e-6
+
+
 def test_what_is_not_replaced_is_folded_back(tmp_path: Path) -> None:
     for layer in FORMS.values():
         model, working, _ = read(layer, tmp_path)

@@ -84,7 +84,7 @@ def compiled(path: Path, out: Path, **options: Any) -> tuple[Report, ModelProto]
 
 
 @pytest.mark.parametrize(("exporter", "opset"), EXPORTERS)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "two stages")) for n in SIZES])
 def test_one_op_a_layer_and_no_windows(name: str, exporter: str, opset: int, tmp_path: Path) -> None:
     path = swin(name, exporter, opset)
     report, proto = compiled(path, tmp_path / "out", keep_slower=True)

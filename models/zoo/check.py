@@ -210,21 +210,36 @@ def _one_window(site: AttentionSite) -> AttentionSite:
 
     What is looked at is said by the site alone: which tokens are that window, and which of them see one another.
     """
-    part = next((p for p in site.mask.parts if p.kind == "blocked"), None)
-    if not site.form.startswith("windowed ") or part is None or not isinstance(part.pattern, Blocked):
+    windows = _windows_of(site)
+    if windows is None:
         return site
-    grid, size = part.pattern.grid, prod(part.pattern.window)
-    if grid is None or site.query_length != grid.tokens:
-        return site
-    along = [
-        np.arange(shift, shift + window) % n
-        for n, window, shift in zip(grid.shape, part.pattern.window, part.pattern.shift, strict=True)
-    ]
-    tokens = np.ravel_multi_index(tuple(x.reshape(-1) for x in np.meshgrid(*along, indexing="ij")), grid.shape)
-    seen = part.pattern.rows(tokens, grid.tokens, grid.tokens)[:, tokens]
-    inside = replace(part, kind="block_sparse", pattern=BlockSparse.of(seen, size))
+    part, seen = windows
+    size = seen.shape[-1]
+    inside = replace(part, kind="block_sparse", pattern=BlockSparse.of(seen[0], size))
     others = tuple(inside if p is part else p for p in site.mask.parts)
     return replace(site, query_length=size, key_length=size, mask=replace(site.mask, parts=others))
+
+
+def _windows_of(site: AttentionSite) -> tuple[MaskPart, np.ndarray] | None:
+    """The part of the mask that cuts a grid into windows, and bool [windows, tokens, tokens] of what is seen in each;
+    None where the site says no such thing.
+    """
+    part = next((p for p in site.mask.parts if p.kind == "blocked"), None)
+    if not site.form.startswith("windowed ") or part is None or not isinstance(part.pattern, Blocked):
+        return None
+    grid, window = part.pattern.grid, part.pattern.window
+    if grid is None or site.query_length != grid.tokens:
+        return None
+    if any(n % w for n, w in zip(grid.shape, window, strict=True)):
+        return None
+    tokens = np.arange(grid.tokens).reshape(grid.shape)
+    for axis, (shift, w) in enumerate(zip(part.pattern.shift, window, strict=True)):
+        tokens = np.roll(tokens, -shift, 2 * axis)
+        tokens = tokens.reshape(*tokens.shape[: 2 * axis], -1, w, *tokens.shape[2 * axis + 1 :])
+    rank = len(window)
+    tokens = tokens.transpose(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)).reshape(-1, prod(window))
+    seen = part.pattern.visible(grid.tokens, grid.tokens)
+    return part, seen[tokens[:, :, None], tokens[:, None, :]]
 
 
 def _unfolded(of: Call | AttentionSite) -> tuple[int, int, int | str]:
@@ -244,6 +259,9 @@ def _words(of: Call | AttentionSite) -> str:
 def _differences(site: AttentionSite, call: Call) -> list[str]:
     said = _mask_difference(_one_window(site), call)
     wrong = [f"{site.id}: {said}"] if said else []
+    windows = _windows_of(site)
+    if windows is not None and bool(np.any(windows[1] != windows[1][:1])) != ("data" in call.mask.split("+")):
+        wrong.append(f"{site.id}: whether its windows see the same of themselves is not as it was seen")
     if bool(site.sinks) != call.sinks:
         wrong.append(f"{site.id}: sinks are {'missed' if call.sinks else 'claimed'}")
     return wrong

@@ -111,17 +111,21 @@ def _grid(body: Body, call: Call, plan: Rings, value: str) -> str:
 
 
 def _added(body: Body, hood: Neighborhood, call: Call, plan: Rings, window_bias: str) -> str | None:
-    """Bias and seams, [G, R, W] or [T, G, R, W]; None without any. A stored bias makes all of it a constant."""
+    """Bias and seams, [G, R, W] or [T, G, R, W]; None without any. A stored bias makes all of it a constant.
+
+    The sum is rounded to the bias' own type, as exports round theirs: in float16, bias - 100 keeps few of its digits.
+    """
     kind, numpy_type = float_type(parts.softmax_type(call))
     size = plan.index.shape[1]
-    bias = _bias(body, call, body.op("Cast", window_bias, to=kind), size) if window_bias else None
-    if not hood.seam or not plan.apart.any():
-        return bias
-    table = np.where(plan.apart, hood.seam, 0.0).astype(numpy_type)
-    added = body.constant(np.tile(table, (1, call.group, 1))[:, None])  # [U, 1, R, W]
-    if bias is not None:
-        added = body.op("Add", bias, added)
-    return body.op("Gather", added, body.constant(plan.kind.astype(np.int64)), axis=0)
+    bias = _bias(body, call, window_bias, size) if window_bias else None
+    seams = bool(hood.seam) and bool(plan.apart.any())
+    if seams:
+        table = np.where(plan.apart, hood.seam, 0.0).astype(numpy_type)
+        added = body.constant(np.tile(table, (1, call.group, 1))[:, None])  # [U, 1, R, W]
+        if bias is not None:
+            added = body.op("Add", bias, body.op("CastLike", added, bias))
+        bias = body.op("Gather", added, body.constant(plan.kind.astype(np.int64)), axis=0)
+    return body.op("Cast", bias, to=kind) if bias is not None and window_bias else bias
 
 
 def _bias(body: Body, call: Call, bias: str, size: int) -> str:

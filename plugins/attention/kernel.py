@@ -10,7 +10,16 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.kernel_arguments import HALF, RULES, check_operands, inputs, int32, padded, strides, widths
+from attncompile.plugins.kernel_arguments import (
+    RULES,
+    check_operands,
+    check_optional,
+    inputs,
+    int32,
+    padded,
+    strides,
+    widths,
+)
 from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, tactics
 
 OPTIONAL = ("key_mask", "bias", "sinks", "mask", "key_lengths")
@@ -36,14 +45,10 @@ class AttentionKernel:
         unknown = set(call.inputs) - set(OPTIONAL)
         if unknown:
             raise Unsupported("inputs", f"there is no kernel with {', '.join(sorted(unknown))}")
-        for name, types in (("key_mask", ("bool",)), ("mask", ("bool",)), ("key_lengths", ("int32", "int64"))):
-            if name in call.inputs and call.inputs[name] not in types:
-                raise Unsupported("dtype", f"{name} is {call.inputs[name]}, not {' or '.join(types)}")
-        for name in ("bias", "sinks"):
-            if name in call.inputs and call.inputs[name] not in (*HALF, "float32"):
-                raise Unsupported("dtype", f"{name} is {call.inputs[name]}, not a float of at most 32 bits")
-        if not call.attributes.get("scale", 1.0) > 0:
-            raise Unsupported("scale", f"scale {call.attributes['scale']}: the kernels need a positive one")
+        check_optional(call)
+        softcap = call.attributes.get("softcap", 0.0)
+        if softcap < 0:
+            raise Unsupported("softcap", f"softcap {softcap}: the kernels need a positive one, or 0 for none")
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         self._check(call)

@@ -13,23 +13,39 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.kernel_arguments import RULES, check_operands, inputs, int32, padded, strides, widths
+from attncompile.plugins.kernel_arguments import (
+    RULES,
+    check_operands,
+    check_optional,
+    inputs,
+    int32,
+    padded,
+    strides,
+    widths,
+)
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood
 from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, tactics
 
 PACKAGE = "attncompile.plugins.neighborhood"
+NARROW, WIDE = 1 << 7, 1 << 15
+"""Distances that the fields of 8 and of 16 bits hold, in which kernel_triton.py compares coordinates."""
+MOST_QUERIES = 256
+"""Queries of a tile are at most so many."""
 Three = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class AxisCut:
     """One axis cut into tiles of ``size`` queries: ``tiles``, the ``extent`` of the keys that the widest tile meets,
-    ``same``: every query of every tile sees all of its extent; ``clip``: an extent is longer than a dilation's line.
+    ``reach``: how far a bound of a query's window and a key of its tile may be apart (more than the extent where
+    windows are empty), ``same``: every query of every tile sees all of its extent; ``clip``: an extent is longer than a
+    dilation's line.
     """
 
     size: int
     tiles: int
     extent: int
+    reach: int
     same: bool
     clip: bool
 
@@ -76,7 +92,7 @@ class Cut:
         found: dict[str, int | bool] = {f"{k}{i}": v[i] for k, v in per_axis.items() for i in axes}
         found |= {
             "CLAMP": hood.border == "clamp", "BALL": hood.shape == "ball", "ALL_SEEN": self.all_seen,
-            "NARROW": max(a.extent for a in self.axes) < 128, "CLIP": any(a.clip for a in self.axes),
+            "NARROW": max(a.reach for a in self.axes) < NARROW, "CLIP": any(a.clip for a in self.axes),
             "PREFIX": hood.prefix, "SUFFIX": hood.suffix, "RULE": RULES[hood.masked_rows],
         }  # fmt: skip
         return found
@@ -104,10 +120,12 @@ def cut_axis(
             part = slice(first, min(first + size, length))
             spans.append((low[part], high[part], length))
             extent = max(extent, int(high[part].max()) - int(low[part].min()) + 1)
+    reach = extent
     for low, high, length in spans:
         corner = max(min(int(low.min()), length - extent), 0)
         same = same and bool((low == corner).all() and (high == corner + extent - 1).all())
-    return AxisCut(size, ceil(longest / size) * dilation, extent, same, extent > shortest)
+        reach = max(reach, int(low.max()) - corner, corner + extent - 1 - int(high.min()))
+    return AxisCut(size, ceil(longest / size) * dilation, extent, reach, same, extent > shortest)
 
 
 def windows(
@@ -165,6 +183,8 @@ class NeighborhoodKernel:
         hood = Neighborhood.of(call.attributes)
         if hood.tokens is None:
             raise Unsupported("grid", "a dynamic sequence has no grid kernel", "plain windows have that of Attention")
+        if hood.circular:
+            raise Unsupported("border", "border circular (windows on rings, shift, seam) has no kernel")
         if any(hood.causal) and hood.prefix:
             raise Unsupported("prefix", "prefix tokens before a causal axis of a static grid have no kernel")
         for length in (call.query_length, call.key_length):
@@ -173,8 +193,16 @@ class NeighborhoodKernel:
         unknown = set(call.inputs) - set(self.optional)
         if unknown:
             raise Unsupported("inputs", f"there is no kernel with {', '.join(sorted(unknown))} on a grid")
+        if set(call.outputs) - {"output"}:
+            raise Unsupported("outputs", f"there is no kernel that gives {', '.join(call.outputs[1:])} on a grid")
+        check_optional(call)
         if hood.tokens >= 1 << 31:
             raise Unsupported("size", f"{hood.tokens} tokens: token numbers are int32")
+        # A tile of one query has the least reach: where that does not fit no tile does.
+        if max(_axis(hood, a, 1).reach for a in range(3)) >= WIDE - MOST_QUERIES:
+            raise Unsupported(
+                "size", f"windows of more than {WIDE - MOST_QUERIES - 1} tokens on an axis have no kernel"
+            )
         return hood
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.kernel import Argument, OpCall
+from attncompile.core.kernel import POINTER_ALIGN, Argument, OpCall
 
 HALF = ("float16", "bfloat16")
 RULES = {"zero": 0, "uniform": 1, "nan": 2}
@@ -47,7 +47,7 @@ def check_operands(call: OpCall) -> None:
 
 def inputs(call: OpCall, optional: Iterable[str]) -> list[Argument]:
     """Pointers: query, key, value and those of ``optional`` that the call has."""
-    found = [Argument(name, "input", call.dtype) for name in ("query", "key", "value")]
+    found = [Argument(name, "input", call.dtype, align=POINTER_ALIGN) for name in ("query", "key", "value")]
     return found + [Argument(name, "input", call.inputs[name]) for name in optional if name in call.inputs]
 
 
@@ -59,6 +59,10 @@ def strides(call: OpCall) -> list[Argument]:
         if name in call.inputs:
             found += [int32(f"{name}_{axis.lower()}", f"{name}_stride_{axis}") for axis in axes]
     return found
+
+
+def output(call: OpCall) -> Argument:
+    return Argument("output", "output", call.dtype, align=POINTER_ALIGN)
 
 
 def int32(name: str, expression: str) -> Argument:

@@ -23,6 +23,9 @@ SMALL_SHARED = 48 * 1024
 """Bytes of shared memory that every launch may have without raising a function attribute. Every call has one tactic
 within it: whether TensorRT raises the attribute for a plugin is not known."""
 
+POINTER_ALIGN = 16
+"""Bytes of which pointers to query, key, value and output are multiples: rows are moved 16 bytes at a time."""
+
 STRIDE_UNIT = 8
 """Strides of query, key, value and output are passed in units of 8 elements (16 bytes): an int32 then reaches 2^34
 elements, and the compiler sees that rows are aligned. Head dims and offsets are multiples of it."""
@@ -60,13 +63,15 @@ class Argument:
     """One launch argument. TensorRT's order is inputs, int32 extras, outputs; every kernel keeps it.
 
     ``type`` is the element type of what an input or output points to. ``expression`` of an ``int32`` is over the
-    symbols of ``expressions.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``, ...
+    symbols of ``kernels/symbols.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``, ...
+    ``align``: the kernel is compiled for pointers that are multiples of so many bytes; a runtime checks it.
     """
 
     name: str
     kind: Literal["input", "int32", "output"]
     type: str = "int32"
     expression: str = ""
+    align: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,7 @@ class Program:
     """One kernel to be compiled. ``function`` is ``module:attribute`` of a Triton or Gluon function, whose parameters
     are the arguments' names in order, then compile-time constants; a parameter that is in neither is a constant None.
     ``grid`` gives the number of blocks an axis, as expressions. ``rank`` orders the tactics of a call, best first.
+    ``value_dim`` 0: as ``head_dim``.
     """
 
     op: str
@@ -101,6 +107,7 @@ class Program:
     registers: int | None = None
     abi: Abi = "plain"
     rank: int = 0
+    value_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)

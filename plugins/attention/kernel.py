@@ -10,7 +10,17 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.kernel_arguments import HALF, RULES, check_operands, inputs, int32, padded, strides, widths
+from attncompile.plugins.kernel_arguments import (
+    HALF,
+    RULES,
+    check_operands,
+    inputs,
+    int32,
+    output,
+    padded,
+    strides,
+    widths,
+)
 from attncompile.plugins.tactics import HOPPER, tactics
 
 OPTIONAL = ("key_mask", "bias", "sinks", "mask", "key_lengths")
@@ -69,7 +79,7 @@ class AttentionKernel:
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
             function=f"{PACKAGE}.{module}:attention", arguments=tuple(arguments(call)), constants=constants,
             grid=(f"cdiv(NQ, {queries(constants)})", "H", "B"), warps=tactic.warps, stages=tactic.stages,
-            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, rank=rank,
+            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
     def work(self, call: OpCall, program: Program) -> Work:
@@ -97,7 +107,7 @@ def arguments(call: OpCall) -> list[Argument]:
     for side in ("left", "right"):
         if call.attributes.get(side, -1) >= 0:
             extras.append(int32(side, side))
-    outputs = [Argument("output", "output", call.dtype)]
+    outputs = [output(call)]
     if "log_sum_exp" in call.outputs:
         outputs.append(Argument("log_sum_exp", "output", "float32"))
     return [*inputs(call, OPTIONAL), *strides(call), *extras, *outputs]

@@ -13,7 +13,7 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Argument, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.kernel_arguments import RULES, check_operands, inputs, int32, padded, strides, widths
+from attncompile.plugins.kernel_arguments import RULES, check_operands, inputs, int32, output, padded, strides, widths
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood
 from attncompile.plugins.tactics import tactics
 
@@ -185,7 +185,7 @@ class NeighborhoodKernel:
             function="attncompile.plugins.neighborhood.kernel_triton:neighborhood",
             arguments=tuple(arguments(call, self.optional)), constants=constants,
             grid=(str(made.tiles + extra), "H", "B"), warps=tactic.warps, stages=tactic.stages,
-            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, rank=rank,
+            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
     def work(self, call: OpCall, program: Program) -> Work:
@@ -194,7 +194,7 @@ class NeighborhoodKernel:
 
 def arguments(call: OpCall, optional: Sequence[str]) -> list[Argument]:
     extras = [int32("group", "H // HKV"), int32("scale", "scale_bits")]
-    return [*inputs(call, optional), *strides(call), *extras, Argument("output", "output", call.dtype)]
+    return [*inputs(call, optional), *strides(call), *extras, output(call)]
 
 
 def work(call: OpCall, program: Program) -> Work:

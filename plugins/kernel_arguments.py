@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import POINTER_ALIGN, Argument, OpCall
@@ -43,6 +44,14 @@ def check_operands(call: OpCall) -> None:
             raise Unsupported("head-dim", f"{name} dim {dim}: kernels take multiples of 8 from 16 to 256")
     if call.heads % call.kv_heads:
         raise Unsupported("heads", f"{call.heads} query heads on {call.kv_heads} key heads")
+
+
+def without_sizes(call: OpCall) -> OpCall:
+    """``call`` for any batch, lengths and numbers of heads, which come as arguments."""
+    return replace(
+        call, heads=1, kv_heads=1, batch=None, query_length=None, key_length=None, shapes={},
+        inputs=dict(sorted(call.inputs.items())),
+    )  # fmt: skip
 
 
 def inputs(call: OpCall, optional: Iterable[str]) -> list[Argument]:

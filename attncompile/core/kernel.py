@@ -128,6 +128,27 @@ class Kernel(Protocol):
     """One implementation of a mechanism for a range of types, head dims and architectures."""
 
     op: str
+    """Type of the nodes whose kernel this is, and of the calls that it takes."""
+
+    def register(self) -> None:
+        """Make the op's schema known to onnx; later calls do nothing."""
+        ...
+
+    def call(self, node: OpCall) -> OpCall:
+        """What a node of this op asks for: its attributes are as the schema names them, those of the result as kernels
+        read them. The result's ``op`` may be that of another kernel. Raises ``Unsupported``.
+        """
+        ...
+
+    def general(self, call: OpCall) -> OpCall:
+        """``call`` without what only launch arguments say (batch, lengths, numbers of heads, scale, ...): all calls
+        with the same general one have the same programs.
+        """
+        ...
+
+    def standard(self, dtype: str) -> Sequence[OpCall]:
+        """General calls that are worth having in a bundle without knowing a model."""
+        ...
 
     def supports(self, call: OpCall, architecture: int) -> Verdict:
         """Whether there are programs for ``call``; the reason names what there are none for."""

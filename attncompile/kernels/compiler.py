@@ -14,11 +14,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from attncompile.core.errors import KernelError, MissingDependency, Unsupported
-from attncompile.core.kernel import Constant, Program
+from attncompile.core.kernel import Argument, Constant, Program
 from attncompile.kernels import ptx as ptx_text
 from attncompile.kernels.cache import Cache
 from attncompile.kernels.entry import Compiled, Entry, canonical, digest
@@ -127,18 +128,22 @@ def _key(program: Program, source: Any, architecture: int, ptx_version: int, ver
     return digest(canonical({
         "source": source.hash(), "triton": version, "ptxas": _assembler(architecture).version,
         "ours": _sources_of_ours(), "arch": architecture, "options": _options(program, ptx_version),
-        "program": _json(program),
+        "program": describe(program),
         "ptxas_options": knobs.nvidia.ptxas_options or "",
     }))  # fmt: skip
 
 
-def _json(program: Program) -> Any:
-    return {
-        "op": program.op, "tactic": program.tactic, "abi": program.abi, "dtype": program.dtype, "grid": program.grid,
-        "dims": (program.head_dim, program.value_dim), "language": program.language,
-        "constants": dict(program.constants),
-        "arguments": [(a.name, a.kind, a.type, a.expression, a.align) for a in program.arguments],
-    }  # fmt: skip
+def describe(program: Program) -> dict[str, Any]:
+    """All of ``program`` but its rank, as JSON values: programs that are described alike are compiled once."""
+    return {f.name: _plain(getattr(program, f.name)) for f in fields(program) if f.name != "rank"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Argument):
+        return asdict(value)
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _sources_of_ours() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import ceil, prod
@@ -13,11 +13,23 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Argument, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.kernel_arguments import RULES, check_operands, inputs, int32, output, padded, strides, widths
-from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood
+from attncompile.plugins.kernel_arguments import (
+    RULES,
+    check_operands,
+    inputs,
+    int32,
+    output,
+    padded,
+    strides,
+    widths,
+    without_sizes,
+)
+from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
 from attncompile.plugins.tactics import tactics
 
 PACKAGE = "attncompile.plugins.neighborhood"
+WINDOWS = "Attention"
+"""The op whose kernel takes plain windows."""
 Three = tuple[int, int, int]
 
 
@@ -144,6 +156,24 @@ class NeighborhoodKernel:
 
     op = OP_TYPE
     optional = ("key_mask", "bias")
+
+    def register(self) -> None:
+        register()
+
+    def call(self, node: OpCall) -> OpCall:
+        """A plain window is a call of ``Attention``, whose kernel takes any lengths."""
+        hood = Neighborhood.of(node.attributes)
+        scale = {"scale": node.attributes["scale"]} if "scale" in node.attributes else {}
+        if hood.sliding and not hood.prefix and not hood.suffix:
+            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": hood.masked_rows}
+            return replace(node, op=WINDOWS, attributes={**window, **scale})
+        return replace(node, attributes={**hood.attributes(), **scale})
+
+    def general(self, call: OpCall) -> OpCall:
+        return replace(without_sizes(call), attributes=Neighborhood.of(call.attributes).attributes())
+
+    def standard(self, dtype: str) -> Sequence[OpCall]:
+        return ()  # a grid is part of the code: there is none that most models share
 
     def supports(self, call: OpCall, architecture: int) -> Verdict:
         try:

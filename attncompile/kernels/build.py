@@ -1,0 +1,126 @@
+"""From the calls of a model to compiled kernels: which programs, compiled once each, and which call has which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.kernel import SMALL_SHARED, Kernel, OpCall
+from attncompile.kernels.cache import Cache
+from attncompile.kernels.calls import NodeCall
+from attncompile.kernels.compiler import PTX_VERSION, describe
+from attncompile.kernels.entry import Compiled, canonical, digest
+from attncompile.kernels.pool import compile_all
+from attncompile.kernels.worker import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a call has no kernel on an architecture, or lacks one of its tactics (``tactic``)."""
+
+    architecture: int
+    tactic: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallKernels:
+    """A general call and its kernels: ids by architecture, best first."""
+
+    call: OpCall
+    kernels: Mapping[int, tuple[str, ...]]
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return key_of(self.call)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """All that a bundle holds. ``nodes`` are those of the model, with and without kernels."""
+
+    compiled: Mapping[str, Compiled]
+    calls: tuple[CallKernels, ...]
+    nodes: tuple[tuple[NodeCall, str], ...] = ()
+    """Each with the key of its call, or an empty one."""
+
+
+def signature(call: OpCall) -> dict[str, Any]:
+    """A general call as JSON values."""
+    return {
+        "op": call.op, "dtype": call.dtype, "head_dim": call.head_dim, "value_dim": call.value_dim,
+        "attributes": {k: list(v) if isinstance(v, tuple) else v for k, v in call.attributes.items()},
+        "inputs": dict(call.inputs), "outputs": list(call.outputs),
+    }  # fmt: skip
+
+
+def key_of(call: OpCall) -> str:
+    """Names a general call."""
+    return digest(canonical(signature(call)))[:16]
+
+
+def build(
+    nodes: Sequence[NodeCall],
+    further: Sequence[OpCall],
+    kernels: Mapping[str, Kernel],
+    architectures: Sequence[int],
+    cache: Cache | None,
+    start: Callable[[int], None] = lambda total: None,
+    done: Callable[[], None] = lambda: None,
+    workers: int | None = None,
+    ptx_version: int = PTX_VERSION,
+) -> Built:
+    """Compile the kernels of ``nodes`` and of the calls ``further``, for each of ``architectures``.
+
+    ``start`` is told how many programs there are, ``done`` of each that is compiled. What is refused is in the result.
+    """
+    asked = {key_of(c): c for c in (general(kernels, n.call) for n in nodes if n.call is not None)}
+    asked |= {key_of(c): c for c in (general(kernels, c) for c in further)}
+    jobs: dict[str, Job] = {}
+    wanted: dict[str, list[tuple[int, str]]] = {}
+    refused: dict[str, list[Refusal]] = {key: [] for key in asked}
+    for key, call in asked.items():
+        wanted[key] = []
+        for architecture in architectures:
+            try:
+                programs = kernels[call.op].programs(call, architecture)
+            except Unsupported as error:
+                refused[key].append(Refusal(architecture, "", error.code, error.message))
+                continue
+            for program in programs:
+                name = digest(canonical([describe(program), architecture]))
+                jobs.setdefault(name, Job(program, architecture, ptx_version))
+                wanted[key].append((architecture, name))
+    start(len(jobs))
+    results = dict(zip(jobs, compile_all(list(jobs.values()), cache, done, workers), strict=True))
+    calls = [_kernels(call, wanted[key], refused[key], jobs, results) for key, call in asked.items()]
+    compiled = {made.id: made for made in results.values() if isinstance(made, Compiled)}
+    keyed = tuple((n, key_of(general(kernels, n.call)) if n.call is not None else "") for n in nodes)
+    return Built(dict(sorted(compiled.items())), tuple(sorted(calls, key=lambda c: c.key)), keyed)
+
+
+def general(kernels: Mapping[str, Kernel], call: OpCall) -> OpCall:
+    """The general call of ``call``, by its kernel."""
+    return kernels[call.op].general(call)
+
+
+def _kernels(
+    call: OpCall, wanted: Sequence[tuple[int, str]], refused: list[Refusal], jobs: Mapping[str, Job],
+    results: Mapping[str, Compiled | Unsupported],
+) -> CallKernels:  # fmt: skip
+    found: dict[int, list[Compiled]] = {}
+    for architecture, name in wanted:
+        made = results[name]
+        if isinstance(made, Compiled):
+            found.setdefault(architecture, []).append(made)
+        else:
+            refused.append(Refusal(architecture, jobs[name].program.tactic, made.code, made.message))
+    for architecture, made_all in found.items():
+        if all(made.entry.shared > SMALL_SHARED or made.entry.abi != "plain" for made in made_all):
+            reason = f"no tactic needs at most {SMALL_SHARED} bytes of shared memory"
+            refused.append(Refusal(architecture, "", "small", reason))
+    return CallKernels(call, {a: tuple(m.id for m in found[a]) for a in sorted(found)}, tuple(refused))

@@ -3,64 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import SMALL_SHARED, Kernel, OpCall
 from attncompile.kernels.cache import Cache
-from attncompile.kernels.calls import NodeCall
 from attncompile.kernels.compiler import PTX_VERSION, describe
 from attncompile.kernels.entry import Compiled, canonical, digest
 from attncompile.kernels.pool import compile_all
+from attncompile.kernels.records import Built, CallKernels, NodeCall, Refusal, key_of
 from attncompile.kernels.worker import Job
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a call has no kernel on an architecture, or lacks one of its tactics (``tactic``)."""
-
-    architecture: int
-    tactic: str
-    code: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallKernels:
-    """A general call and its kernels: ids by architecture, best first."""
-
-    call: OpCall
-    kernels: Mapping[int, tuple[str, ...]]
-    refused: tuple[Refusal, ...] = ()
-
-    @property
-    def key(self) -> str:
-        return key_of(self.call)
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """All that a bundle holds. ``nodes`` are those of the model, with and without kernels."""
-
-    compiled: Mapping[str, Compiled]
-    calls: tuple[CallKernels, ...]
-    nodes: tuple[tuple[NodeCall, str], ...] = ()
-    """Each with the key of its call, or an empty one."""
-
-
-def signature(call: OpCall) -> dict[str, Any]:
-    """A general call as JSON values."""
-    return {
-        "op": call.op, "dtype": call.dtype, "head_dim": call.head_dim, "value_dim": call.value_dim,
-        "attributes": {k: list(v) if isinstance(v, tuple) else v for k, v in call.attributes.items()},
-        "inputs": dict(call.inputs), "outputs": list(call.outputs),
-    }  # fmt: skip
-
-
-def key_of(call: OpCall) -> str:
-    """Names a general call."""
-    return digest(canonical(signature(call)))[:16]
 
 
 def build(

@@ -15,10 +15,9 @@ from typing import Any
 from attncompile import __version__
 from attncompile.core.errors import KernelError
 from attncompile.core.folder import atomic_folder, write_file
-from attncompile.kernels.build import Built, CallKernels, Refusal, signature
-from attncompile.kernels.calls import NodeCall
 from attncompile.kernels.entry import Compiled, Entry, digest
 from attncompile.kernels.launcher import best_for
+from attncompile.kernels.records import Built, CallKernels, NodeCall, Refusal, signature
 from attncompile.kernels.schema import problem
 
 INDEX = "bundle.json"

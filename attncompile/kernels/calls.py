@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -14,6 +13,7 @@ from attncompile.core.kernel import Kernel, OpCall
 from attncompile.core.verdict import Verdict
 from attncompile.kernels import symbols
 from attncompile.kernels.expressions import text
+from attncompile.kernels.records import NodeCall
 from attncompile.kernels.symbols import OPERANDS, Sizes
 
 DOMAIN = "attncompile"
@@ -25,21 +25,6 @@ _PLAIN = (
 )  # fmt: skip
 _OF_A_RUNTIME = ("plugin_namespace", "plugin_version", "aot")
 """Attributes that only TensorRT's parser reads."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeCall:
-    """One node. ``scope`` names the nodes and branches whose body it is in, from the outside, or the function.
-
-    ``call`` and ``symbols`` (as expressions over the sizes of the node's inputs) are there where ``verdict`` is ok.
-    """
-
-    name: str
-    scope: str
-    op: str
-    verdict: Verdict
-    call: OpCall | None = None
-    symbols: Mapping[str, str] | None = None
 
 
 def find(model: ModelProto, kernels: Mapping[str, Kernel], dtype: str = "float16") -> list[NodeCall]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from attncompile.core.errors import KernelError, MissingDependency
 
-_CC_MAJOR, _CC_MINOR, _MAX_SHARED = 75, 76, 97
+_MULTIPROCESSORS, _CC_MAJOR, _CC_MINOR, _MAX_SHARED = 16, 75, 76, 97
 _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
 _ERROR_LOG, _ERROR_LOG_SIZE = 5, 6
@@ -78,6 +78,9 @@ class Driver:
     def shared_limit(self, device: int) -> int:
         """Bytes of shared memory that one block can have."""
         return self.attribute(device, _MAX_SHARED)
+
+    def multiprocessors(self, device: int) -> int:
+        return self.attribute(device, _MULTIPROCESSORS)
 
     def primary_context(self, device: int) -> int:
         """The context that the CUDA runtime, and so torch, uses on ``device``."""

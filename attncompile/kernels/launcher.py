@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from attncompile.core.errors import KernelError, Unsupported
 from attncompile.core.kernel import Program
+from attncompile.kernels import cubin
 from attncompile.kernels import symbols as symbols_of
 from attncompile.kernels.arguments import grid, int32
 from attncompile.kernels.driver import Driver, driver
@@ -81,6 +82,8 @@ class Function:
     driver: Driver
     context: int
     handle: int
+    of_device: Mapping[str, int]
+    """Symbols that the device gives: ``SMS``, its number of multiprocessors."""
 
     def bind(self, symbols: Mapping[str, int], pointers: Mapping[str, int], where: str = "") -> Launch:
         """Evaluate arguments and grid. ``pointers``: device addresses of inputs and outputs by the arguments' names.
@@ -89,6 +92,7 @@ class Function:
             KernelError: a pointer is missing or not aligned, or a number is no int32; ``where`` names the node.
         """
         where = where or self.entry.op
+        symbols = {**self.of_device, **symbols}
         storage: list[Any] = []
         for argument in self.entry.arguments:
             if argument.kind == "int32":
@@ -121,6 +125,7 @@ class Launcher:
     context: int = field(init=False)
     capability: int = field(init=False)
     _shared: int = field(init=False)
+    _symbols: Mapping[str, int] = field(init=False)
     _loaded: dict[str, Function] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,13 +134,14 @@ class Launcher:
         self.capability = self.driver.capability(handle)
         self.context = self.driver.primary_context(handle)
         self._shared = self.driver.shared_limit(handle)
+        self._symbols = {"SMS": self.driver.multiprocessors(handle)}
 
     def prepare(self, compiled: Compiled, form: Literal["cubin", "ptx"] | None = None) -> Function:
         """Load ``compiled``, once. ``form`` forces its PTX, or its cubin.
 
         Raises:
             Unsupported: the kernel does not run on this device, or needs scratch memory or more shared memory.
-            DriverError: the driver refuses it.
+            KernelError: the cubin is damaged, or the driver refuses it (``DriverError``).
         """
         entry = compiled.entry
         form = form or form_for(entry, self.capability)
@@ -148,12 +154,14 @@ class Launcher:
                 raise Unsupported(
                     "scratch", f"{entry.op} {entry.tactic} needs scratch memory, which no launch here has"
                 )
+            if form == "cubin":
+                cubin.check(compiled.cubin)
             self.driver.make_current(self.context)
             module = self.driver.load(compiled.cubin if form == "cubin" else compiled.ptx.encode() + b"\0")
             handle = self.driver.function(module, entry.name)
             if entry.shared > PLAIN_SHARED:
                 self.driver.allow_shared(handle, entry.shared)
-            self._loaded[key] = Function(entry, form, self.driver, self.context, handle)
+            self._loaded[key] = Function(entry, form, self.driver, self.context, handle, self._symbols)
         return self._loaded[key]
 
 
@@ -183,14 +191,15 @@ def run_program(
     entry = compiled.entry
     if entry.arguments != program.arguments or entry.tactic != program.tactic:
         raise KernelError(f"{entry.op} {entry.tactic} was not compiled from {program.op} {program.tactic}")
+    missing = [a.name for a in entry.arguments if a.kind != "int32" and a.name not in tensors]
+    if missing:
+        raise KernelError(f"{entry.op} needs a tensor {missing[0]}")
     given = {n: symbols_of.Strided(tuple(t.shape), tuple(t.stride())) for n, t in tensors.items()}
     found = symbols_of.of_tensors(given, attributes, layouts)
     pointers = {}
     for argument in entry.arguments:
         if argument.kind == "int32":
             continue
-        if argument.name not in tensors:
-            raise KernelError(f"{entry.op} needs a tensor {argument.name}")
         tensor = tensors[argument.name]
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind != argument.type:

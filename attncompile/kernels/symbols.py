@@ -5,6 +5,7 @@
 ``bias_stride_B|H|Q|K``, ``mask_stride_B|H|Q|K``, ``key_mask_stride_B|K``, ``sinks_stride_H``: in elements, 0 where the
 input is broadcast over that axis, or does not have it.
 ``scale_bits``, ``softcap_bits``: the bits of a float32 as an int32. ``left``, ``right``: how far a window reaches.
+``SMS``, the device's number of multiprocessors, is no node's: a launcher adds it.
 """
 
 from __future__ import annotations

@@ -67,6 +67,10 @@ class Bundle:
         code = {kind: _read(_path(self.folder, sha, kind), sha) for kind, sha in self.files[entry_id].items()}
         return Compiled(self.entries[entry_id], code["ptx"].decode(), code["cubin"])
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the cubin of each entry."""
+        return {i: _path(self.folder, f["cubin"], "cubin").stat().st_size for i, f in self.files.items()}
+
     def call_of(self, node: str, scope: str = "") -> str:
         """The key of the call of the node with this name. Raises ``BadBundle`` where it has none."""
         for known in self.index["nodes"]:

@@ -1,0 +1,105 @@
+"""From a model file to the kernels that its nodes need: what ``attncompile kernels`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onnx import ModelProto
+
+from attncompile import pipeline
+from attncompile.console import Progress
+from attncompile.core.errors import BadArguments, Unsupported
+from attncompile.core.kernel import ARCHITECTURES, OpCall
+from attncompile.kernels import build, bundle, calls, compiler
+from attncompile.kernels.cache import Cache
+from attncompile.kernels.records import Built, NodeCall
+from attncompile.passes import replace
+from attncompile.passes.load import graphs, load
+from attncompile.plugins import kernels
+
+MODEL = "model.onnx"
+INSIDE = "bundle"
+"""The bundle's folder in ``OUT/``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``dtype`` None: float16 for nodes in float32, and both for the standard calls (``standard``)."""
+
+    model: Path | None
+    out: Path | None = None
+    architectures: tuple[int, ...] = ARCHITECTURES
+    dtype: str | None = None
+    standard: bool = False
+    options: pipeline.Options = field(default_factory=pipeline.Options)
+
+
+def make(request: Request, progress: Progress) -> tuple[Path, Built]:
+    """Compile and write a bundle; returns where it is and what is in it.
+
+    Raises:
+        MissingDependency: Triton is not there.
+        BadArguments: no node of the model has a kernel; the reasons of the first.
+    """
+    triton = compiler.require_triton()
+    out = request.out or _default_out(request.model)
+    nodes = _nodes(request, progress) if request.model is not None else []
+    further = _standard(request.dtype) if request.standard else []
+    made = build.build(
+        nodes, further, kernels(), request.architectures, Cache.default(),
+        lambda total: progress.stage("compile kernels", total), progress.advance,
+    )  # fmt: skip
+    if not made.compiled:
+        first = next((r for c in made.calls for r in c.refused), None)
+        reason = first.reason if first is not None else "nothing was asked for"
+        raise BadArguments(f"no kernel could be compiled: {reason}", "attncompile kernels build --help")
+    bundle.write(out, made, triton)
+    return out, made
+
+
+def _default_out(model: Path | None) -> Path:
+    if model is None:
+        return Path(f"standard.{INSIDE}")
+    return model / INSIDE if model.is_dir() else Path(f"{model.stem}.{INSIDE}")
+
+
+def _standard(dtype: str | None) -> list[OpCall]:
+    wanted = calls.DTYPES if dtype is None else (dtype,)
+    return [c for d in wanted for k in kernels().values() for c in k.standard(d)]
+
+
+def _nodes(request: Request, progress: Progress) -> Sequence[NodeCall]:
+    assert request.model is not None
+    path = request.model
+    if path.is_dir():
+        path /= MODEL
+        if not path.is_file():
+            raise BadArguments(f"{request.model} holds no {MODEL}", "give an ONNX file, or a folder that compile wrote")
+    found = calls.find(_with_our_ops(path, request.options, progress), kernels(), request.dtype or calls.DTYPES[0])
+    if not found:
+        raise BadArguments(
+            f"no attention of {path} is replaced by an op of ours, so there is nothing to compile",
+            f"see why: attncompile plan {path}; another --policy replaces more, --all needs no model",
+        )
+    if all(n.call is None for n in found):
+        first = found[0]
+        raise BadArguments(f"no node of {path} has a kernel; {first.name or first.op}: {first.verdict.reason}",
+                           first.verdict.hint or "it runs through its body in standard ops")  # fmt: skip
+    return found
+
+
+def _with_our_ops(path: Path, options: pipeline.Options, progress: Progress) -> ModelProto:
+    """The model of ``path`` where it has ops of ours, else what a plan makes of it; nothing is checked or timed."""
+    model = load(path)
+    if any(node.domain == calls.DOMAIN for graph in graphs(model.proto) for node in graph.node):
+        if options.plan is not None:
+            raise BadArguments(f"{path} was compiled already, so --plan does not apply", "give the original model")
+        return model.proto
+    progress.stage("plan")
+    found = pipeline.inspect(path, options)
+    edits = pipeline.edits(found, options)
+    if isinstance(found.normal, Unsupported) or not edits:
+        return model.proto
+    return replace.apply(found.normal, [(e.site, e.lowering) for e in edits])

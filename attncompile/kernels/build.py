@@ -9,9 +9,9 @@ from attncompile.core.kernel import SMALL_SHARED, Kernel, OpCall
 from attncompile.kernels.cache import Cache
 from attncompile.kernels.compiler import PTX_VERSION, describe
 from attncompile.kernels.entry import Compiled, canonical, digest
+from attncompile.kernels.jobs import Job
 from attncompile.kernels.pool import compile_all
 from attncompile.kernels.records import Built, CallKernels, NodeCall, Refusal, key_of
-from attncompile.kernels.worker import Job
 
 
 def build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import os
 import secrets
@@ -63,6 +64,7 @@ class Cache:
             temporary.write_bytes(digest(body).encode() + b"\n" + body)
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             hint = "set ATTNCOMPILE_CACHE to a folder that can be written"
             raise KernelError(f"cannot write the kernel cache {self.folder}: {error.strerror or error}", hint) from None

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, defs, helper, shape_inference
 
-from attncompile.core.errors import Unsupported
+from attncompile.core.errors import BadModel, Unsupported
 from attncompile.core.kernel import Kernel, OpCall
 from attncompile.core.verdict import Verdict
 from attncompile.kernels import symbols
@@ -30,12 +30,15 @@ _OF_A_RUNTIME = ("plugin_namespace", "plugin_version", "aot")
 def find(model: ModelProto, kernels: Mapping[str, Kernel], dtype: str = "float16") -> list[NodeCall]:
     """All nodes of our domain, in order. ``kernels`` by op. Nodes in float32 are taken for ``dtype``, their optional
     float inputs too: the model is to be converted before kernels run in it. ``model`` is not changed.
+
+    Raises:
+        BadModel: the shapes in the file contradict its ops.
     """
     for kernel in kernels.values():
         kernel.register()
     found: list[NodeCall] = []
     if any(node.domain == DOMAIN for node, _, _ in _nodes(model.graph, "", {})):
-        inferred = shape_inference.infer_shapes(model)
+        inferred = _inferred(model)
         for node, scope, types in _nodes(inferred.graph, "", {}):
             if node.domain == DOMAIN:
                 found.append(_call(node, scope, types, kernels, dtype))
@@ -48,6 +51,14 @@ def find(model: ModelProto, kernels: Mapping[str, Kernel], dtype: str = "float16
                 if n.domain == DOMAIN
             ]
     return found
+
+
+def _inferred(model: ModelProto) -> ModelProto:
+    try:
+        return shape_inference.infer_shapes(model)
+    except (ValueError, RuntimeError) as error:  # what an op's own inference raises comes through as it is
+        hint = "check the file with onnx.checker.check_model"
+        raise BadModel(f"the model's shapes do not fit its ops: {' '.join(str(error).split())}", hint) from None
 
 
 _Types = Mapping[str, tuple[int, Sizes | None]]

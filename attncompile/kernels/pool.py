@@ -17,7 +17,7 @@ from attncompile.core.errors import KernelError, Unsupported
 from attncompile.kernels.cache import Cache
 from attncompile.kernels.compiler import require_triton
 from attncompile.kernels.entry import Compiled
-from attncompile.kernels.worker import Failure, Job
+from attncompile.kernels.jobs import Failure, Job
 
 
 def compile_all(

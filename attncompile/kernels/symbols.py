@@ -58,8 +58,9 @@ def constants(attributes: Mapping[str, Any], head_dim: int) -> dict[str, int]:
     if attributes.get("softcap"):
         found["softcap_bits"] = bits(attributes["softcap"])
     for side in ("left", "right"):
-        if attributes.get(side, -1) >= 0:
-            found[side] = attributes[side]
+        reach = attributes.get(side, -1)
+        if isinstance(reach, int) and reach >= 0:  # one an axis of a grid is part of the code
+            found[side] = reach
     return found
 
 

@@ -12,8 +12,10 @@ HALF = ("float16", "bfloat16")
 RULES = {"zero": 0, "uniform": 1, "nan": 2}
 """``masked_rows`` as the kernels' constant."""
 
-BROADCAST = {"key_mask": "BK", "bias": "BHQK", "mask": "BHQK", "sinks": "H"}
-"""Axes over which an optional input may be broadcast; each has a stride argument, 0 where it is."""
+BROADCAST = {"key_mask": "BK", "bias": "BHQK", "sinks": "H", "mask": "BHQK"}
+"""Axes over which an optional input may be broadcast; each has a stride argument, 0 where it is. In the order of
+the kernels' parameters.
+"""
 
 
 def split(dim: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from onnx import ModelProto
 from attncompile import pipeline
 from attncompile.console import Progress
 from attncompile.core.errors import BadArguments, Unsupported
+from attncompile.core.folder import check_replaceable
 from attncompile.core.kernel import ARCHITECTURES, OpCall
 from attncompile.kernels import build, bundle, calls, compiler
 from attncompile.kernels.cache import Cache
@@ -41,10 +42,11 @@ def make(request: Request, progress: Progress) -> tuple[Path, Built]:
 
     Raises:
         MissingDependency: Triton is not there.
-        BadArguments: no node of the model has a kernel; the reasons of the first.
+        BadArguments: the bundle cannot be written there, or no node of the model has a kernel (and why).
     """
     triton = compiler.require_triton()
     out = request.out or _default_out(request.model)
+    check_replaceable(out)  # before minutes of work
     nodes = _nodes(request, progress) if request.model is not None else []
     further = _standard(request.dtype) if request.standard else []
     made = build.build(

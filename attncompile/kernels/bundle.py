@@ -73,12 +73,21 @@ class Bundle:
 
     def call_of(self, node: str, scope: str = "") -> str:
         """The key of the call of the node with this name. Raises ``BadBundle`` where it has none."""
+        return str(self._node(node, scope)["call"])
+
+    def symbols_of(self, node: str, scope: str = "") -> Mapping[str, str]:
+        """The node's symbols, as expressions over the sizes of its inputs. Raises ``BadBundle`` as ``call_of``."""
+        found: Mapping[str, str] = self._node(node, scope)["symbols"]
+        return found
+
+    def _node(self, name: str, scope: str) -> Mapping[str, Any]:
         for known in self.index["nodes"]:
-            if (known["name"], known["scope"]) == (node, scope):
+            if (known["name"], known["scope"]) == (name, scope):
                 if known["call"]:
-                    return str(known["call"])
-                raise BadBundle(f"node '{node}' has no kernel: {known['reason']}", known["hint"])
-        raise BadBundle(f"{self.folder / INDEX} knows no node '{node}'", "build the bundle from this model")
+                    found: Mapping[str, Any] = known
+                    return found
+                raise BadBundle(f"node '{name}' has no kernel: {known['reason']}", known["hint"])
+        raise BadBundle(f"{self.folder / INDEX} knows no node '{name}'", "build the bundle from this model")
 
     def kernels(self, key: str, capability: int) -> list[Compiled]:
         """The kernels of a call that suit a device of this compute capability (90) best, best first; [] for none."""

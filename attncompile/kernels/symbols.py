@@ -185,7 +185,7 @@ def of_tensors(
     return found | constants(attributes, found["D"])
 
 
-def values(symbols: Mapping[str, Expression], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def values(symbols: Mapping[str, Expression | str], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """A node's symbols as numbers, for the sizes of one run. Raises ``BadExpression`` for a size that is missing."""
     sizes = {f"{name}[{i}]": size for name, shape in shapes.items() for i, size in enumerate(shape)}
     return {name: evaluate(expression, sizes) for name, expression in symbols.items()}

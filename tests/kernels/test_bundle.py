@@ -19,6 +19,7 @@ from attncompile.kernels.bundle import BadBundle, Bundle
 from attncompile.kernels.entry import Compiled, Entry
 from attncompile.kernels.records import Built, CallKernels, NodeCall, Refusal
 from attncompile.kernels.schema import problem, schema
+from attncompile.kernels.symbols import values
 from tests.kernels.conftest import made_up
 
 CALL = OpCall("Attention", "float16", 1, 1, 64, 64, attributes={"left": -1, "right": 0}, inputs={"key_mask": "bool"})
@@ -65,6 +66,7 @@ def test_same_kernels_same_bytes(made: Path, tmp_path: Path) -> None:
 def test_kernels_of_a_device(made: Path) -> None:
     opened = Bundle.open(made)
     key = opened.call_of("attn")
+    assert values(opened.symbols_of("attn"), {"query": (3, 7, 8, 64)}) == {"B": 3, "right": 0}
 
     def chosen(capability: int) -> list[tuple[int, str]]:
         return [(c.entry.architecture, c.entry.tactic) for c in opened.kernels(key, capability)]

@@ -54,9 +54,12 @@ def make(request: Request, progress: Progress) -> tuple[Path, Built]:
         lambda total: progress.stage("compile kernels", total), progress.advance,
     )  # fmt: skip
     if not made.compiled:
-        first = next((r for c in made.calls for r in c.refused), None)
-        reason = first.reason if first is not None else "nothing was asked for"
-        raise BadArguments(f"no kernel could be compiled: {reason}", "attncompile kernels build --help")
+        reasons = [f"{n.name or n.op}: {n.verdict.reason}" for n, _ in made.nodes if n.call is None]
+        reasons += [r.reason for c in made.calls for r in c.refused]
+        hint = next((n.verdict.hint for n, _ in made.nodes if n.verdict.hint), "")
+        raise BadArguments(
+            f"there is no kernel to compile: {reasons[0]}", hint or "nodes without one run through their bodies"
+        )
     bundle.write(out, made, triton)
     return out, made
 
@@ -85,10 +88,6 @@ def _nodes(request: Request, progress: Progress) -> Sequence[NodeCall]:
             f"no attention of {path} is replaced by an op of ours, so there is nothing to compile",
             f"see why: attncompile plan {path}; another --policy replaces more, --all needs no model",
         )
-    if all(n.call is None for n in found):
-        first = found[0]
-        raise BadArguments(f"no node of {path} has a kernel; {first.name or first.op}: {first.verdict.reason}",
-                           first.verdict.hint or "it runs through its body in standard ops")  # fmt: skip
     return found
 
 

@@ -33,6 +33,7 @@ from attncompile.passes.load import load
 from attncompile.passes.normalise import normalise
 from attncompile.passes.separate import HELPED, separate
 from attncompile.passes.symbols import profile_for
+from attncompile.passes.whole_grid import whole_grid
 from attncompile.plugins import mechanisms
 from attncompile.policy import decide, load_policy
 from attncompile.report import Report, SiteReport, TargetReport, model_info
@@ -68,8 +69,9 @@ class Options:
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """What a model holds. ``normal`` is the form that replacements are made in, or the reason why there is none;
-    ``feeds`` are the user's inputs. ``plain`` is what ``normal`` was before operands were given rank 4 and operators
-    written out (None: the same): what is written goes back to it where nothing was replaced.
+    ``feeds`` are the user's inputs. ``plain`` is what ``normal`` was before operands were given rank 4, operators
+    written out and windows taken to their attention (None: the same): what is written goes back to it where nothing
+    was replaced.
     """
 
     model: Model
@@ -124,6 +126,10 @@ def inspect(path: Path, options: Options) -> Inspection:
         if separated is not normal:
             plain, normal, index = normal, separated, GraphIndex(separated)
             detection = detect(normal, profile, index=index, grid=grid)
+    if isinstance(normal, Model):
+        whole_model, detection = whole_grid(normal, profile, detection, grid)
+        if whole_model is not normal:
+            plain, normal, index = plain or normal, whole_model, GraphIndex(whole_model)
     return Inspection(model, normal, profile, index, detection, time.perf_counter() - start, feeds, plain)
 
 

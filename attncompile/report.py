@@ -340,13 +340,15 @@ def mask_text(site: AttentionSite) -> str:
         if part.kind == "window":
             left, right = (("-∞" if part.left < 0 else f"-{part.left}"), ("∞" if part.right < 0 else str(part.right)))
             words.append(f"window {left}..{right}")
+        elif part.number:
+            words.append(f"{part.number:g} across the ends")
         elif isinstance(kernel := part.parameters().get("kernel_size"), list):
             words.append(f"{part.kind} {'x'.join(map(str, kernel))}")
         elif isinstance(window := part.parameters().get("window"), list):
             shifted = any(part.parameters().get("shift") or ())
             words.append(f"{part.kind} {'x'.join(map(str, window))}" + ", shifted" * shifted)
         else:
-            words.append(part.kind)
+            words.append(part.kind + " by place" * part.places)
     words += ["key ends"] * (site.mask.ends is not None)
     return " + ".join(words) or "none"
 

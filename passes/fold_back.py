@@ -1,6 +1,7 @@
 """Takes back, in a written model, what was done for detection and of no use: sites that are kept stay as they were.
 
-Detection works on a copy of the model in which operands have values of rank 4 and fused operators are written out.
+Detection works on a copy of the model in which operands have values of rank 4, fused operators are written out and
+windows stand right around their attention.
 Where the nodes in which that copy differs from the model are all still there and nobody else reads what they make, the
 model's own nodes come back in their place. It asks for the difference alone, not for who made it.
 """
@@ -37,21 +38,26 @@ class Folds:
 
     def __init__(self, plain: ModelProto, working: ModelProto) -> None:
         self._regions: dict[str, list[_Region]] = {}
-        self._stored: dict[str, frozenset[str]] = {}
+        self._stored: dict[str, frozenset[str]] = {}  # constants that go where nobody reads them
+        self._unread: dict[str, frozenset[str]] = {}  # values that nobody reads in the model either
         for place, own, copy in _pairs(plain.graph, working.graph):
             regions = _regions(own, copy)
             if regions:
                 self._regions[place] = regions
             self._stored[place] = frozenset(t.name for t in copy.initializer) - {t.name for t in own.initializer}
+            self._unread[place] = frozenset(_unread(own))
+            used = {v for n in own.node for v in node_inputs(n)} - {i.name for i in own.input}
+            self._stored[place] |= {t.name for t in own.initializer} & used
 
     def undo(self, proto: ModelProto) -> None:
-        """Folds ``proto`` back, in place. Constants that only the working copy needed are removed."""
+        """Folds ``proto`` back, in place. Nodes and constants that were there to be read, and are read no more, go."""
         if not self._regions and not any(self._stored.values()):
             return
         pending = [("", proto.graph, frozenset[str]())]
         while pending:
             place, graph, around = pending.pop()
             _fold(graph, self._regions.get(place, []), around)
+            _clear(graph, self._unread.get(place, frozenset()))
             _drop(graph, self._stored.get(place, frozenset()))
             inside = around | local_names(graph)
             pending += [(place + at, inner, inside) for at, inner in _inner(graph)]
@@ -108,8 +114,10 @@ def _regions(own: GraphProto, copy: GraphProto) -> list[_Region]:
 
     touching: dict[str, list[int]] = {}
     makes = {o for n in new for o in n.output if o}
+    gone = {o for n in old for o in n.output if o} - local_names(copy)
     for i, node in enumerate([*old, *new]):
-        reads = () if i < len(old) else (v for v in node_inputs(node) if v in makes and v not in names)
+        inputs = node_inputs(node)
+        reads = (v for v in inputs if (v in gone if i < len(old) else v in makes and v not in names))
         for value in {*(o for o in node.output if o), *reads}:
             touching.setdefault(value, []).append(i)
     for group in touching.values():
@@ -163,6 +171,20 @@ def _fold(graph: GraphProto, regions: list[_Region], around: frozenset[str]) -> 
     for i in reversed(range(len(graph.initializer))):
         if graph.initializer[i].name in constants:  # a constant in place of a Shape node
             del graph.initializer[i]
+
+
+def _unread(graph: GraphProto) -> set[str]:
+    """The first outputs of nodes that nobody reads."""
+    used = {v for n in graph.node for v in node_inputs(n)} | {o.name for o in graph.output}
+    return {n.output[0] for n in graph.node if not used & {*n.output}}
+
+
+def _clear(graph: GraphProto, unread: frozenset[str]) -> None:
+    """Removes nodes that nobody reads, except those that nobody read before."""
+    while gone := _unread(graph) - unread:
+        left = [NodeProto.FromString(n.SerializeToString()) for n in graph.node if not gone & {*n.output}]
+        del graph.node[:]
+        graph.node.extend(left)
 
 
 def _drop(graph: GraphProto, stored: frozenset[str]) -> None:

@@ -47,7 +47,7 @@ def separate(model: Model, profile: ShapeProfile) -> Model:
     """
     model = _written(model, profile)
     for _ in range(_ROUNDS):
-        model = _stored(model, profile)
+        model = stored(model, profile)
         changed = _operands(model if profile.ranges else _without_shapes(model, profile), profile)
         if changed is model:
             break
@@ -131,7 +131,7 @@ def _failures(world: World) -> Iterator[Unsupported]:
             yield error
 
 
-def _stored(model: Model, profile: ShapeProfile) -> Model:
+def stored(model: Model, profile: ShapeProfile) -> Model:
     """``model`` with an initializer for every array that a site needs and no value holds."""
     world = World(GraphIndex(model), detection_binding(profile)).without_idle()
     arrays = {(str(e.array.dtype), e.array.tobytes()): e.array for e in _failures(world) if isinstance(e, NotStored)}
@@ -142,7 +142,7 @@ def _stored(model: Model, profile: ShapeProfile) -> Model:
     editor = _Editor(proto)
     for array in arrays.values():
         editor.constant(array)
-    note = f"{len(arrays)} sets of sink logits were given a value of their own"
+    note = f"{len(arrays)} sets of sink logits, or biases of windows, were given a value of their own"
     return replace(model, proto=proto, notes=(*model.notes, note))
 
 

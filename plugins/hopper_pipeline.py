@@ -106,6 +106,36 @@ def store(base, rows, keep, stride, values, first: gl.constexpr, dim: gl.constex
 
 
 @gluon.jit
+def pass_by(slot, barriers, tiles, SPEC: gl.constexpr):
+    """Let ``tiles`` tiles go by for queries that do not exist. Returns the slot of the next tile of keys."""
+    INDEX: gl.constexpr = SPEC[0]
+    CONSUMERS: gl.constexpr = SPEC[1]
+    STAGES: gl.constexpr = SPEC[5]
+    stage, phase, turn, go = slot
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    mbarrier.wait(q_full.index(turn & 1), (turn >> 1) & 1)
+    mbarrier.arrive(q_empty.index(turn & 1))
+    for t in range(tiles):
+        if (CONSUMERS > 1) and (t > 0):
+            mbarrier.wait(turns.index(INDEX), go)
+            mbarrier.arrive(turns.index((INDEX + 1) % CONSUMERS))
+            go ^= 1
+        mbarrier.wait(k_full.index(stage), phase)
+        mbarrier.arrive(k_empty.index(stage))
+        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(v_empty.index(stage))
+        stage, phase = following(stage, phase, STAGES)
+    return stage, phase, go
+
+
+@gluon.jit
+def store_run(base, count, stride, values, first: gl.constexpr, dim: gl.constexpr):
+    """Rows that follow one another, the first ``count`` of them."""
+    rows = gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, accumulator(values.shape[1])))
+    store(base, rows, rows < count, stride, values, first, dim)
+
+
+@gluon.jit
 def reciprocal(l, RULE: gl.constexpr):
     """What a row's sum divides by; a row without a key gives 0, or NaN where RULE is 2."""
     dead = l == 0.0
@@ -126,33 +156,40 @@ def rings_and_barriers(
     dtype: gl.constexpr, CONSUMERS: gl.constexpr, DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr,
     DV: gl.constexpr, V1: gl.constexpr, V2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory of queries, keys and values, first and second part each (the second is the first where a head dim
-    has one part), and the barriers: queries full, keys full and empty, values full and empty.
+    """Shared memory of queries (of two items, so that the next one's are there in time), keys and values, first and second
+    part each (the second is the first where a head dim has one part), and the barriers: queries full and empty, keys full and empty, values full and empty, and
+    whose turn it is to start products.
     """
-    q1 = ring(dtype, CONSUMERS, ROWS, K1)
+    q1 = ring(dtype, 2 * CONSUMERS, ROWS, K1)
     k1 = ring(dtype, STAGES, BN, K1)
     v1 = ring(dtype, STAGES, BN, V1)
     q2 = q1
     k2 = k1
     v2 = v1
     if DK > K1:
-        q2 = ring(dtype, CONSUMERS, ROWS, K2)
+        q2 = ring(dtype, 2 * CONSUMERS, ROWS, K2)
         k2 = ring(dtype, STAGES, BN, K2)
     if DV > V1:
         v2 = ring(dtype, STAGES, BN, V2)
-    q_full = mbarrier.allocate_mbarrier()
+    q_full = mbarrier.allocate_mbarrier(batch=2)
+    q_empty = mbarrier.allocate_mbarrier(batch=2)
     k_full = mbarrier.allocate_mbarrier(batch=STAGES)
     k_empty = mbarrier.allocate_mbarrier(batch=STAGES)
     v_full = mbarrier.allocate_mbarrier(batch=STAGES)
     v_empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    mbarrier.init(q_full, count=128)
+    for s in gl.static_range(2):
+        mbarrier.init(q_full.index(s), count=128)
+        mbarrier.init(q_empty.index(s), count=CONSUMERS)
+    turns = mbarrier.allocate_mbarrier(batch=CONSUMERS)
+    for s in gl.static_range(CONSUMERS):
+        mbarrier.init(turns.index(s), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(k_full.index(s), count=128)  # every thread of the producer arrives when its copies have
         mbarrier.init(k_empty.index(s), count=CONSUMERS)
         mbarrier.init(v_full.index(s), count=128)
         mbarrier.init(v_empty.index(s), count=CONSUMERS)
     gl.barrier()
-    return (q1, q2, k1, k2, v1, v2), (q_full, k_full, k_empty, v_full, v_empty)
+    return (q1, q2, k1, k2, v1, v2), (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
 
 
 @gluon.jit
@@ -167,66 +204,93 @@ def no_keys_yet(V1: gl.constexpr, V2: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def start_scores(rings, stage, INDEX: gl.constexpr, DK: gl.constexpr, BN: gl.constexpr):
+def start_scores(rings, queries, stage, SPEC: gl.constexpr):
+    DK: gl.constexpr = SPEC[2]
+    BN: gl.constexpr = SPEC[4]
     q1, q2, k1, k2, v1, v2 = rings
     zero = gl.zeros((ROWS, BN), gl.float32, accumulator(BN))
-    s = warpgroup_mma(q1.index(INDEX), k1.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(q1.index(queries), k1.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     if k1.shape[2] < DK:
-        s = warpgroup_mma(q2.index(INDEX), k2.index(stage).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q2.index(queries), k2.index(stage).permute((1, 0)), s, is_async=True)
     return s
 
 
 @gluon.jit
-def consume_first(
-    m, l, acc1, acc2, rings, barriers, facts, factor, hide: gl.constexpr, FLAGS: gl.constexpr,
-    INDEX: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-):  # fmt: skip
-    """Tile 0: its scores and weights. ``hide(s, tile, stage, phase, facts, FLAGS)`` puts -inf where a key is hidden.
+def following(stage, phase, STAGES: gl.constexpr):
+    """The slot of a ring after this one, and its phase."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
 
-    Returned, and carried from tile to tile: maximum, sum, output, the weights whose values are not multiplied yet, and
-    the stage and phase of their tile.
+
+@gluon.jit
+def consume_first(slot, start, work, masked, hide: gl.constexpr, FLAGS: gl.constexpr, SPEC: gl.constexpr):
+    """Tile 0 of an item, at ``slot`` (stage, phase, number of the item, turn): its scores and weights. ``start``: maximum,
+    sum and output so far; ``work``: rings, barriers, where the queries are, the facts of ``hide`` and the factor of the
+    scores. ``hide(s, tile, facts, FLAGS)`` puts -inf where a key is hidden; it is asked where ``masked``. SPEC: index of
+    the consumer, their number, head dim, value dim, keys of a tile, stages.
+
+    Returned, and carried from tile to tile: maximum, sum, output, the weights whose values are not multiplied yet, the
+    stage and phase of their tile, and the phase of this consumer's next turn.
     """
-    q_full, k_full, k_empty, v_full, v_empty = barriers
+    stage, phase, turn, go = slot
+    m, l, acc1, acc2 = start
+    rings, barriers, queries, facts, factor = work
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
     V1: gl.constexpr = rings[4].shape[2]
-    arrived(q_full, 0)
-    arrived(k_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=(start_scores(rings, 0, INDEX, DK, BN),))
-    mbarrier.arrive(k_empty.index(0))
-    s = hide(s, 0, 0, 0, facts, FLAGS)
+    arrived(q_full.index(turn & 1), (turn >> 1) & 1)
+    arrived(k_full.index(stage), phase)
+    s = warpgroup_mma_wait(0, deps=(start_scores(rings, queries, stage, SPEC),))
+    mbarrier.arrive(k_empty.index(stage))
+    if masked:
+        s = hide(s, 0, facts, FLAGS)
     p, alpha, m, l = soften(s, factor, m, l)
-    return m, l, acc1, acc2, as_operand(p, rings[4].dtype, V1), 0, 0
+    return m, l, acc1, acc2, as_operand(p, rings[4].dtype, V1), stage, phase, go
 
 
 @gluon.jit
 def consume_run(
-    state, rings, barriers, facts, factor, tile, last, hide: gl.constexpr, FLAGS: gl.constexpr, MASKED: gl.constexpr,
-    INDEX: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Tiles ``tile`` .. ``last``: scores of this one while the values of the one before are multiplied."""
-    m, l, acc1, acc2, weights, stage, phase = state
+    state, work, tile, last, hide: gl.constexpr, FLAGS: gl.constexpr, MASKED: gl.constexpr, SPEC: gl.constexpr
+):
+    """Tiles ``tile`` .. ``last``: scores of this one while the values of the one before are multiplied.
+
+    Consumers take turns at starting products, so that one has its softmax while another has the tensor cores.
+    """
+    rings, barriers, queries, facts, factor = work
+    INDEX: gl.constexpr = SPEC[0]
+    CONSUMERS: gl.constexpr = SPEC[1]
+    DV: gl.constexpr = SPEC[3]
+    STAGES: gl.constexpr = SPEC[5]
+    m, l, acc1, acc2, weights, stage, phase, go = state
     q1, q2, k1, k2, v1, v2 = rings
-    q_full, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
     V1: gl.constexpr = v1.shape[2]
     V2: gl.constexpr = v2.shape[2]
     for t in range(tile, last):
         before = stage
         phase_before = phase
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
+        stage, phase = following(stage, phase, STAGES)
+        if CONSUMERS > 1:
+            mbarrier.wait(turns.index(INDEX), go)
+            go ^= 1
         arrived(k_full.index(stage), phase)
-        s_token = start_scores(rings, stage, INDEX, DK, BN)
+        s_token = start_scores(rings, queries, stage, SPEC)
         arrived(v_full.index(before), phase_before)
         acc1_token = warpgroup_mma(weights, v1.index(before), acc1, is_async=True)
         if DV > V1:
             acc2_token = warpgroup_mma(weights, v2.index(before), acc2, is_async=True)
+            if CONSUMERS > 1:
+                mbarrier.arrive(turns.index((INDEX + 1) % CONSUMERS))
             s = warpgroup_mma_wait(2, deps=(s_token,))
         else:
+            if CONSUMERS > 1:
+                mbarrier.arrive(turns.index((INDEX + 1) % CONSUMERS))
             s = warpgroup_mma_wait(1, deps=(s_token,))
         mbarrier.arrive(k_empty.index(stage))
         if MASKED:
-            s = hide(s, t, stage, phase, facts, FLAGS)
+            s = hide(s, t, facts, FLAGS)
         p, alpha, m, l = soften(s, factor, m, l)
         acc1 = warpgroup_mma_wait(0, deps=(acc1_token,))
         if DV > V1:
@@ -235,17 +299,23 @@ def consume_run(
         mbarrier.arrive(v_empty.index(before))
         acc1 = acc1 * per_row(alpha, V1)[:, None]
         weights = as_operand(p, v1.dtype, V1)
-    return m, l, acc1, acc2, weights, stage, phase
+    return m, l, acc1, acc2, weights, stage, phase, go
 
 
 @gluon.jit
-def consume_last(state, rings, barriers, DV: gl.constexpr):
-    """Multiply the values of the last tile."""
-    m, l, acc1, acc2, weights, stage, phase = state
+def consume_last(state, work, turn, SPEC: gl.constexpr):
+    """Multiply the values of the last tile. Returns maximum, sum, output, and the slot of the next tile of keys."""
+    rings, barriers, queries, facts, factor = work
+    DV: gl.constexpr = SPEC[3]
+    STAGES: gl.constexpr = SPEC[5]
+    m, l, acc1, acc2, weights, stage, phase, go = state
     q1, q2, k1, k2, v1, v2 = rings
-    q_full, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    mbarrier.arrive(q_empty.index(turn & 1))
     arrived(v_full.index(stage), phase)
     acc1 = warpgroup_mma(weights, v1.index(stage), acc1)
-    if v1.shape[2] < DV:
+    if DV > v1.shape[2]:
         acc2 = warpgroup_mma(weights, v2.index(stage), acc2)
-    return m, l, acc1, acc2
+    mbarrier.arrive(v_empty.index(stage))
+    stage, phase = following(stage, phase, STAGES)
+    return m, l, acc1, acc2, stage, phase, go

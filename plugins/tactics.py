@@ -17,6 +17,9 @@ from attncompile.core.kernel import OpCall, Tactic
 HOPPER = "hopper"
 """Prefix of the names of tactics whose kernel is the Gluon one."""
 
+HOPPER_ROWS = 64
+"""Queries of one of its consumers."""
+
 
 @cache
 def table(package: str) -> Sequence[Mapping[str, Any]]:
@@ -39,6 +42,11 @@ def measured(package: str, call: OpCall, architecture: int, kind: str) -> list[T
 def _tactic(t: Mapping[str, Any]) -> Tactic:
     hopper = bool(t.get("hopper"))
     constants = {k: v for k, v in t.items() if k.isupper()}
+    if hopper:
+        # Registers a thread of a consumer and of the producer.
+        consumers = constants["CONSUMERS"]
+        take, give = (160, 32) if consumers == 3 else (232, 40)
+        constants = {"TAKE": take, "GIVE": give, **constants}
     name = "-".join([HOPPER if hopper else "triton", *(f"{k.lower()}{v}" for k, v in constants.items())])
     name += f"-w{t.get('warps', 4)}-s{t['stages']}"
     return Tactic(name, constants, t.get("warps", 4), t["stages"], t.get("registers"))

@@ -63,7 +63,8 @@ class Argument:
     """One launch argument. TensorRT's order is inputs, int32 extras, outputs; every kernel keeps it.
 
     ``type`` is the element type of what an input or output points to. ``expression`` of an ``int32`` is over the
-    symbols of ``kernels/symbols.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``, ...
+    symbols of ``kernels/symbols.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``,
+    ``SMS`` (multiprocessors of the GPU), ...
     ``align``: the kernel is compiled for pointers that are multiples of so many bytes; a runtime checks it.
     """
 

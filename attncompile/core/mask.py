@@ -52,7 +52,10 @@ class MaskPart:
 
     A bias that came merged with a mask in one tensor keeps that tensor as its source: at keys that the mask hides it
     holds a number that hides them once more, at the others the bias. A bias whose certificate's method is ``structure``
-    is not added to scores of [batch, heads, query, key]; with a ``pattern`` it is one finite number outside of it.
+    is not added to scores of [batch, heads, query, key]; with a ``pattern`` it is one finite number outside of it,
+    which is ``number`` where that is not 0. ``places``: the last two axes of ``source``, [.., heads, W, W], are not
+    queries and keys but their places in a window of W tokens of the ``blocked`` part (row-major over the window's axes,
+    place 0 where the pattern's windows begin).
     """
 
     kind: MaskKind
@@ -62,15 +65,17 @@ class MaskPart:
     source: str | None = None
     additive: bool = False
     pattern: Pattern | None = None
+    places: bool = False
+    number: float = 0.0
 
     def parameters(self) -> dict[str, Any]:
         """The parameters that the CLI's JSON shows for this kind."""
         if self.kind == "window":
             return {"left": self.left, "right": self.right}
         if self.pattern is not None:
-            return self.pattern.parameters()
+            return {**self.pattern.parameters(), **({"number": self.number} if self.number else {})}
         if self.source is not None:
-            return {"source": self.source}
+            return {"source": self.source, **({"places": True} if self.places else {})}
         return {}
 
 
@@ -133,6 +138,21 @@ class MaskFacts:
                 {"kind": p.kind, **p.parameters(), "certificate": _certificate_json(p.certificate)} for p in self.parts
             ]
         return out
+
+
+def in_windows(mask: MaskFacts) -> MaskPart | None:
+    """The bias by places in windows, or None without one."""
+    return next((p for p in mask.parts if p.kind == "bias" and p.places), None)
+
+
+def seam(mask: MaskFacts) -> MaskPart | None:
+    """The one finite number that is added where windows wrap around the end of a grid, or None without one."""
+    return next((p for p in mask.parts if p.kind == "bias" and p.number), None)
+
+
+def plain_biases(mask: MaskFacts) -> tuple[MaskPart, ...]:
+    """The biases that are neither of these."""
+    return tuple(p for p in mask.parts if p.kind == "bias" and not p.places and not p.number)
 
 
 def _certificate_json(c: Certificate) -> dict[str, Any]:

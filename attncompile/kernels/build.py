@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import SMALL_SHARED, Kernel, OpCall
@@ -29,6 +30,7 @@ def build(
 
     ``start`` is told how many programs there are, ``done`` of each that is compiled. What is refused is in the result.
     """
+    nodes = [_with_kernel(node, kernels, architectures) for node in nodes]
     asked = {key_of(c): c for c in (general(kernels, n.call) for n in nodes if n.call is not None)}
     asked |= {key_of(c): c for c in (general(kernels, c) for c in further)}
     jobs: dict[str, Job] = {}
@@ -52,6 +54,17 @@ def build(
     compiled = {made.id: made for made in results.values() if isinstance(made, Compiled)}
     keyed = tuple((n, key_of(general(kernels, n.call)) if n.call is not None else "") for n in nodes)
     return Built(dict(sorted(compiled.items())), tuple(sorted(calls, key=lambda c: c.key)), keyed)
+
+
+def _with_kernel(node: NodeCall, kernels: Mapping[str, Kernel], architectures: Sequence[int]) -> NodeCall:
+    """``node``, without its call where that has a kernel on no architecture."""
+    call = node.call
+    if call is None:
+        return node
+    verdicts = [kernels[call.op].supports(call, architecture) for architecture in architectures]
+    if any(v.ok for v in verdicts):
+        return node
+    return replace(node, verdict=verdicts[0], call=None, symbols=None)
 
 
 def general(kernels: Mapping[str, Kernel], call: OpCall) -> OpCall:

@@ -10,14 +10,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module, util
+from math import prod
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
 from onnx.checker import ValidationError
 
+from attncompile.core.grid_pattern import Blocked
 from attncompile.core.mask import MaskPart
 from attncompile.core.model import Model
+from attncompile.core.pattern import BlockSparse
 from attncompile.core.site import AttentionSite, Detection
 from attncompile.models.export import export_built, quiet
 from attncompile.models.recipe import Built, Options
@@ -131,19 +134,23 @@ def run_graph(entry: Entry) -> Outcome:
 
 
 def found_in(model: Model) -> Detection:
-    """What the compiler finds: as in the pipeline, detection runs again where giving operands rank 4 helps."""
+    """What the compiler finds: as in the pipeline, detection runs again where giving operands rank 4 helps, or where
+    windows can be taken to their attention.
+    """
     from attncompile.passes.detect import detect
     from attncompile.passes.equal_lengths import with_sums
     from attncompile.passes.normalise import normalise
     from attncompile.passes.separate import HELPED, separate
     from attncompile.passes.symbols import profile_for
+    from attncompile.passes.whole_grid import whole_grid
 
     model = normalise(with_sums(model))
     profile = profile_for(model, {})
     detection = detect(model, profile)
     if any(m.code in HELPED for m in detection.near_misses):
-        detection = detect(separate(model, profile), profile)
-    return detection
+        model = separate(model, profile)
+        detection = detect(model, profile)
+    return whole_grid(model, profile, detection)[1]
 
 
 def compare(entry: Entry, calls: Sequence[Call], found: Detection, proto: ModelProto, seconds: float) -> Outcome:
@@ -189,12 +196,50 @@ def _fits(site: AttentionSite, call: Call) -> bool:
     own = (site.kind, site.head_dim, site.value_dim)
     if own != (call.kind, call.head_dim, call.value_dim):
         return False
+    site = _one_window(site)
     if not isinstance(site.key_length, str) and site.key_length != call.key_length:
         return False
     lengths = isinstance(site.query_length, str) or site.query_length == call.query_length
     if lengths and (site.heads, site.kv_heads) == (call.heads, call.kv_heads):
         return True
     return _unfolded(site) == _unfolded(call)
+
+
+def _one_window(site: AttentionSite) -> AttentionSite:
+    """A site over a grid whose windows are batch entries in torch, as torch calls it: its first window.
+
+    What is looked at is said by the site alone: which tokens are that window, and which of them see one another.
+    """
+    windows = _windows_of(site)
+    if windows is None:
+        return site
+    part, seen = windows
+    size = seen.shape[-1]
+    inside = replace(part, kind="block_sparse", pattern=BlockSparse.of(seen[0], size))
+    others = tuple(inside if p is part else p for p in site.mask.parts)
+    return replace(site, query_length=size, key_length=size, mask=replace(site.mask, parts=others))
+
+
+def _windows_of(site: AttentionSite) -> tuple[MaskPart, np.ndarray] | None:
+    """The part of the mask that cuts a grid into windows, and bool [windows, tokens, tokens] of what is seen in each;
+    None where the site says no such thing.
+    """
+    part = next((p for p in site.mask.parts if p.kind == "blocked"), None)
+    if not site.form.startswith("windowed ") or part is None or not isinstance(part.pattern, Blocked):
+        return None
+    grid, window = part.pattern.grid, part.pattern.window
+    if grid is None or site.query_length != grid.tokens:
+        return None
+    if any(n % w for n, w in zip(grid.shape, window, strict=True)):
+        return None
+    tokens = np.arange(grid.tokens).reshape(grid.shape)
+    for axis, (shift, w) in enumerate(zip(part.pattern.shift, window, strict=True)):
+        tokens = np.roll(tokens, -shift, 2 * axis)
+        tokens = tokens.reshape(*tokens.shape[: 2 * axis], -1, w, *tokens.shape[2 * axis + 1 :])
+    rank = len(window)
+    tokens = tokens.transpose(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)).reshape(-1, prod(window))
+    seen = part.pattern.visible(grid.tokens, grid.tokens)
+    return part, seen[tokens[:, :, None], tokens[:, None, :]]
 
 
 def _unfolded(of: Call | AttentionSite) -> tuple[int, int, int | str]:
@@ -212,8 +257,11 @@ def _words(of: Call | AttentionSite) -> str:
 
 
 def _differences(site: AttentionSite, call: Call) -> list[str]:
-    said = _mask_difference(site, call)
+    said = _mask_difference(_one_window(site), call)
     wrong = [f"{site.id}: {said}"] if said else []
+    windows = _windows_of(site)
+    if windows is not None and bool(np.any(windows[1] != windows[1][:1])) != ("data" in call.mask.split("+")):
+        wrong.append(f"{site.id}: whether its windows see the same of themselves is not as it was seen")
     if bool(site.sinks) != call.sinks:
         wrong.append(f"{site.id}: sinks are {'missed' if call.sinks else 'claimed'}")
     return wrong

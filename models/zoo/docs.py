@@ -22,7 +22,8 @@ exporters, and files that other tools made of them (a merged decoder, local func
 QDQ). The truth about each is counted by watching the torch model run
 (calls of attention functions, their shapes, and the elements of their masks), never by our own detector. A site counts
 as found where kind, heads, key heads, head dim, value dim and lengths agree; its mask and sinks are compared element
-by element.
+by element. A site over a grid, whose windows torch attends to one by one (Swin), is compared by its first window, as
+its own facts say it.
 
 - `--check` exports again with weights, counts again, and compares everything.
 - `--check-graphs` detects in the committed graphs, without torch, in seconds.

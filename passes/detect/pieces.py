@@ -20,8 +20,9 @@ from attncompile.passes.detect.normaliser import softmax_operator
 from attncompile.passes.detect.probed.lift import Readings, lift_probed
 from attncompile.passes.detect.probed.reasons import TELLING as PROBED
 from attncompile.passes.detect.probed.region import Region
+from attncompile.passes.detect.sinks import NotStored
 from attncompile.passes.detect.softmax import MaskAnalysis
-from attncompile.passes.detect.token_heads import queries_as_heads, tokens_among
+from attncompile.passes.detect.token_heads import moved_before, queries_as_heads, tokens_among
 from attncompile.passes.evaluate import GraphIndex, World
 
 _FOLLOWED = "every pair of query and key compared, the windows followed back to their tokens"
@@ -48,7 +49,7 @@ def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis
     try:
         site = softmax.lift(index, world, node, analyse)
         if not tokens_among(index, world, site, "H"):
-            return site
+            return _side_by_side(index, world, node, analyse, site) or site
         first = queries_as_heads()
     except Unsupported as error:
         first = error
@@ -66,7 +67,23 @@ def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis
         raise (error if tells else first) from error
 
 
-def _followed(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
+def _side_by_side(
+    index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis, site: AttentionSite
+) -> AttentionSite | None:
+    """``site``, whose batch entries may be windows of a grid (Swin), as one over the grid; None where it is not."""
+    if site.batch == 1 or site.cache is not None or not moved_before(index, world, site.key.value):
+        return None
+    try:
+        return _followed(index, world, node, analyse, windowed=True)
+    except NotStored:
+        raise
+    except Unsupported:
+        return None
+
+
+def _followed(
+    index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis, windowed: bool = False
+) -> AttentionSite:
     """The site of a core over windows, the same at all sizes of the batch."""
     seen: list[tuple[np.ndarray, MaskFacts]] = []
 
@@ -77,7 +94,7 @@ def _followed(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAna
         return next(facts for known, facts in seen if np.array_equal(picture, known))
 
     def at(other: World) -> AttentionSite:
-        return lift_gathered(index, other, softmax_operator(index, other, node), facts_of)
+        return lift_gathered(index, other, softmax_operator(index, other, node), facts_of, windowed)
 
     site = at(world)
     operands = (site.query, site.key, site.value, site.output)

@@ -58,6 +58,22 @@ def _is_copied(index: GraphIndex, value: str) -> bool:
     return False
 
 
+def moved_before(index: GraphIndex, world: World, value: str) -> bool:
+    """Whether tokens may be moved among batch entries right before ``value``, views aside: by a copy, or by a Transpose
+    of more axes than batch, tokens, heads and head dim.
+    """
+    for _ in range(_MAX_VIEWS):
+        node = index.producer.get(value)
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return False
+        if node.op_type in _COPIES or (node.op_type == "Transpose" and len(world.shapes.get(value, ())) > 4):
+            return True
+        if node.op_type not in VIEW_OPS:
+            return False
+        value = node.input[0]
+    return False
+
+
 def _overlap(coordinate: Coordinate, own: set[int], keys: set[int]) -> bool:
     atoms = set(coordinate.atoms)
     if not (atoms & own and atoms & keys):

@@ -24,14 +24,12 @@ from attncompile.plugins.kernel_arguments import (
     widths,
     without_sizes,
 )
-from attncompile.plugins.tactics import HOPPER, tactics
+from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, tactics
 
 OPTIONAL = ("key_mask", "bias", "sinks", "mask", "key_lengths")
 HIDING = frozenset(OPTIONAL) - {"sinks"}
 """Optional inputs that may leave a query without a key."""
 PACKAGE = "attncompile.plugins.attention"
-ROWS = 64
-"""Queries of one consumer of the Hopper kernel."""
 
 
 class AttentionKernel:
@@ -108,11 +106,14 @@ class AttentionKernel:
             constants["STAGES"] = tactic.stages
         else:
             constants["SOFTCAP"] = bool(call.attributes.get("softcap"))
+        tiles = f"cdiv(NQ, {queries(constants)})"
+        # Tiles of one length are shared by as many blocks as the GPU runs at once; others are left to its scheduler.
+        items = f"{tiles} * H * B" if kind(call) != "none" else f"min({tiles} * H * B, SMS)"
         module = "kernel_hopper" if hopper else "kernel_triton"
         return Program(
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
-            function=f"{PACKAGE}.{module}:attention", arguments=tuple(arguments(call)), constants=constants,
-            grid=(f"cdiv(NQ, {queries(constants)})", "H", "B"), warps=tactic.warps, stages=tactic.stages,
+            function=f"{PACKAGE}.{module}:attention", arguments=tuple(arguments(call, hopper)), constants=constants,
+            grid=(items, "1", "1") if hopper else (tiles, "H", "B"), warps=tactic.warps, stages=tactic.stages,
             registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
@@ -129,13 +130,13 @@ def kind(call: OpCall) -> str:
 
 def queries(constants: dict[str, Constant]) -> int:
     """Queries of one block."""
-    return int(constants["BM"] or 0) if "BM" in constants else ROWS * int(constants["CONSUMERS"] or 0)
+    return int(constants["BM"] or 0) if "BM" in constants else HOPPER_ROWS * int(constants["CONSUMERS"] or 0)
 
 
-def arguments(call: OpCall) -> list[Argument]:
-    extras = [
-        int32("NQ", "NQ"), int32("NK", "NK"), int32("group", "H // HKV"), int32("scale", "scale_bits"),
-    ]  # fmt: skip
+def arguments(call: OpCall, hopper: bool) -> list[Argument]:
+    extras = [int32("NQ", "NQ"), int32("NK", "NK")]
+    extras += [int32("H", "H"), int32("B", "B")] if hopper else []
+    extras += [int32("group", "H // HKV"), int32("scale", "scale_bits")]
     if call.attributes.get("softcap"):
         extras.append(int32("softcap", "softcap_bits"))
     for side in ("left", "right"):

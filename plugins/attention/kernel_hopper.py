@@ -16,56 +16,90 @@ from attncompile.plugins.hopper_pipeline import (
     consume_last,
     consume_run,
     copy_run,
+    following,
     fresh,
     no_keys_yet,
+    pass_by,
     per_row,
     reciprocal,
     rings_and_barriers,
-    store,
+    store_run,
 )
 
 
 @gluon.jit
-def produce(
-    operands, CONSUMERS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Queries once, then keys and values ``start`` .. ``end``, BN at a time."""
-    rings, barriers, query, key, value, q_n, k_n, v_n, first, NQ, start, end = operands
-    q1, q2, k1, k2, v1, v2 = rings
-    q_full, k_full, k_empty, v_full, v_empty = barriers
-    K1: gl.constexpr = k1.shape[2]
-    V1: gl.constexpr = v1.shape[2]
-    for c in gl.static_range(CONSUMERS):
-        mine = query + c * ROWS * q_n * 8
-        copy_run(q1.index(c), mine, NQ - first - c * ROWS, q_n * 8, 0, DK)
-        if DK > K1:
-            copy_run(q2.index(c), mine, NQ - first - c * ROWS, q_n * 8, K1, DK)
-    async_copy.mbarrier_arrive(q_full, increment_count=False)
-    stage = 0
-    phase = 1
-    k = key + start.to(gl.int64) * k_n * 8
-    v = value + start.to(gl.int64) * v_n * 8
-    for n in range(start, end, BN):
-        mbarrier.wait(k_empty.index(stage), phase)
-        copy_run(k1.index(stage), k, end - n, fresh(k_n) * 8, 0, DK)
-        if DK > K1:
-            copy_run(k2.index(stage), k, end - n, fresh(k_n) * 8, K1, DK)
-        async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-        mbarrier.wait(v_empty.index(stage), phase)
-        copy_run(v1.index(stage), v, end - n, fresh(v_n) * 8, 0, DV)
-        if DV > V1:
-            copy_run(v2.index(stage), v, end - n, fresh(v_n) * 8, V1, DV)
-        async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-        k += BN * k_n * 8
-        v += BN * v_n * 8
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
+def item(number, sizes, BM: gl.constexpr, FLAGS: gl.constexpr):
+    """Of a number: the first query of a tile, its head, key head and batch, and the keys from .. to that it meets."""
+    NQ, NK, H, B, group, left, right = sizes
+    tiles = (NQ + BM - 1) // BM
+    tile = number % tiles
+    if FLAGS & 2:
+        tile = tiles - 1 - tile  # the longest rows first
+    h = number // tiles % H
+    b = (number // tiles // H).to(gl.int64)
+    first = tile * BM
+    low = first + (NK - NQ)
+    high = gl.minimum(first + BM, NQ) - 1 + (NK - NQ)
+    start = NK * 0
+    end = NK
+    if FLAGS & 1:
+        start = gl.minimum(gl.maximum(low - left, 0), NK)
+    if FLAGS & 2:
+        end = gl.maximum(gl.minimum(high + right + 1, NK), start)
+    return first, h, h // group, b, start, end
 
 
 @gluon.jit
-def hide(s, tile, stage, phase, facts, FLAGS: gl.constexpr):
+def produce(
+    operands, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """For one item after the other its queries, then its keys and values, BN at a time."""
+    rings, barriers, sizes, total, query, key, value, q_strides, k_strides, v_strides = operands
+    q1, q2, k1, k2, v1, v2 = rings
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    q_b, q_n, q_h = q_strides
+    k_b, k_n, k_h = k_strides
+    v_b, v_n, v_h = v_strides
+    K1: gl.constexpr = k1.shape[2]
+    V1: gl.constexpr = v1.shape[2]
+    stage = 0
+    phase = 1
+    turn = 0
+    for number in range(gl.program_id(0), total, gl.num_programs(0)):
+        first, h, g, b, start, end = item(number, sizes, CONSUMERS * ROWS, FLAGS)
+        if end > start:
+            mbarrier.wait(q_empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+            q = query + (b * q_b + h * q_h + first.to(gl.int64) * q_n) * 8
+            for c in gl.static_range(CONSUMERS):
+                there = sizes[0] - first - c * ROWS
+                copy_run(q1.index((turn & 1) * CONSUMERS + c), q + c * ROWS * q_n * 8, there, fresh(q_n) * 8, 0, DK)
+                if DK > K1:
+                    copy_run(
+                        q2.index((turn & 1) * CONSUMERS + c), q + c * ROWS * q_n * 8, there, fresh(q_n) * 8, K1, DK
+                    )
+            async_copy.mbarrier_arrive(q_full.index(turn & 1), increment_count=False)
+            turn += 1
+            k = key + (b * k_b + g * k_h + start.to(gl.int64) * k_n) * 8
+            v = value + (b * v_b + g * v_h + start.to(gl.int64) * v_n) * 8
+            for n in range(start, end, BN):
+                mbarrier.wait(k_empty.index(stage), phase)
+                copy_run(k1.index(stage), k, end - n, fresh(k_n) * 8, 0, DK)
+                if DK > K1:
+                    copy_run(k2.index(stage), k, end - n, fresh(k_n) * 8, K1, DK)
+                async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+                mbarrier.wait(v_empty.index(stage), phase)
+                copy_run(v1.index(stage), v, end - n, fresh(v_n) * 8, 0, DV)
+                if DV > V1:
+                    copy_run(v2.index(stage), v, end - n, fresh(v_n) * 8, V1, DV)
+                async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+                k += BN * k_n * 8
+                v += BN * v_n * 8
+                stage, phase = following(stage, phase, STAGES)
+
+
+@gluon.jit
+def hide(s, tile, facts, FLAGS: gl.constexpr):
     """-inf where a query does not see a key of tile ``tile``. FLAGS: 1 has a left bound, 2 a right one."""
     start, end, position, left, right = facts
     BN: gl.constexpr = s.shape[1]
@@ -80,121 +114,107 @@ def hide(s, tile, stage, phase, facts, FLAGS: gl.constexpr):
 
 @gluon.jit
 def consume(
-    common,
-    INDEX: gl.constexpr, FLAGS: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, RULE: gl.constexpr,
-    DK: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """64 queries from ``first`` + 64 INDEX on against keys ``start`` .. ``end``."""
-    rings, barriers, sink, output, log_sum_exp, o_row, first, NQ, NK, start, end, left, right, factor = common
+    common, FLAGS: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, RULE: gl.constexpr, SPEC: gl.constexpr
+):
+    """For one item after the other 64 of its queries. SPEC: see ``hopper_pipeline.consume_first``."""
+    rings, barriers, sizes, total, sinks, sinks_h, output, log_sum_exp, o_strides, factor = common
+    NQ, NK, H, B, group, left, right = sizes
+    o_b, o_n, o_h = o_strides
+    INDEX: gl.constexpr = SPEC[0]
+    CONSUMERS: gl.constexpr = SPEC[1]
+    DV: gl.constexpr = SPEC[3]
+    BN: gl.constexpr = SPEC[4]
     V1: gl.constexpr = rings[4].shape[2]
     V2: gl.constexpr = rings[5].shape[2]
-    ROW: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
-    mine = first + INDEX * ROWS
-    i = mine + gl.arange(0, ROWS, layout=ROW)
-    m, l, acc1, acc2 = no_keys_yet(V1, V2, BN)
-    tiles = (end - start + BN - 1) // BN
-    if tiles > 0:
-        facts = (start, end, i + (NK - NQ), left, right)
-        state = consume_first(m, l, acc1, acc2, rings, barriers, facts, factor, hide, FLAGS, INDEX, DK, DV, BN)
-        # Tiles that all of these queries see need no mask.
-        low = mine + (NK - NQ)
-        high = low + ROWS - 1
-        all_from = 1
-        all_to = (end - start) // BN
-        if FLAGS & 1:
-            all_from = gl.minimum(gl.maximum((high - left - start + BN - 1) // BN, 1), tiles)
-        if FLAGS & 2:
-            all_to = gl.minimum((low + right + 1 - start) // BN, all_to)
-        all_to = gl.maximum(all_to, all_from)
-        if FLAGS & 1:
-            state = consume_run(
-                state, rings, barriers, facts, factor, 1, all_from, hide, FLAGS, True, INDEX, DK, DV, BN, STAGES
-            )
-        state = consume_run(
-            state, rings, barriers, facts, factor, all_from, all_to, hide, FLAGS, False, INDEX, DK, DV, BN, STAGES
-        )
-        state = consume_run(
-            state, rings, barriers, facts, factor, all_to, tiles, hide, FLAGS, True, INDEX, DK, DV, BN, STAGES
-        )
-        m, l, acc1, acc2 = consume_last(state, rings, barriers, DV)
-    if HAS_SINKS:
-        l += gl.exp2(gl.load(sink).to(gl.float32) * LOG2E - m)
-    dead = l == 0.0
-    inverse = reciprocal(l, RULE)
-    rows = INDEX * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(V1)))
-    store(output, rows, first + rows < NQ, o_row, acc1 * per_row(inverse, V1)[:, None], 0, DV)
-    if DV > V1:
-        rows = INDEX * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(V2)))
-        store(output, rows, first + rows < NQ, o_row, acc2 * per_row(inverse, V2)[:, None], V1, DV)
-    if HAS_LSE:
-        lse = gl.where(dead, -float("inf"), (m + gl.log2(gl.where(dead, 1.0, l))) * LN2)
-        gl.store(log_sum_exp + i, lse, mask=i < NQ)
+    stage = 0
+    phase = 0
+    turn = 0
+    go = 1 if INDEX == 0 else 0
+    for number in range(gl.program_id(0), total, gl.num_programs(0)):
+        first, h, g, b, start, end = item(number, sizes, CONSUMERS * ROWS, FLAGS)
+        mine = first + INDEX * ROWS
+        i = mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(BN)))
+        m, l, acc1, acc2 = no_keys_yet(V1, V2, BN)
+        tiles = (end - start + BN - 1) // BN
+        slot = (stage, phase, turn, go)
+        if mine >= NQ:
+            if tiles > 0:
+                stage, phase, go = pass_by(slot, barriers, tiles, SPEC)
+                turn += 1
+        elif tiles > 0:
+            facts = (start, end, i + (NK - NQ), left, right)
+            work = (rings, barriers, (turn & 1) * CONSUMERS + INDEX, facts, factor)
+            # Tiles from .. to that all of these queries see need no mask.
+            low = mine + (NK - NQ)
+            all_from = 0
+            all_to = (end - start) // BN
+            if FLAGS & 1:
+                all_from = gl.minimum(gl.maximum((low + ROWS - 1 - left - start + BN - 1) // BN, 0), tiles)
+            if FLAGS & 2:
+                all_to = gl.minimum((low + right + 1 - start) // BN, all_to)
+            masked = (all_from > 0) | (all_to < 1)
+            all_from = gl.maximum(all_from, 1)
+            all_to = gl.maximum(all_to, all_from)
+            state = consume_first(slot, (m, l, acc1, acc2), work, masked, hide, FLAGS, SPEC)
+            if FLAGS & 1:
+                state = consume_run(state, work, 1, all_from, hide, FLAGS, True, SPEC)
+            state = consume_run(state, work, all_from, all_to, hide, FLAGS, False, SPEC)
+            state = consume_run(state, work, all_to, tiles, hide, FLAGS, True, SPEC)
+            m, l, acc1, acc2, stage, phase, go = consume_last(state, work, turn, SPEC)
+            turn += 1
+        if HAS_SINKS:
+            l += gl.exp2(gl.load(sinks + h * sinks_h).to(gl.float32) * LOG2E - m)
+        inverse = reciprocal(l, RULE)
+        out = output + (b * o_b + h * o_h + mine.to(gl.int64) * o_n) * 8
+        store_run(out, NQ - mine, o_n * 8, acc1 * per_row(inverse, V1)[:, None], 0, DV)
+        if DV > V1:
+            store_run(out, NQ - mine, o_n * 8, acc2 * per_row(inverse, V2)[:, None], V1, DV)
+        if HAS_LSE:
+            dead = l == 0.0
+            lse = gl.where(dead, -float("inf"), (m + gl.log2(gl.where(dead, 1.0, l))) * LN2)
+            gl.store(log_sum_exp + (b * H + h) * NQ + i, lse, mask=i < NQ)
 
 
 @gluon.jit
 def attention(
     query, key, value, sinks,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, sinks_h,
-    NQ, NK, group, scale, left, right,
+    NQ, NK, H, B, group, scale, left, right,
     output, log_sum_exp,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, RULE: gl.constexpr,
     DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, DV: gl.constexpr, V1: gl.constexpr, V2: gl.constexpr,
-    CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TAKE: gl.constexpr, GIVE: gl.constexpr,
 ):  # fmt: skip
-    """As ``kernel_triton.attention``, without bias, masks and softcap. Grid: (ceil(NQ / (64 CONSUMERS)), H, B)."""
+    """As ``kernel_triton.attention``, without bias, masks and softcap. Any one-dimensional grid: the blocks share the
+    ceil(NQ / (64 CONSUMERS)) H B tiles, so that what begins and ends one tile runs beside the products of another.
+    """
     dtype: gl.constexpr = query.dtype.element_ty
-    tile = gl.program_id(0)
-    if HAS_RIGHT:
-        tile = gl.num_programs(0) - 1 - tile  # the longest rows first
-    h = gl.program_id(1)
-    b = gl.program_id(2).to(gl.int64)
-    g = h // group
-    first = tile * (CONSUMERS * ROWS)
-    q_base = query + (b * q_b + h * q_h + first.to(gl.int64) * q_n) * 8
-    k_base = key + (b * k_b + g * k_h) * 8
-    v_base = value + (b * v_b + g * v_h) * 8
-    o_base = output + (b * o_b + h * o_h + first.to(gl.int64) * o_n) * 8
-    factor = scale.to(gl.float32, bitcast=True) * LOG2E
-    low = first + (NK - NQ)
-    high = gl.minimum(first + CONSUMERS * ROWS, NQ) - 1 + (NK - NQ)
-    start = NK * 0
-    end = NK
-    if HAS_LEFT:
-        start = gl.minimum(gl.maximum(low - left, 0), NK)
-    if HAS_RIGHT:
-        end = gl.maximum(gl.minimum(high + right + 1, NK), start)
     FLAGS: gl.constexpr = (1 if HAS_LEFT else 0) + (2 if HAS_RIGHT else 0)
     HAS_SINKS: gl.constexpr = sinks is not None
     HAS_LSE: gl.constexpr = log_sum_exp is not None
     # A partition's arguments cannot be None: pointers that are not there are the output's, and not read.
-    sink = o_base
+    sinks_there = output
     if HAS_SINKS:
-        sink = sinks + h * sinks_h
-    lse_base = o_base
+        sinks_there = sinks
+    lse_there = output
     if HAS_LSE:
-        lse_base = log_sum_exp + (b * gl.num_programs(1) + h) * NQ
-
+        lse_there = log_sum_exp
+    factor = scale.to(gl.float32, bitcast=True) * LOG2E
     rings, barriers = rings_and_barriers(dtype, CONSUMERS, DK, K1, K2, DV, V1, V2, BN, STAGES)
-    common = (rings, barriers, sink, o_base, lse_base, o_n * 8, first, NQ, NK, start, end, left, right, factor)
-    operands = (rings, barriers, q_base, k_base, v_base, q_n, k_n, v_n, first, NQ, start, end)
+    sizes = (NQ, NK, H, B, group, left, right)
+    total = (NQ + CONSUMERS * ROWS - 1) // (CONSUMERS * ROWS) * H * B
+    common = (rings, barriers, sizes, total, sinks_there, sinks_h, output, lse_there, (o_b, o_n, o_h), factor)
+    operands = (rings, barriers, sizes, total, query, key, value, (q_b, q_n, q_h), (k_b, k_n, k_h), (v_b, v_n, v_h))
     if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (consume, (common, 0, FLAGS, HAS_SINKS, HAS_LSE, RULE, DK, DV, BN, STAGES)),
-                (consume, (common, 1, FLAGS, HAS_SINKS, HAS_LSE, RULE, DK, DV, BN, STAGES)),
-                (produce, (operands, CONSUMERS, DK, DV, BN, STAGES)),
-            ],
-            [4, 4],
-            [232, 40],
-        )
+        gl.warp_specialize([
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES))),
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES))),
+            (produce, (operands, CONSUMERS, FLAGS, DK, DV, BN, STAGES)),
+        ], [4, 4], [TAKE, GIVE])  # fmt: skip
     else:
-        gl.warp_specialize(
-            [
-                (consume, (common, 0, FLAGS, HAS_SINKS, HAS_LSE, RULE, DK, DV, BN, STAGES)),
-                (consume, (common, 1, FLAGS, HAS_SINKS, HAS_LSE, RULE, DK, DV, BN, STAGES)),
-                (consume, (common, 2, FLAGS, HAS_SINKS, HAS_LSE, RULE, DK, DV, BN, STAGES)),
-                (produce, (operands, CONSUMERS, DK, DV, BN, STAGES)),
-            ],
-            [4, 4, 4],
-            [160, 160, 32],
-        )
+        gl.warp_specialize([
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES))),
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES))),
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (2, CONSUMERS, DK, DV, BN, STAGES))),
+            (produce, (operands, CONSUMERS, FLAGS, DK, DV, BN, STAGES)),
+        ], [4, 4, 4], [TAKE, TAKE, GIVE])  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from attncompile.core.mask import in_windows, plain_biases
 from attncompile.core.site import AttentionSite, Layout
 
 
@@ -14,7 +15,8 @@ class Call:
 
     ``layouts`` are those of query, key, value and output. ``block`` is the largest number of queries in one tile;
     sequences with Nq * Nk <= dense_below ** 2 take a dense branch (0: there is no such branch). ``bias`` says that
-    something broadcastable to [B, H, Nq, Nk] is added to the scores, ``sinks`` that a logit for each head joins them.
+    something broadcastable to [B, H, Nq, Nk] is added to the scores, ``sinks`` that a logit for each head joins them,
+    ``window_bias`` that something broadcastable to [H, W, W] is added by places in the window.
     """
 
     heads: int
@@ -34,6 +36,7 @@ class Call:
     opset: int
     bias: bool = False
     sinks: bool = False
+    window_bias: bool = False
 
     @property
     def group(self) -> int:
@@ -41,7 +44,10 @@ class Call:
         return self.heads // self.kv_heads
 
     def configuration(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        if not self.window_bias:  # overloads are named after this: those of other calls keep their names
+            del found["window_bias"]
+        return found
 
     @staticmethod
     def of(site: AttentionSite, opset: int, block: int, dense_below: int) -> Call:
@@ -62,6 +68,7 @@ class Call:
             block=block,
             dense_below=dense_below,
             opset=opset,
-            bias=site.mask.part("bias") is not None,
+            bias=bool(plain_biases(site.mask)),
             sinks=bool(site.sinks),
+            window_bias=in_windows(site.mask) is not None,
         )

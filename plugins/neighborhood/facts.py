@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.mask import MaskFacts, MaskPart
+from attncompile.core.mask import MaskFacts, MaskPart, in_windows, plain_biases, seam
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import float_type
@@ -119,7 +119,9 @@ def check_bias(site: AttentionSite) -> str:
     Raises:
         Unsupported: several, one that is not known to broadcast to [batch, heads, query, key], or a dynamic length.
     """
-    biases = [p for p in site.mask.parts if p.kind == "bias"]
+    if in_windows(site.mask) is not None or seam(site.mask) is not None:
+        raise Unsupported("bias", "the bias goes by places in windows, not by queries and keys")
+    biases = plain_biases(site.mask)
     if not biases:
         return ""
     (bias, *others) = biases

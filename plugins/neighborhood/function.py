@@ -9,15 +9,18 @@ from attncompile.plugins.neighborhood.cached import cached_body, cuts
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.gridded import gridded_body
 from attncompile.plugins.neighborhood.op import DOMAIN, OP_TYPE, Neighborhood
+from attncompile.plugins.neighborhood.rings import ring_body
 from attncompile.plugins.neighborhood.sliding import sliding_body
 
 
 def function(hood: Neighborhood, call: Call) -> FunctionProto:
     """A body in standard ops of ``call.opset``. Raises ``Unsupported`` where there is none."""
     body = Body(call.opset)
-    optional = {"key_mask": call.key_mask, "bias": call.bias, "sinks": call.sinks}
+    optional = {"key_mask": call.key_mask, "bias": call.bias, "sinks": call.sinks, "window_bias": call.window_bias}
     given = {name: name * there for name, there in optional.items()}
-    if slides(hood, call.bias):
+    if hood.circular:
+        output = ring_body(body, hood, call, "query", "key", "value", given["window_bias"])
+    elif slides(hood, call.bias):
         made = cached_body if cuts(hood, call) else sliding_body
         output = made(body, hood, call, "query", "key", "value", given["key_mask"], given["sinks"])
     else:

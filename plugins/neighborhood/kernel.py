@@ -11,7 +11,7 @@ from math import ceil, prod
 import numpy as np
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.kernel import Argument, OpCall, Program, Tactic, Work
+from attncompile.core.kernel import Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.kernel_arguments import (
     RULES,
@@ -25,7 +25,7 @@ from attncompile.plugins.kernel_arguments import (
     without_sizes,
 )
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
-from attncompile.plugins.tactics import tactics
+from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, tactics
 
 PACKAGE = "attncompile.plugins.neighborhood"
 WINDOWS = "Attention"
@@ -65,6 +65,12 @@ class Cut:
     def box(self) -> int:
         """Keys that a tile meets."""
         return prod(a.extent for a in self.axes)
+
+    def keys_met(self, keys: int, planes: bool) -> int:
+        """Keys of whole tiles of ``keys`` that a tile of queries meets."""
+        if planes and not self.all_seen:
+            return self.axes[0].extent * ceil(self.axes[1].extent * self.axes[2].extent / keys) * keys
+        return ceil(self.box / keys) * keys
 
     @property
     def all_seen(self) -> bool:
@@ -138,14 +144,16 @@ def _axis(hood: Neighborhood, a: int, size: int) -> AxisCut:
 
 
 @lru_cache(maxsize=256)
-def cut(hood: Neighborhood, queries: int, keys: int) -> Cut:
-    """The cut into boxes of ``queries`` (a power of two) that meets the fewest tiles of ``keys`` keys."""
+def cut(hood: Neighborhood, queries: int, keys: int, planes: bool) -> Cut:
+    """The cut into boxes of ``queries`` (a power of two) that meets the fewest tiles of ``keys`` keys; ``planes``: a
+    tile of keys stays in one plane of a box.
+    """
     powers = [1 << i for i in range(queries.bit_length())]
     shapes = [s for s in product(powers, repeat=3) if prod(s) == queries]
     found = [Cut(hood, (_axis(hood, 0, a), _axis(hood, 1, b), _axis(hood, 2, c))) for a, b, c in shapes]
 
     def price(made: Cut) -> tuple[float, int]:
-        work = made.tiles * ceil(made.box / keys) * keys
+        work = made.tiles * made.keys_met(keys, planes)
         return work * (1.0 if made.all_seen else 1.15), -made.axes[2].size
 
     return min(found, key=price)
@@ -187,6 +195,8 @@ class NeighborhoodKernel:
         hood = Neighborhood.of(call.attributes)
         if hood.tokens is None:
             raise Unsupported("grid", "a dynamic sequence has no grid kernel", "plain windows have that of Attention")
+        if hood.circular:
+            raise Unsupported("ring", "windows on rings have no kernel on a grid")
         if any(hood.causal) and hood.prefix:
             raise Unsupported("prefix", "prefix tokens before a causal axis of a static grid have no kernel")
         for length in (call.query_length, call.key_length):
@@ -207,14 +217,23 @@ class NeighborhoodKernel:
         ]
 
     def _program(self, call: OpCall, hood: Neighborhood, tactic: Tactic, rank: int) -> Program:
-        made = cut(hood, int(tactic.constants["BM"] or 0), int(tactic.constants["BN"] or 0))
+        hopper = tactic.name.startswith(HOPPER)
+        queries = HOPPER_ROWS * int(tactic.constants["CONSUMERS"] or 0) if hopper else int(tactic.constants["BM"] or 0)
+        made = cut(hood, queries, int(tactic.constants["BN"] or 0), hopper)
         extra = ceil((hood.prefix + hood.suffix) / made.queries)
-        constants = {**made.constants(), **widths(call), "BN": tactic.constants["BN"]}
+        # Queries of a tile: the cut says them an axis.
+        tiling = {name: value for name, value in tactic.constants.items() if name != "BM"}
+        constants: dict[str, Constant] = {**made.constants(), **widths(call), **tiling}
+        if hopper:
+            constants["STAGES"] = tactic.stages
+        grid = (str(made.tiles + extra), "H", "B")
+        if hopper:
+            grid = (f"min({made.tiles + extra} * H * B, SMS)", "1", "1")
+        module = "kernel_hopper" if hopper else "kernel_triton"
         return Program(
-            op=self.op, tactic=tactic.name, language="triton",
-            function="attncompile.plugins.neighborhood.kernel_triton:neighborhood",
-            arguments=tuple(arguments(call, self.optional)), constants=constants,
-            grid=(str(made.tiles + extra), "H", "B"), warps=tactic.warps, stages=tactic.stages,
+            op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
+            function=f"{PACKAGE}.{module}:neighborhood", arguments=tuple(arguments(call, self.optional, hopper)),
+            constants=constants, grid=grid, warps=tactic.warps, stages=tactic.stages,
             registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
@@ -222,8 +241,9 @@ class NeighborhoodKernel:
         return work(call, program)
 
 
-def arguments(call: OpCall, optional: Sequence[str]) -> list[Argument]:
-    extras = [int32("group", "H // HKV"), int32("scale", "scale_bits")]
+def arguments(call: OpCall, optional: Sequence[str], hopper: bool) -> list[Argument]:
+    extras = [int32("H", "H"), int32("B", "B")] if hopper else []
+    extras += [int32("group", "H // HKV"), int32("scale", "scale_bits")]
     return [*inputs(call, optional), *strides(call), *extras, output(call)]
 
 
@@ -239,8 +259,9 @@ def work(call: OpCall, program: Program) -> Work:
     heads, bm = call.batch * call.heads, made.queries
     apart = hood.prefix + hood.suffix
     runs = sum(-(-n // bn) for n in (hood.prefix, hood.suffix))
-    scores = float(made.tiles * (ceil(made.box / bn) + runs) + ceil(apart / bm) * ceil(hood.tokens / bn)) * bm * bn
-    masked = 0.0 if made.all_seen else float(made.tiles * ceil(made.box / bn)) * bm * bn
+    met = made.keys_met(bn, program.language == "gluon")
+    scores = float(made.tiles * (met + runs * bn) + ceil(apart / bm) * ceil(hood.tokens / bn) * bn) * bm
+    masked = 0.0 if made.all_seen else float(made.tiles * met) * bm
     size = 2 * call.batch * hood.tokens * (call.heads + call.kv_heads) * (call.head_dim + call.value_dim)
     dims = padded(call.head_dim) + padded(call.value_dim)
     blocks = (made.tiles + ceil(apart / bm)) * heads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,11 @@ from attncompile.plugins.neighborhood.facts import (
 )
 from attncompile.plugins.neighborhood.function import function, node, slides
 from attncompile.plugins.neighborhood.gridded import tiles_of
+from attncompile.plugins.neighborhood.head_scale import scaled_query
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
 from attncompile.plugins.neighborhood.reference import reference
+from attncompile.plugins.neighborhood.ring_sites import check_ring, ring, ring_is_exact, ring_parameters
+from attncompile.plugins.neighborhood.rings import rings
 from attncompile.plugins.neighborhood.tiles import COPY, tiling
 
 MINIMUM_GAIN = 1.15
@@ -61,7 +64,7 @@ class NeighborhoodAttention:
 
     name = OP_TYPE
     skips_keys = True
-    understands: frozenset[Need] = frozenset({"body", "sinks"})
+    understands: frozenset[Need] = frozenset({"body", "sinks", "head-scale"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         try:
@@ -84,6 +87,9 @@ class NeighborhoodAttention:
 
     def _exact_parameters(self, site: AttentionSite) -> tuple[dict[str, Any], str]:
         """Parameters that say what the site's mask says, and that in words. Raises ``Unsupported`` without any."""
+        wrapped = ring(site.mask)
+        if wrapped is not None:
+            return ring_parameters(wrapped)
         parts = [p for p in site.mask.parts if p.pattern is not None]
         grid = parts[0].pattern if parts else None
         if isinstance(grid, GridWindow):
@@ -136,7 +142,9 @@ class NeighborhoodAttention:
             hood = Neighborhood.of(parameters)
             block, dense_below = _block(parameters)
             self._check(site, hood)
-            if not slides(hood, site.mask.part("bias") is not None):
+            if hood.circular:
+                rings(hood)
+            elif not slides(hood, site.mask.part("bias") is not None):
                 tiling(hood, block)
         except Unsupported as error:
             return Verdict.of(error)
@@ -153,6 +161,8 @@ class NeighborhoodAttention:
             return supported
         hood = Neighborhood.of(parameters)
         static = isinstance(site.query_length, int) and isinstance(site.key_length, int)
+        if hood.circular:
+            return ring_is_exact(site, hood, LARGEST_MASK)
         for part in structure:
             if not part.certificate.general and not static:
                 return Verdict.no(
@@ -186,6 +196,10 @@ class NeighborhoodAttention:
         hood = Neighborhood.of(parameters)
         block, dense_below = _block(parameters)
         queries = shape.query_length
+        if hood.circular:
+            size = prod(hood.kernel_size)
+            elements = float(shape.batch * site.heads * queries * size)
+            return Cost(flops=2 * elements * (site.head_dim + site.value_dim), keys=float(size), elements=elements)
         keys, together = met(hood, Call.of(site, FIRST_OPSET, block, dense_below), queries, shape.key_length)
         if slides(hood, site.mask.part("bias") is not None):
             if together or 0 < queries * keys <= dense_below**2:
@@ -216,18 +230,24 @@ class NeighborhoodAttention:
         block, dense_below = _block(parameters)
         self._check(site, hood)
         call = Call.of(site, opset, block, dense_below)
-        mask, bias = check_padding(site.mask), check_bias(site)
-        inputs = [site.query.value, site.key.value, site.value.value, mask, bias, site.sinks]
+        found = ring(site.mask) if hood.circular else None
+        mask, bias = check_padding(site.mask), "" if found is not None else check_bias(site)
+        places = found.bias if found is not None else ""
+        scaled, query, stored = scaled_query(site)
+        inputs = [query, site.key.value, site.value.value, mask, bias, site.sinks, places]
         while not inputs[-1]:
             inputs.pop()
         made = node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
-        return Lowering((made,), (function(hood, call),))
+        return Lowering((*scaled, made), (function(hood, call),), stored)
 
     def _check(self, site: AttentionSite, hood: Neighborhood) -> None:
         """Raise ``Unsupported`` for a site that this op cannot express with these parameters."""
         check_plain(site)
         structures(site.mask)
         check_padding(site.mask)
+        if hood.circular:
+            check_ring(site, hood)
+            return
         bias = check_bias(site)
         if bias and (hood.prefix or hood.suffix):
             raise Unsupported("bias", "the rows of prefix and suffix tokens take no bias")
@@ -265,7 +285,9 @@ class NeighborhoodAttention:
         block, _ = _block(parameters)
         hood = Neighborhood.of(parameters)
         _, together = met(hood, Call.of(site, FIRST_OPSET, block, 0), shape.query_length, shape.key_length)
-        if together:
+        if hood.circular:
+            copied = shape.key_length
+        elif together:
             copied = 0  # one slice of the last keys
         elif slides(hood, site.mask.part("bias") is not None):
             copied = ceil(shape.query_length / block) * (hood.kernel_size[0] - 1 + block + hood.prefix + hood.suffix)

@@ -3,14 +3,15 @@
 Inputs: ``query`` [B, Nq, H, D], ``key`` [B, Nk, Hkv, D], ``value`` [B, Nk, Hkv, Dv], each in the axis order that its
 layout attribute says, and optionally ``key_mask`` bool, broadcastable to [B, 1, 1, Nk], True = visible, and ``bias``,
 broadcastable to [B, H, Nq, Nk], which is added to the scores, and ``sinks``, H logits (or one for all heads) that join
-the softmax and that no value belongs to. Output: [B, Nq, H, Dv] in ``o_layout``.
+the softmax and that no value belongs to, and ``window_bias``, broadcastable to [H, W, W] for windows of W tokens, which
+is added to the scores by the places that query and key have in their window. Output: [B, Nq, H, Dv] in ``o_layout``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import prod
+from math import inf, isfinite, prod
 from typing import Any
 
 import onnx.defs
@@ -37,6 +38,12 @@ class Neighborhood:
     ``border``: ``truncate`` leaves out what lies outside of the grid, ``clamp`` moves c inward so that a window always
     holds kernel_size tokens (causal axes are truncated either way). ``shape``: ``ball`` keeps of the box what lies in
     the ellipsoid with radii ``left``. When Nk > Nq the queries are the last Nq tokens.
+
+    ``border`` ``circular``: every axis is a ring, cut into windows of kernel_size = stride tokens that begin at
+    ``shift``; a group's window is the group itself. Position x has the place (x - shift) mod kernel_size in its window,
+    and ``window_bias`` counts places row-major over the axes. ``seam`` is added to the scores of query and key that
+    meet across the end of a ring, on any axis: floor((x - shift) / kernel_size) differs. -inf hides them from one
+    another: Swin's shifted windows (arXiv:2103.14030).
     """
 
     kernel_size: tuple[int, ...]
@@ -50,6 +57,13 @@ class Neighborhood:
     prefix: int
     suffix: int
     masked_rows: str
+    shift: tuple[int, ...] = ()
+    seam: float = 0.0
+
+    @property
+    def circular(self) -> bool:
+        """Whole windows on rings, whose body moves no key twice."""
+        return self.border == "circular"
 
     @property
     def right(self) -> tuple[int, ...]:
@@ -74,7 +88,10 @@ class Neighborhood:
 
     def attributes(self) -> dict[str, Any]:
         """The attributes of the op."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if not self.circular:  # they mean nothing elsewhere
+            del found["shift"], found["seam"]
+        return found
 
     @staticmethod
     def of(parameters: Mapping[str, Any]) -> Neighborhood:
@@ -95,6 +112,8 @@ class Neighborhood:
             prefix=int(parameters.get("prefix", 0)),
             suffix=int(parameters.get("suffix", 0)),
             masked_rows=str(parameters.get("masked_rows", "zero")),
+            shift=_ints(parameters, "shift", (0,) * rank),
+            seam=float(parameters.get("seam", 0.0)),
         )
         out._check()
         return out
@@ -103,17 +122,17 @@ class Neighborhood:
         rank = len(self.kernel_size)
         if not 1 <= rank <= 3:
             raise _bad(f"kernel_size has {rank} axes", "give one to three")
-        for name in ("left", "dilation", "stride", "causal", "grid"):
+        for name in ("left", "dilation", "stride", "causal", "grid", "shift"):
             if len(getattr(self, name)) != rank:
                 raise _bad(f"{name} has {len(getattr(self, name))} entries for {rank} axes", "one entry per axis")
         if min(self.kernel_size) < 1 or min(self.dilation) < 1 or min(self.stride) < 1:
             raise _bad("kernel_size, dilation and stride must be positive", "")
         if min(self.prefix, self.suffix) < 0 or set(self.causal) - {0, 1}:
             raise _bad("prefix and suffix must not be negative, causal must be 0 or 1", "")
-        if self.border not in ("truncate", "clamp") or self.shape not in ("box", "ball"):
-            raise _bad(
-                f"border {self.border!r}, shape {self.shape!r}", "border is truncate or clamp, shape box or ball"
-            )
+        if self.border not in ("truncate", "clamp", "circular") or self.shape not in ("box", "ball"):
+            hint = "border is truncate, clamp or circular, shape box or ball"
+            raise _bad(f"border {self.border!r}, shape {self.shape!r}", hint)
+        self._check_ring()
         if self.masked_rows not in ("zero", "uniform", "nan"):
             raise _bad(f"masked_rows {self.masked_rows!r}", "masked_rows is zero, uniform or nan")
         for k, left, causal in zip(self.kernel_size, self.left, self.causal, strict=True):
@@ -131,6 +150,24 @@ class Neighborhood:
             raise _bad("shape ball", "a ball is truncated, not causal, and has odd kernel sizes")
         if any(self.causal) and (self.suffix or (self.prefix and rank > 1)):
             raise _bad("prefix or suffix with a causal axis", "only a prefix of a 1-D causal sequence has a meaning")
+
+    def _check_ring(self) -> None:
+        if not self.circular:
+            if any(self.shift) or self.seam:
+                raise _bad("shift or seam without border circular", "windows are moved on rings only")
+            return
+        plain = set(self.dilation) == {1} and not any(self.causal) and self.shape == "box"
+        if self.kernel_size != self.stride or not plain or self.prefix or self.suffix or self.dynamic:
+            raise _bad(
+                "border circular with more than windows side by side",
+                "stride = kernel_size, a static grid, no dilation, causal axis, ball, prefix or suffix",
+            )
+        if any(g % k for g, k in zip(self.grid, self.kernel_size, strict=True)):
+            raise _bad(f"windows of {list(self.kernel_size)} on rings of {list(self.grid)}", "they must divide evenly")
+        if any(not 0 <= s < k for s, k in zip(self.shift, self.kernel_size, strict=True)):
+            raise _bad(f"shift {list(self.shift)}", "0 <= shift < kernel_size")
+        if not (isfinite(self.seam) or self.seam == -inf):
+            raise _bad(f"seam {self.seam}", "a number, or -inf")
 
 
 def _ints(parameters: Mapping[str, Any], name: str, default: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -177,12 +214,19 @@ def schema() -> OpSchema:
                 "bias", "TB", "broadcastable to [B, H, Nq, Nk], added", param_option=kind.Optional
             ),
             OpSchema.FormalParameter("sinks", "TS", "H logits, or one for all heads", param_option=kind.Optional),
+            OpSchema.FormalParameter(
+                "window_bias",
+                "TW",
+                "broadcastable to [H, W, W], added by places in the window",
+                param_option=kind.Optional,
+            ),
         ],
         outputs=[OpSchema.FormalParameter("output", "T", "[B, Nq, H, Dv] in o_layout")],
         type_constraints=[
             ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "element type"),
             ("TB", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "type of the bias"),
             ("TS", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "type of the sinks"),
+            ("TW", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "type of window_bias"),
         ],
         attributes=[
             ints("kernel_size", "window size per axis", required=True),
@@ -191,7 +235,9 @@ def schema() -> OpSchema:
             ints("stride", "queries per group that shares a window"),
             ints("causal", "1: no key after the query on this axis"),
             ints("grid", "tokens per axis; -1: dynamic, one axis only"),
-            text("border", "truncate", "truncate | clamp"),
+            text("border", "truncate", "truncate | clamp | circular"),
+            ints("shift", "where the windows of a ring begin"),
+            OpSchema.Attribute("seam", default("seam", 0.0), "added to scores across the end of a ring"),
             text("shape", "box", "box | ball"),
             number("prefix", 0, "tokens before the grid"),
             number("suffix", 0, "tokens after the grid"),

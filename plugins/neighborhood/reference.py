@@ -32,6 +32,11 @@ def sees(i: int, j: int, total: int, parameters: Mapping[str, Any]) -> bool:
     distance = 0.0
     for axis in range(rank):
         d, k, s, size = dilation[axis], kernel[axis], stride[axis], grid[axis]
+        if parameters.get("border") == "circular":
+            start = list(parameters.get("shift", [0] * rank))[axis]
+            if (int(query[axis]) - start) % size // k != (int(key[axis]) - start) % size // k:
+                return False
+            continue
         if query[axis] % d != key[axis] % d:
             return False
         # Positions and length of the line of tokens that share this remainder.
@@ -53,6 +58,23 @@ def sees(i: int, j: int, total: int, parameters: Mapping[str, Any]) -> bool:
     return parameters.get("shape", "box") == "box" or distance <= 1 + 1e-9
 
 
+def added_in_ring(i: int, j: int, h: int, parameters: Mapping[str, Any], window_bias: np.ndarray | None) -> float:
+    """What border circular adds to the score that head h gives the tokens at i and j of one window."""
+    kernel, grid = list(parameters["kernel_size"]), list(parameters["grid"])
+    shift = list(parameters.get("shift", [0] * len(kernel)))
+    total, crossed, places = 0.0, False, [0, 0]
+    for axis, (a, b) in enumerate(zip(np.unravel_index(i, grid), np.unravel_index(j, grid), strict=True)):
+        k, start = kernel[axis], shift[axis]
+        crossed |= (int(a) - start) // k != (int(b) - start) // k
+        for end, x in enumerate((int(a), int(b))):
+            places[end] = places[end] * k + (x - start) % k
+    if crossed:
+        total += float(parameters.get("seam", 0.0))
+    if window_bias is not None:
+        total += float(window_bias[h if len(window_bias) > 1 else 0, places[0], places[1]])
+    return total
+
+
 def reference(
     q: np.ndarray,
     k: np.ndarray,
@@ -63,10 +85,12 @@ def reference(
     key_mask: np.ndarray | None = None,
     bias: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    window_bias: np.ndarray | None = None,
 ) -> np.ndarray:
     """q [B, Nq, H, D], k [B, Nk, G, D], v [B, Nk, G, Dv], key_mask bool broadcastable to [B, 1, 1, Nk] or None,
-    bias broadcastable to [B, H, Nq, Nk] or None, sinks [H] logits without a value or None -> [B, Nq, H, Dv] in float64.
-    Queries are the last Nq of the Nk tokens.
+    bias broadcastable to [B, H, Nq, Nk] or None, sinks [H] logits without a value or None, window_bias [H or 1, W, W]
+    by places in the window or None (border circular) -> [B, Nq, H, Dv] in float64. Queries are the last Nq of the Nk
+    tokens.
 
     Neighborhood Attention Transformer, arXiv:2204.07143; dilation, arXiv:2209.15001; stride, arXiv:2504.16922;
     ball, arXiv:2412.16112.
@@ -93,6 +117,8 @@ def reference(
                     out[b, i, h] = {"zero": 0.0, "uniform": v[b, :, g].mean(axis=0), "nan": np.nan}[rule]
                     continue
                 scores = scale * (k[b, seen, g] @ q[b, i, h]) + added[b, h, i, seen]
+                if parameters.get("border") == "circular":
+                    scores = scores + [added_in_ring(i, j, h, parameters, window_bias) for j in seen]
                 weights = np.exp(scores - scores.max())
                 rest = 0.0 if sinks is None else float(np.exp(sinks[h] - scores.max()))
                 out[b, i, h] = weights / (weights.sum() + rest) @ v[b, seen, g]

@@ -134,6 +134,19 @@ def test_shapes_that_contradict_the_op() -> None:
         one(scale=0.5, shapes={"query": ("b", 5, 384)})
 
 
+def test_rings_have_no_kernel() -> None:
+    """Swin's shifted windows: no kernel may take them for truncated ones."""
+    ring = one(
+        "NeighborhoodAttention", shapes=dict.fromkeys(("query", "key", "value"), (1, 64, 6, 64)),
+        kernel_size=[4, 4], stride=[4, 4], left=[0, 0], grid=[8, 8], border="circular", shift=[2, 2],
+        seam=float("-inf"),
+    )  # fmt: skip
+    assert ring.call is not None
+    assert kernels()[ring.call.op].supports(ring.call, 90).code == "ring"
+    made = build.build([ring], [], kernels(), (80, 90), None)
+    assert not made.calls and made.nodes[0][0].verdict.code == "ring" and made.nodes[0][1] == ""
+
+
 def test_bodies_and_functions() -> None:
     """Nodes in the branches of an If see values from outside; those in a function have no shapes."""
 

@@ -143,7 +143,7 @@ def test_nodes_without_a_kernel(folder: Path, capfd: pytest.CaptureFixture[str])
     assert [(n["name"], bool(n["call"])) for n in nodes] == [("node0", False), ("node1", True)]
     save("BlockSparseAttention")
     assert main(["kernels", "build", "model.onnx", "--arch", "80", "-q"]) == 2
-    assert "no node of model.onnx has a kernel; node0: there is no GPU kernel" in capfd.readouterr().err
+    assert "there is no kernel to compile: node0: there is no GPU kernel" in capfd.readouterr().err
 
 
 def test_without_triton(plain: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from onnx import ModelProto
 
+from attncompile.core.grid import TokenGrid
+from attncompile.core.grid_pattern import Blocked
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
-from attncompile.core.site import Detection
+from attncompile.core.site import AttentionSite, Detection
+from attncompile.models.zoo import graphs
 from attncompile.models.zoo.__main__ import main
-from attncompile.models.zoo.check import Skipped, attempt, compare, exported, found_in
+from attncompile.models.zoo.check import Outcome, Skipped, attempt, compare, exported, found_in
 from attncompile.models.zoo.entry import Call, Entry
 from attncompile.models.zoo.table import ENTRIES
 from attncompile.models.zoo.table_open import OPEN
@@ -98,6 +102,34 @@ def test_one_query_in_groups_may_be_said_either_way(compared: tuple[Entry, list[
     for said, passes in ((bare, True), (folded, True), (replace(folded, query_length=3), False)):
         assert compare(entry, [one], Detection((said,)), ModelProto(), 0.0).passed == passes
     assert compare(entry, [replace(one, query_length=2)], Detection((folded,)), ModelProto(), 0.0).missed
+
+
+def test_windows_over_a_grid_are_compared_by_their_first_window() -> None:
+    """Swin: torch attends to windows one by one, the site is one over the grid: its facts have to say a window."""
+    entry = next(e for e in ENTRIES if e.title == "swin/dynamo/18/sdpa")
+    calls, found = graphs.read_truth(entry)["calls"], found_in(graphs.read_graph(entry))
+    assert [s.query_length for s in found.sites] == [256, 256, 64, 64]
+    assert [c.query_length for c in calls] == [16] * 4
+    assert compare(entry, calls, found, ModelProto(), 0.0).passed
+
+    def outcome(change: Callable[[AttentionSite], AttentionSite]) -> Outcome:
+        sites = (change(found.sites[0]), *found.sites[1:])
+        return compare(entry, calls, replace(found, sites=sites), ModelProto(), 0.0)
+
+    def with_pattern(site: AttentionSite, **other: object) -> AttentionSite:
+        parts = tuple(
+            replace(p, pattern=replace(p.pattern, **other)) if isinstance(p.pattern, Blocked) else p
+            for p in site.mask.parts
+        )
+        return replace(site, mask=replace(site.mask, parts=parts))
+
+    assert outcome(lambda s: s).passed
+    assert outcome(lambda s: with_pattern(s, window=(4, 8))).missed  # another number of tokens a window
+    assert outcome(lambda s: with_pattern(s, grid=TokenGrid((16, 8)))).missed  # not the site's tokens
+    assert outcome(lambda s: with_pattern(s, shift=(2, 0))).wrong  # windows at the ends are cut in two
+    assert outcome(lambda s: replace(s, form="matmul-softmax-matmul")).missed
+    without = [p for p in found.sites[0].mask.parts if p.kind != "bias"]
+    assert outcome(lambda s: replace(s, mask=MaskFacts(tuple(without)))).wrong
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

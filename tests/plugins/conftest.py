@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from attncompile.core.grid_pattern import Blocked
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Mechanism
 from attncompile.core.pattern import BlockSparse, Pattern
@@ -31,7 +32,8 @@ TYPES = {
 class Case:
     """Sizes of one comparison. ``key_mask`` [.., Nk] bool, True = visible; ``visible`` [Nq, Nk] bool, a stored mask;
     ``pattern`` a structure that the site's mask was found to have; ``bias`` broadcastable to [B, H, Nq, Nk];
-    ``sinks`` H logits or one.
+    ``sinks`` H logits or one; ``windows`` a blocked pattern with ``window_bias`` [H or 1, W, W] by places in it and
+    ``seam``, a finite number that is added where it wraps around.
     """
 
     batch: int = 1
@@ -55,6 +57,9 @@ class Case:
     pattern: Pattern | None = None
     bias: np.ndarray | None = None
     sinks: np.ndarray | None = None
+    windows: Blocked | None = None
+    window_bias: np.ndarray | None = None
+    seam: float = 0.0
     seed: int = 0
 
     @property
@@ -73,6 +78,13 @@ class Case:
             parts.append(MaskPart("neighborhood", ONCE, pattern=self.pattern))
         if self.bias is not None:
             parts.append(MaskPart("bias", Certificate("evaluated", ""), source="bias", additive=True))
+        if self.windows is not None:
+            parts.append(MaskPart("blocked", ONCE, pattern=self.windows))
+        if self.window_bias is not None:
+            parts.append(MaskPart("bias", SHOWN, source="window_bias", additive=True, places=True))
+        if self.seam and self.windows is not None:
+            apart = replace(self.windows, cyclic=False)
+            parts.append(MaskPart("bias", SHOWN, additive=True, pattern=apart, number=self.seam))
         same = self.queries == self.key_length
         made = AttentionSite(
             id="test", form="matmul", query=Operand("q", self.layouts[0]), key=Operand("k", self.layouts[1]),
@@ -117,6 +129,9 @@ class Case:
         if self.bias is not None:
             kind = helper.np_dtype_to_tensor_dtype(self.bias.dtype)
             inputs.append(helper.make_tensor_value_info("bias", kind, self.bias.shape))
+        if self.window_bias is not None:
+            kind = helper.np_dtype_to_tensor_dtype(self.window_bias.dtype)
+            inputs.append(helper.make_tensor_value_info("window_bias", kind, self.window_bias.shape))
         graph = helper.make_graph(lowering.nodes, "test", inputs, [values["o"]], list(lowering.initializers))
         opsets = [helper.make_opsetid("", self.opset)]
         if lowering.functions:
@@ -134,6 +149,8 @@ class Case:
             feeds["bias"] = self.bias
         if self.sinks is not None:
             feeds["sinks"] = self.sinks
+        if self.window_bias is not None:
+            feeds["window_bias"] = self.window_bias
         return feeds
 
     def run(self, mechanism: Mechanism, parameters: Mapping[str, Any]) -> np.ndarray:
@@ -148,7 +165,7 @@ class Case:
 
     def expected(self, mechanism: Mechanism, parameters: Mapping[str, Any]) -> np.ndarray:
         sinks = None if self.sinks is None else np.broadcast_to(self.sinks.reshape(-1), (self.heads,))
-        stored = {"visible": self.visible, "bias": self.bias, "sinks": sinks}
+        stored = {"visible": self.visible, "bias": self.bias, "sinks": sinks, "window_bias": self.window_bias}
         extra = {name: value for name, value in stored.items() if value is not None}
         return mechanism.reference(
             **self.tensors(), parameters=parameters, scale=self.scale, key_mask=self.key_mask, **extra

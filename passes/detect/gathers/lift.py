@@ -15,9 +15,11 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.core.mask import MaskFacts
 from attncompile.core.site import AttentionSite
+from attncompile.passes.detect.checks import head_scale
 from attncompile.passes.detect.contraction import Contraction
 from attncompile.passes.detect.gathers.ends import Moved, OutputPlace, check_private, find_source
 from attncompile.passes.detect.gathers.origins import Coordinate
+from attncompile.passes.detect.gathers.windows import hides, window_facts, without_constant_axes
 from attncompile.passes.detect.normaliser import Normaliser
 from attncompile.passes.detect.scores import HIDDEN, Step, trace
 from attncompile.passes.detect.softmax import dtype_name
@@ -35,8 +37,10 @@ MAX_PAIRS = 1 << 27
 """Queries times keys of a site."""
 
 
-def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: VisibleFacts) -> AttentionSite:
-    """The site around ``norm``, lengths as numbers, id empty.
+def lift_gathered(
+    index: GraphIndex, world: World, norm: Normaliser, facts_of: VisibleFacts, windowed: bool = False
+) -> AttentionSite:
+    """The site around ``norm``, lengths as numbers, id empty. ``windowed``: windows side by side on a grid, or nothing.
 
     Raises:
         Unsupported: the tokens cannot be followed, or the core is not attention over them.
@@ -53,16 +57,21 @@ def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: V
     label_axis[contracted] = atoms.new(world.shapes[first.left][first.left_labels.index(contracted)])
     axes: Axes = tuple(label_axis[x] for x in first.out_labels)
     shown: list[Coordinate] = []
+    added: list[tuple[str, Coordinate]] = []
+    of_heads: list[tuple[Step, Axes]] = []
     fills: list[float] = []
     scale = first.factor
     for step in path.steps:
         if step.kind == "view":
             axes = forward(world, atoms, step.node, axes)
-        elif step.kind == "scale" and not shown:
+        elif step.kind == "scale" and not shown and not added:
             scale *= step.factor
+        elif step.kind == "head-scale" and not shown and not added:
+            of_heads.append((step, axes))
         elif step.kind in ("add", "visible", "hidden"):
-            mask, fill = _visible(world, atoms, axes, step)
-            shown.append(mask)
+            mask, fill, bias = _applied(world, atoms, axes, step)
+            shown += [mask] if mask is not None else []
+            added += [(step.value, bias)] if bias is not None else []
             fills += fill
         elif step.kind != "cast":
             raise Unsupported("gather-form", f"a {step.kind} stands between windowed scores and their softmax")
@@ -88,6 +97,7 @@ def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: V
         )
     slots = atoms.leaves(keys)
     rows = tuple(a for x in first.out_labels for a in atoms.leaves(label_axis[x]) if a not in slots)
+    shown = [without_constant_axes(s.on_leaves(atoms)) for s in shown]
     picture = _picture(atoms, query, key, value, shown, rows)
     if not picture.any(axis=1).all():
         raise Unsupported("gather-form", "a query of a windowed core sees no key at all")
@@ -97,38 +107,56 @@ def lift_gathered(index: GraphIndex, world: World, norm: Normaliser, facts_of: V
     around = (*query.nodes, *key.nodes, *value.nodes, *out_nodes)
     nodes = list({id(n): n for n in (*around, *core)}.values())
     check_private(index, core, [*core, *around], second.node.output[0])
+    if added or of_heads or windowed:
+        order = atoms.leaves(rows), atoms.leaves(keys)
+        kind = world.types[norm.scores]
+        facts = window_facts(
+            index, world, atoms, (query, key), order, added, picture, kind, tuple(fills), guarded
+        )  # fmt: skip
+        word = "windowed"
+    else:
+        facts, word = facts_of(picture, guarded, tuple(fills)), "gathered"
+    per_head = head_scale(world, atoms, of_heads, query.coordinates["H"].on_leaves(atoms).atoms)
     query_dtype, scores_dtype = dtype_name(world, query.operand.value), dtype_name(world, norm.scores)
     return AttentionSite(
-        id="", form=f"gathered {first.node.op_type.lower()}-{norm.word}-{second.node.op_type.lower()}",
+        id="", form=f"{word} {first.node.op_type.lower()}-{norm.word}-{second.node.op_type.lower()}",
         query=query.operand, key=key.operand, value=value.operand, output=output,
         batch=query.sizes["B"], heads=query.sizes["H"], kv_heads=key.sizes["H"],
         head_dim=query.sizes["D"], value_dim=value.sizes["D"],
         query_length=query.sizes["N"], key_length=key.sizes["N"],
-        scale=scale * query.factor * key.factor, mask=facts_of(picture, guarded, tuple(fills)),
+        scale=scale * query.factor * key.factor, mask=facts,
         dtype=query_dtype, softmax_dtype=scores_dtype,
         nodes=tuple(node_name(n) for n in nodes),
-        interior=tuple(o for n in nodes for o in n.output if o and o != output.value),
+        interior=tuple(o for n in nodes for o in n.output if o and o != output.value), head_scale=per_head,
     )  # fmt: skip
 
 
-def _visible(world: World, atoms: Atoms, axes: Axes, step: Step) -> tuple[Coordinate, list[float]]:
-    """A mask on windowed scores: a bool array over the atoms that it depends on, and what hides: the number next to
-    zero, and the one farthest from it.
+def _applied(
+    world: World, atoms: Atoms, axes: Axes, step: Step
+) -> tuple[Coordinate | None, list[float], Coordinate | None]:
+    """What is applied to windowed scores, over the atoms that it depends on: a bool array of what it does not hide, if
+    it hides anything or is made for that; what hides, the number next to zero and the one farthest from it; and the
+    numbers that are added, if they are more than a mask.
     """
     array = world.value(step.value)
     fills = [step.fill]
     if step.kind == "add":
         array = array.astype(np.float64)
-        if not bool(np.all((array == 0) | (array <= HIDDEN))):
-            raise Unsupported("gather-bias", f"'{step.value}' is added to windowed scores and is more than a mask")
-        fills = sorted({float(f(array[array < 0])) for f in (np.min, np.max) if (array < 0).any()})
-        array = array == 0
-    else:
-        array = array.astype(bool) ^ (step.kind == "hidden")
+        seen = array > HIDDEN
+        fills = sorted({float(f(array[~seen])) for f in (np.min, np.max) if not seen.all()})
+        if hides(array):
+            return _spread(atoms, axes, seen), fills, None
+        mask = None if seen.all() else _spread(atoms, axes, seen)
+        return mask, fills, _spread(atoms, axes, np.where(seen, array, 0.0))
+    return _spread(atoms, axes, array.astype(bool) ^ (step.kind == "hidden")), fills, None
+
+
+def _spread(atoms: Atoms, axes: Axes, array: np.ndarray) -> Coordinate:
+    """An array that broadcasts to values with ``axes``, with one axis an atom."""
     wide = array.reshape((1,) * (len(axes) - array.ndim) + array.shape)
     own = [i for i, size in enumerate(wide.shape) if size > 1]
     leaves = tuple(a for i in own for a in atoms.leaves(axes[i]))
-    return Coordinate(leaves, wide.reshape([atoms.sizes[a] for a in leaves])), fills
+    return Coordinate(leaves, wide.reshape([atoms.sizes[a] for a in leaves]))
 
 
 def _both(product: Contraction) -> frozenset[str]:

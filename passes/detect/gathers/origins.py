@@ -158,7 +158,7 @@ class Mover:
             if name in self._known:
                 stack.pop()
                 continue
-            sources = _moved_from(self._index, self._world, name)
+            sources = self.sources(name)
             if not sources:
                 raise Unsupported("gather-form", f"'{name}' is not a part of the source")
             if any(not prod(self._world.shapes.get(v, (0,))) for v in (*sources, name)):
@@ -174,12 +174,24 @@ class Mover:
             if tuple(self._atoms.size(self._atoms.leaves(a)) for a in made.axes) != self._world.shapes.get(name):
                 raise Unsupported("gather-form", f"'{name}' has another shape than its parts")
             self._known[name] = made
-            scaled = scaled_from(self._index, self._world, node)
-            factors = {self.factor[s] for s in sources}
-            if len(factors) != 1:
-                raise Unsupported("gather-form", f"'{name}' joins parts that are scaled differently")
-            self.factor[name] = factors.pop() * (scaled[1] if scaled else 1.0)
+            self.factor[name] = self.scaled(node, name, sources)
         return self._known[value]
+
+    def sources(self, value: str) -> list[str]:
+        """What ``value`` is made of, as far as it is followed; none where it is not."""
+        return _moved_from(self._index, self._world, value)
+
+    def scaled(self, node: NodeProto, output: str, sources: list[str]) -> float:
+        """What the source was multiplied by on the way to ``output``.
+
+        Raises:
+            Unsupported: its parts were multiplied by different numbers.
+        """
+        found = scaled_from(self._index, self._world, node)
+        factors = {self.factor[s] for s in sources}
+        if len(factors) != 1:
+            raise Unsupported("gather-form", f"'{output}' joins parts that are scaled differently")
+        return factors.pop() * (found[1] if found else 1.0)
 
     def step(self, node: NodeProto, output: str) -> Origins:
         """The origins of one output of ``node``, those of its inputs being known."""

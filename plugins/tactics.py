@@ -56,9 +56,9 @@ def by_rule(call: OpCall, architecture: int) -> Tactic:
     """Where nothing was measured: large tiles of queries, keys as shared memory allows, no register spills."""
     dim = max(call.head_dim, call.value_dim)
     if dim <= 64:
-        return _tactic({"BM": 128, "BN": 64, "warps": 4, "stages": 3})
+        return _tactic({"BM": 128, "BN": 64, "warps": 8, "stages": 3})
     if dim <= 128:
-        return _tactic({"BM": 128, "BN": 64, "warps": 8, "stages": 2})
+        return _tactic({"BM": 128, "BN": 32, "warps": 8, "stages": 2})
     return _tactic({"BM": 128 if architecture in (90, 100) else 64, "BN": 32, "warps": 8, "stages": 2})
 
 

@@ -21,13 +21,15 @@ help:
 	@echo "make test    set up, lint, type-check, run the tests"
 	@echo "make lint    ruff and mypy;  make format: ruff format;  make clean: remove what was built"
 
-# torch is pinned in pyproject.toml, so that pip installs that one and not whatever is newest.
+# torch is pinned in pyproject.toml, so that pip installs that one and not whatever is newest. Triton needs no torch, and
+# a torch for CUDA asks for a Triton of its own version: hence no dependencies there.
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.31,<1.1'
+	$(BIN)/python -m pip install --quiet --no-deps 'triton>=3.9,<3.10'
 	touch $(STAMP)
 
 $(DEMO)/mistral-$(TOKENS)-$(WINDOW).onnx: $(STAMP)

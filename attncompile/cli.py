@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
-from attncompile import __version__
+from attncompile import __version__, cli_kernels
 from attncompile import cli_options as opt
 from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from attncompile.compare import Feeds
     from attncompile.pipeline import Options
 
-VERBS = ("compile", "inspect", "explain", "plan", "verify", "profile", "bench", "env")
+VERBS = ("compile", "inspect", "explain", "plan", "verify", "profile", "bench", "kernels", "env")
 
 _UsageError = typer.BadParameter.__bases__[0]
 """Base of every complaint about a command line. Typer exports it under no name of its own in all its versions."""
@@ -321,6 +321,9 @@ def _bench(
     else:
         report_text.print_timings(timings, console.data_console())
     return 0
+
+
+app.add_typer(cli_kernels.app, name="kernels")
 
 
 @app.command("env", short_help="Print versions, hardware and usable targets.")

@@ -16,12 +16,12 @@ from attncompile import report as reports
 from attncompile import report_html, verify
 from attncompile.core import plan_toml
 from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
+from attncompile.core.folder import atomic_folder, check_replaceable
 from attncompile.core.plan import Plan
 from attncompile.env import default_target
 from attncompile.report import Report, TargetFile, TargetReport
 from attncompile.targets import base
 from attncompile.targets.base import BuildResult, Target
-from attncompile.targets.folder import atomic_folder, check_replaceable
 
 if TYPE_CHECKING:
     from attncompile.console import Progress

@@ -291,6 +291,17 @@ def _edits(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> li
     return edits
 
 
+def edits(found: Inspection, options: Options) -> list[Edit]:
+    """What a plan (the options' file, else the policy's) replaces by what; nothing is checked or measured.
+
+    Raises:
+        BadArguments: as ``compile``.
+    """
+    registry = mechanisms()
+    chosen = _read_plan(options.plan, found) if options.plan else _plan(found, options, registry)
+    return _edits(found, chosen, registry)
+
+
 def _report(
     found: Inspection, options: Options, outcome: whole.Outcome, targets: Sequence[TargetReport],
     warnings: list[str], problems: Sequence[str], clock: _Clock, out: Path,

@@ -32,7 +32,7 @@ TARGET_COLUMNS = ("target", "files", "size", "seconds", "attention fused")
 
 _NUMBERS = frozenset(
     ("tokens", "heads", "head dim", "predicted", "measured", "error", "size", "seconds", "original", "ours", "time",
-     "share")
+     "share", "dim", "shared", "registers", "spills", "bytes")
 )  # fmt: skip
 """Columns that are set to the right."""
 _INLINED = re.compile(r"_inlfunc_(\w+?)_(?:token_\d+_)?@site\d+@")
@@ -97,6 +97,11 @@ def print_comparison(found: Comparison, console: Console) -> None:
 def print_timings(timings: Sequence[ShapeTiming], console: Console) -> None:
     """The table of paired timings, one row a shape."""
     console.print(_table(TIMING_COLUMNS, timing_rows(timings)))
+
+
+def print_table_of(columns: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
+    """Any table."""
+    console.print(_table(columns, rows))
 
 
 def print_profile(times: Profiled, top: int, console: Console) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.kernel import Argument, OpCall
+from attncompile.core.kernel import POINTER_ALIGN, Argument, OpCall
 
 HALF = ("float16", "bfloat16")
 RULES = {"zero": 0, "uniform": 1, "nan": 2}
 """``masked_rows`` as the kernels' constant."""
 
-BROADCAST = {"key_mask": "BK", "bias": "BHQK", "mask": "BHQK", "sinks": "H"}
-"""Axes over which an optional input may be broadcast; each has a stride argument, 0 where it is."""
+BROADCAST = {"key_mask": "BK", "bias": "BHQK", "sinks": "H", "mask": "BHQK"}
+"""Axes over which an optional input may be broadcast; each has a stride argument, 0 where it is. In the order of
+the kernels' parameters.
+"""
 
 INPUT_TYPES = {
     "key_mask": ("bool",), "mask": ("bool",), "key_lengths": ("int32", "int64"), "bias": (*HALF, "float32"),
@@ -62,9 +65,17 @@ def check_optional(call: OpCall) -> None:
         raise Unsupported("scale", f"scale {scale}: the kernels need a positive one")
 
 
+def without_sizes(call: OpCall) -> OpCall:
+    """``call`` for any batch, lengths and numbers of heads, which come as arguments."""
+    return replace(
+        call, heads=1, kv_heads=1, batch=None, query_length=None, key_length=None, shapes={},
+        inputs=dict(sorted(call.inputs.items())),
+    )  # fmt: skip
+
+
 def inputs(call: OpCall, optional: Iterable[str]) -> list[Argument]:
     """Pointers: query, key, value and those of ``optional`` that the call has."""
-    found = [Argument(name, "input", call.dtype) for name in ("query", "key", "value")]
+    found = [Argument(name, "input", call.dtype, align=POINTER_ALIGN) for name in ("query", "key", "value")]
     return found + [Argument(name, "input", call.inputs[name]) for name in optional if name in call.inputs]
 
 
@@ -76,6 +87,10 @@ def strides(call: OpCall) -> list[Argument]:
         if name in call.inputs:
             found += [int32(f"{name}_{axis.lower()}", f"{name}_stride_{axis}") for axis in axes]
     return found
+
+
+def output(call: OpCall) -> Argument:
+    return Argument("output", "output", call.dtype, align=POINTER_ALIGN)
 
 
 def int32(name: str, expression: str) -> Argument:

@@ -43,10 +43,10 @@ def _tactic(t: Mapping[str, Any]) -> Tactic:
     hopper = bool(t.get("hopper"))
     constants = {k: v for k, v in t.items() if k.isupper()}
     if hopper:
-        # Registers a thread of a consumer and of the producer.
+        # Registers a thread of a consumer and of the producer; whether consumers take turns.
         consumers = constants["CONSUMERS"]
         take, give = (160, 32) if consumers == 3 else (232, 40)
-        constants = {"TAKE": take, "GIVE": give, **constants}
+        constants = {"TAKE": take, "GIVE": give, "TURNS": True, **constants}
     name = "-".join([HOPPER if hopper else "triton", *(f"{k.lower()}{v}" for k, v in constants.items())])
     name += f"-w{t.get('warps', 4)}-s{t['stages']}"
     return Tactic(name, constants, t.get("warps", 4), t["stages"], t.get("registers"))
@@ -56,9 +56,9 @@ def by_rule(call: OpCall, architecture: int) -> Tactic:
     """Where nothing was measured: large tiles of queries, keys as shared memory allows, no register spills."""
     dim = max(call.head_dim, call.value_dim)
     if dim <= 64:
-        return _tactic({"BM": 128, "BN": 64, "warps": 4, "stages": 3})
+        return _tactic({"BM": 128, "BN": 64, "warps": 8, "stages": 3})
     if dim <= 128:
-        return _tactic({"BM": 128, "BN": 64, "warps": 8, "stages": 2})
+        return _tactic({"BM": 128, "BN": 32, "warps": 8, "stages": 2})
     return _tactic({"BM": 128 if architecture in (90, 100) else 64, "BN": 32, "warps": 8, "stages": 2})
 
 

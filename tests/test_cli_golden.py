@@ -18,6 +18,8 @@ from onnx import TensorProto, helper
 
 import attncompile
 from attncompile.cli import main
+from attncompile.kernels import bundle
+from tests.kernels.test_bundle import built
 
 HERE = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("report_samples", HERE / "report_samples.py")
@@ -95,9 +97,12 @@ def _check(name: str, arguments: list[str], code: int, capfd: pytest.CaptureFixt
 
 
 @needs_typer
-@pytest.mark.parametrize("verb", ["", "compile", "inspect", "explain", "plan", "verify", "profile"])
+@pytest.mark.parametrize(
+    "verb",
+    ["", "compile", "inspect", "explain", "plan", "verify", "profile", "kernels", "kernels build", "kernels list"],
+)
 def test_help(verb: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    _check(f"help{'-' * bool(verb)}{verb}", [*([verb] if verb else []), "--help"], 0, capfd)
+    _check("-".join(["help", *verb.split()]), [*verb.split(), "--help"], 0, capfd)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,9 @@ def test_help(verb: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
         ("explain-value", ["explain", "two-layer.onnx", "--node", "scale"], 0),
         ("explain-site", ["explain", "two-layer.onnx", "/layers.0/attn/Softmax"], 0),
         ("explain-near-miss", ["explain", "two-layer.onnx", "/head/Softmax"], 0),
+        ("kernels-list", ["kernels", "list", "made.bundle"], 0),
+        ("error-no-bundle", ["kernels", "list", "."], 2),
+        ("error-kernels-verb", ["kernels", "biuld", "two-layer.onnx"], 2),
         ("plan", ["plan", "two-layer.onnx", "--profile", "seq=1:64:128,batch=1"], 0),
         ("verify", ["verify", "two-layer.onnx", "two-layer.onnx", "--profile", "seq=7,batch=1"], 0),
         ("error-missing-file", ["nowhere.onnx"], 2),
@@ -127,6 +135,7 @@ def test_output(name: str, arguments: list[str], code: int, folder: Path, capfd:
     Path("text.onnx").write_text("this is no model\n" * 9, encoding="utf-8")
     head = 'schema_version = 1\nmodel_hash = "sha256:0"\npolicy = "exact"\n\n[[site]]\nid = "s"\n'
     Path("bad.toml").write_text(head + 'mecanism = "keep"\n', encoding="utf-8")
+    bundle.write(Path("made.bundle"), built(), "3.9.0")
     Path("other.toml").write_text(head + 'mechanism = "keep"\n', encoding="utf-8")
     before = sorted(p.name for p in folder.iterdir())
     _check(name, arguments, code, capfd)

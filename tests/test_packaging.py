@@ -139,7 +139,15 @@ def test_bare_imports_are_banned_by_lint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["attncompile.passes.detect", "attncompile.models", "attncompile.cli", "attncompile.pipeline"]
+    "module",
+    [
+        "attncompile.passes.detect",
+        "attncompile.models",
+        "attncompile.cli",
+        "attncompile.pipeline",
+        "attncompile.kernel_bundle",
+        "attncompile.kernels.launcher",
+    ],
 )
 def test_import_needs_no_heavy_package(module: str) -> None:
     """The heavy packages are made unimportable, so that an import hidden in a try block is found as well."""

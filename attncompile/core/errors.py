@@ -30,6 +30,10 @@ class TargetError(AttncompileError):
     """A target refused the model or failed to build it."""
 
 
+class KernelError(AttncompileError):
+    """A kernel could not be compiled, loaded or launched, or a bundle of kernels cannot be read."""
+
+
 class GateFailed(AttncompileError):
     """The work was done and a check failed: parity, budget, ``--require-sites`` or ``--strict``."""
 

@@ -23,6 +23,9 @@ SMALL_SHARED = 48 * 1024
 """Bytes of shared memory that every launch may have without raising a function attribute. Every call has one tactic
 within it: whether TensorRT raises the attribute for a plugin is not known."""
 
+POINTER_ALIGN = 16
+"""Bytes of which pointers to query, key, value and output are multiples: rows are moved 16 bytes at a time."""
+
 STRIDE_UNIT = 8
 """Strides of query, key, value and output are passed in units of 8 elements (16 bytes): an int32 then reaches 2^34
 elements, and the compiler sees that rows are aligned. Head dims and offsets are multiples of it."""
@@ -60,14 +63,16 @@ class Argument:
     """One launch argument. TensorRT's order is inputs, int32 extras, outputs; every kernel keeps it.
 
     ``type`` is the element type of what an input or output points to. ``expression`` of an ``int32`` is over the
-    symbols of ``expressions.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``, ``SMS``
-    (multiprocessors of the GPU), ...
+    symbols of ``kernels/symbols.py``: ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``query_stride_N``, ``scale_bits``,
+    ``SMS`` (multiprocessors of the GPU), ...
+    ``align``: the kernel is compiled for pointers that are multiples of so many bytes; a runtime checks it.
     """
 
     name: str
     kind: Literal["input", "int32", "output"]
     type: str = "int32"
     expression: str = ""
+    align: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ class Program:
     """One kernel to be compiled. ``function`` is ``module:attribute`` of a Triton or Gluon function, whose parameters
     are the arguments' names in order, then compile-time constants; a parameter that is in neither is a constant None.
     ``grid`` gives the number of blocks an axis, as expressions. ``rank`` orders the tactics of a call, best first.
+    ``value_dim`` 0: as ``head_dim``.
     """
 
     op: str
@@ -102,6 +108,7 @@ class Program:
     registers: int | None = None
     abi: Abi = "plain"
     rank: int = 0
+    value_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,27 @@ class Kernel(Protocol):
     """One implementation of a mechanism for a range of types, head dims and architectures."""
 
     op: str
+    """Type of the nodes whose kernel this is, and of the calls that it takes."""
+
+    def register(self) -> None:
+        """Make the op's schema known to onnx; later calls do nothing."""
+        ...
+
+    def call(self, node: OpCall) -> OpCall:
+        """What a node of this op asks for: its attributes are as the schema names them, those of the result as kernels
+        read them. The result's ``op`` may be that of another kernel. Raises ``Unsupported``.
+        """
+        ...
+
+    def general(self, call: OpCall) -> OpCall:
+        """``call`` without what only launch arguments say (batch, lengths, numbers of heads, scale, ...): all calls
+        with the same general one have the same programs.
+        """
+        ...
+
+    def standard(self, dtype: str) -> Sequence[OpCall]:
+        """General calls that are worth having in a bundle without knowing a model."""
+        ...
 
     def supports(self, call: OpCall, architecture: int) -> Verdict:
         """Whether there are programs for ``call``; the reason names what there are none for."""

@@ -10,13 +10,13 @@ from typing import Any
 from onnx import ModelProto
 
 from attncompile.core.errors import TargetError
+from attncompile.core.folder import atomic_folder, check_replaceable, copy_file, write_file
 from attncompile.core.model import Model
 from attncompile.core.profile import ShapeProfile
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
 from attncompile.targets import precision as conversion
 from attncompile.targets.base import BuildResult, Precision
-from attncompile.targets.folder import atomic_folder, check_replaceable, copy_file, write_file
 
 MODEL = "model.onnx"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
@@ -10,19 +11,24 @@ import numpy as np
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
+from attncompile.plugins.attention import dense
 from attncompile.plugins.kernel_arguments import (
     RULES,
     check_operands,
     check_optional,
     inputs,
     int32,
+    output,
     padded,
     strides,
     widths,
+    without_sizes,
 )
 from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, tactics
 
 OPTIONAL = ("key_mask", "bias", "sinks", "mask", "key_lengths")
+HIDING = frozenset(OPTIONAL) - {"sinks"}
+"""Optional inputs that may leave a query without a key."""
 PACKAGE = "attncompile.plugins.attention"
 
 
@@ -31,7 +37,36 @@ class AttentionKernel:
     (0: none) and ``masked_rows``.
     """
 
-    op = "Attention"
+    op = dense.OP_TYPE
+
+    def register(self) -> None:
+        dense.register()
+
+    def call(self, node: OpCall) -> OpCall:
+        given = node.attributes
+        if given["causal"] and node.query_length != node.key_length:
+            lengths = f"{node.query_length} queries, {node.key_length} keys"
+            raise Unsupported("lengths", f"causal attention with {lengths}: the op needs as many of both")
+        attributes = {"left": -1, "right": 0 if given["causal"] else -1}
+        return replace(node, attributes={**attributes, "scale": given["scale"], "masked_rows": given["masked_rows"]})
+
+    def general(self, call: OpCall) -> OpCall:
+        given = call.attributes
+        # Without an input that hides keys every query sees at least the one where it stands.
+        rule = given.get("masked_rows", "zero") if HIDING & set(call.inputs) else "zero"
+        attributes = {
+            "left": min(given.get("left", -1), 0), "right": min(given.get("right", -1), 0),
+            "softcap": bool(given.get("softcap")), "masked_rows": rule,
+        }  # fmt: skip
+        return replace(without_sizes(call), attributes=attributes)
+
+    def standard(self, dtype: str) -> Sequence[OpCall]:
+        kinds = ((-1, -1), (-1, 0), (0, 0))  # none, causal, window
+        return [
+            self.general(OpCall(self.op, dtype, 1, 1, dim, dim, attributes={"left": left, "right": right}))
+            for dim in (64, 72, 80, 128, 256)
+            for left, right in kinds
+        ]
 
     def supports(self, call: OpCall, architecture: int) -> Verdict:
         try:
@@ -73,9 +108,9 @@ class AttentionKernel:
         module = "kernel_hopper" if hopper else "kernel_triton"
         return Program(
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
-            function=f"{PACKAGE}.{module}:attention", arguments=tuple(arguments(call, hopper)),
-            constants=constants, grid=(items, "1", "1") if hopper else (tiles, "H", "B"), warps=tactic.warps, stages=tactic.stages,
-            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, rank=rank,
+            function=f"{PACKAGE}.{module}:attention", arguments=tuple(arguments(call, hopper)), constants=constants,
+            grid=(items, "1", "1") if hopper else (tiles, "H", "B"), warps=tactic.warps, stages=tactic.stages,
+            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
     def work(self, call: OpCall, program: Program) -> Work:
@@ -103,7 +138,7 @@ def arguments(call: OpCall, hopper: bool) -> list[Argument]:
     for side in ("left", "right"):
         if call.attributes.get(side, -1) >= 0:
             extras.append(int32(side, side))
-    outputs = [Argument("output", "output", call.dtype)]
+    outputs = [output(call)]
     if "log_sum_exp" in call.outputs:
         outputs.append(Argument("log_sum_exp", "output", "float32"))
     return [*inputs(call, OPTIONAL), *strides(call), *extras, *outputs]

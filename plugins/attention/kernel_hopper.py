@@ -19,6 +19,7 @@ from attncompile.plugins.hopper_pipeline import (
     following,
     fresh,
     no_keys_yet,
+    opaque,
     pass_by,
     per_row,
     reciprocal,
@@ -30,7 +31,7 @@ from attncompile.plugins.hopper_pipeline import (
 @gluon.jit
 def item(number, sizes, BM: gl.constexpr, FLAGS: gl.constexpr):
     """Of a number: the first query of a tile, its head, key head and batch, and the keys from .. to that it meets."""
-    NQ, NK, H, B, group, left, right = sizes
+    NQ, NK, H, group, left, right = sizes
     tiles = (NQ + BM - 1) // BM
     tile = number % tiles
     if FLAGS & 2:
@@ -73,25 +74,25 @@ def produce(
             q = query + (b * q_b + h * q_h + first.to(gl.int64) * q_n) * 8
             for c in gl.static_range(CONSUMERS):
                 there = sizes[0] - first - c * ROWS
-                copy_run(q1.index((turn & 1) * CONSUMERS + c), q + c * ROWS * q_n * 8, there, fresh(q_n) * 8, 0, DK)
+                where = (turn & 1) * CONSUMERS + c
+                copy_run(q1.index(where), q + c * ROWS * q_n * 8, 0, there, fresh(q_n) * 8, 0, DK)
                 if DK > K1:
-                    copy_run(
-                        q2.index((turn & 1) * CONSUMERS + c), q + c * ROWS * q_n * 8, there, fresh(q_n) * 8, K1, DK
-                    )
+                    copy_run(q2.index(where), q + c * ROWS * q_n * 8, 0, there, fresh(q_n) * 8, K1, DK)
             async_copy.mbarrier_arrive(q_full.index(turn & 1), increment_count=False)
             turn += 1
-            k = key + (b * k_b + g * k_h + start.to(gl.int64) * k_n) * 8
-            v = value + (b * v_b + g * v_h + start.to(gl.int64) * v_n) * 8
-            for n in range(start, end, BN):
+            origin = end - (end - start + BN - 1) // BN * BN
+            k = key + (b * k_b + g * k_h + origin.to(gl.int64) * k_n) * 8
+            v = value + (b * v_b + g * v_h + origin.to(gl.int64) * v_n) * 8
+            for n in range(origin, end, BN):
                 mbarrier.wait(k_empty.index(stage), phase)
-                copy_run(k1.index(stage), k, end - n, fresh(k_n) * 8, 0, DK)
+                copy_run(k1.index(stage), k, start - n, BN, fresh(k_n) * 8, 0, DK)
                 if DK > K1:
-                    copy_run(k2.index(stage), k, end - n, fresh(k_n) * 8, K1, DK)
+                    copy_run(k2.index(stage), k, start - n, BN, fresh(k_n) * 8, K1, DK)
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
                 mbarrier.wait(v_empty.index(stage), phase)
-                copy_run(v1.index(stage), v, end - n, fresh(v_n) * 8, 0, DV)
+                copy_run(v1.index(stage), v, start - n, BN, fresh(v_n) * 8, 0, DV)
                 if DV > V1:
-                    copy_run(v2.index(stage), v, end - n, fresh(v_n) * 8, V1, DV)
+                    copy_run(v2.index(stage), v, start - n, BN, fresh(v_n) * 8, V1, DV)
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 k += BN * k_n * 8
                 v += BN * v_n * 8
@@ -101,15 +102,15 @@ def produce(
 @gluon.jit
 def hide(s, tile, facts, FLAGS: gl.constexpr):
     """-inf where a query does not see a key of tile ``tile``. FLAGS: 1 has a left bound, 2 a right one."""
-    start, end, position, left, right = facts
+    origin, start, position, left, right = facts
     BN: gl.constexpr = s.shape[1]
-    keys = start + tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, accumulator(BN)))
-    seen = keys[None, :] < end
+    keys = origin + tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, accumulator(BN)))
+    s = s + gl.where(keys >= start, 0.0, -float("inf"))[None, :]
     if FLAGS & 1:
-        seen = seen & (keys[None, :] >= position[:, None] - left)
+        s = gl.where(keys[None, :] >= position[:, None] - left, s, -float("inf"))
     if FLAGS & 2:
-        seen = seen & (keys[None, :] <= position[:, None] + right)
-    return gl.where(seen, s, -float("inf"))
+        s = gl.where(keys[None, :] <= position[:, None] + right, s, -float("inf"))
+    return s
 
 
 @gluon.jit
@@ -118,7 +119,7 @@ def consume(
 ):
     """For one item after the other 64 of its queries. SPEC: see ``hopper_pipeline.consume_first``."""
     rings, barriers, sizes, total, sinks, sinks_h, output, log_sum_exp, o_strides, factor = common
-    NQ, NK, H, B, group, left, right = sizes
+    NQ, NK, H, group, left, right = sizes
     o_b, o_n, o_h = o_strides
     INDEX: gl.constexpr = SPEC[0]
     CONSUMERS: gl.constexpr = SPEC[1]
@@ -142,16 +143,19 @@ def consume(
                 stage, phase, go = pass_by(slot, barriers, tiles, SPEC)
                 turn += 1
         elif tiles > 0:
-            facts = (start, end, i + (NK - NQ), left, right)
+            # Tiles end where the keys end: only the first may begin before the first key.
+            origin = end - tiles * BN
+            facts = (origin, start, i + (NK - NQ), left, right)
             work = (rings, barriers, (turn & 1) * CONSUMERS + INDEX, facts, factor)
             # Tiles from .. to that all of these queries see need no mask.
             low = mine + (NK - NQ)
-            all_from = 0
-            all_to = (end - start) // BN
+            seen_from = start
+            all_to = opaque(tiles, DV)
             if FLAGS & 1:
-                all_from = gl.minimum(gl.maximum((low + ROWS - 1 - left - start + BN - 1) // BN, 0), tiles)
+                seen_from = gl.maximum(start, low + ROWS - 1 - left)
             if FLAGS & 2:
-                all_to = gl.minimum((low + right + 1 - start) // BN, all_to)
+                all_to = gl.minimum((low + right + 1 - origin) // BN, tiles)
+            all_from = gl.minimum((seen_from - origin + BN - 1) // BN, tiles)
             masked = (all_from > 0) | (all_to < 1)
             all_from = gl.maximum(all_from, 1)
             all_to = gl.maximum(all_to, all_from)
@@ -159,7 +163,10 @@ def consume(
             if FLAGS & 1:
                 state = consume_run(state, work, 1, all_from, hide, FLAGS, True, SPEC)
             state = consume_run(state, work, all_from, all_to, hide, FLAGS, False, SPEC)
-            state = consume_run(state, work, all_to, tiles, hide, FLAGS, True, SPEC)
+            if FLAGS & 2:
+                state = consume_run(state, work, all_to, tiles, hide, FLAGS, True, SPEC)
+            elif DV > 64:
+                state = consume_run(state, work, all_to, tiles, hide, FLAGS, False, SPEC)
             m, l, acc1, acc2, stage, phase, go = consume_last(state, work, turn, SPEC)
             turn += 1
         if HAS_SINKS:
@@ -184,6 +191,7 @@ def attention(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, RULE: gl.constexpr,
     DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, DV: gl.constexpr, V1: gl.constexpr, V2: gl.constexpr,
     CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TAKE: gl.constexpr, GIVE: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """As ``kernel_triton.attention``, without bias, masks and softcap. Any one-dimensional grid: the blocks share the
     ceil(NQ / (64 CONSUMERS)) H B tiles, so that what begins and ends one tile runs beside the products of another.
@@ -201,20 +209,20 @@ def attention(
         lse_there = log_sum_exp
     factor = scale.to(gl.float32, bitcast=True) * LOG2E
     rings, barriers = rings_and_barriers(dtype, CONSUMERS, DK, K1, K2, DV, V1, V2, BN, STAGES)
-    sizes = (NQ, NK, H, B, group, left, right)
+    sizes = (NQ, NK, H, group, left, right)
     total = (NQ + CONSUMERS * ROWS - 1) // (CONSUMERS * ROWS) * H * B
     common = (rings, barriers, sizes, total, sinks_there, sinks_h, output, lse_there, (o_b, o_n, o_h), factor)
     operands = (rings, barriers, sizes, total, query, key, value, (q_b, q_n, q_h), (k_b, k_n, k_h), (v_b, v_n, v_h))
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES))),
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES))),
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
             (produce, (operands, CONSUMERS, FLAGS, DK, DV, BN, STAGES)),
         ], [4, 4], [TAKE, GIVE])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES))),
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES))),
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (2, CONSUMERS, DK, DV, BN, STAGES))),
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (2, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
             (produce, (operands, CONSUMERS, FLAGS, DK, DV, BN, STAGES)),
         ], [4, 4, 4], [TAKE, TAKE, GIVE])  # fmt: skip

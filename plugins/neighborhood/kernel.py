@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import ceil, prod
@@ -19,14 +19,18 @@ from attncompile.plugins.kernel_arguments import (
     check_optional,
     inputs,
     int32,
+    output,
     padded,
     strides,
     widths,
+    without_sizes,
 )
-from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood
+from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
 from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, tactics
 
 PACKAGE = "attncompile.plugins.neighborhood"
+WINDOWS = "Attention"
+"""The op whose kernel takes plain windows."""
 NARROW, WIDE = 1 << 7, 1 << 15
 """Distances that the fields of 8 and of 16 bits hold, in which kernel_triton.py compares coordinates."""
 MOST_QUERIES = 256
@@ -151,8 +155,8 @@ def _axis(hood: Neighborhood, a: int, size: int) -> AxisCut:
 
 @lru_cache(maxsize=256)
 def cut(hood: Neighborhood, queries: int, keys: int, planes: bool) -> Cut:
-    """The cut into boxes of ``queries`` (a power of two) that meets the fewest tiles of ``keys`` keys; ``planes``: a tile
-    of keys stays in one plane of a box.
+    """The cut into boxes of ``queries`` (a power of two) that meets the fewest tiles of ``keys`` keys; ``planes``: a
+    tile of keys stays in one plane of a box.
     """
     powers = [1 << i for i in range(queries.bit_length())]
     shapes = [s for s in product(powers, repeat=3) if prod(s) == queries]
@@ -171,6 +175,24 @@ class NeighborhoodKernel:
     op = OP_TYPE
     optional = ("key_mask", "bias")
 
+    def register(self) -> None:
+        register()
+
+    def call(self, node: OpCall) -> OpCall:
+        """A plain window is a call of ``Attention``, whose kernel takes any lengths."""
+        hood = Neighborhood.of(node.attributes)
+        scale = {"scale": node.attributes["scale"]} if "scale" in node.attributes else {}
+        if hood.sliding and not hood.prefix and not hood.suffix:
+            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": hood.masked_rows}
+            return replace(node, op=WINDOWS, attributes={**window, **scale})
+        return replace(node, attributes={**hood.attributes(), **scale})
+
+    def general(self, call: OpCall) -> OpCall:
+        return replace(without_sizes(call), attributes=Neighborhood.of(call.attributes).attributes())
+
+    def standard(self, dtype: str) -> Sequence[OpCall]:
+        return ()  # a grid is part of the code: there is none that most models share
+
     def supports(self, call: OpCall, architecture: int) -> Verdict:
         try:
             self._check(call)
@@ -184,7 +206,7 @@ class NeighborhoodKernel:
         if hood.tokens is None:
             raise Unsupported("grid", "a dynamic sequence has no grid kernel", "plain windows have that of Attention")
         if hood.circular:
-            raise Unsupported("border", "border circular (windows on rings, shift, seam) has no kernel")
+            raise Unsupported("ring", "windows on rings (border circular, shift, seam) have no kernel on a grid")
         if any(hood.causal) and hood.prefix:
             raise Unsupported("prefix", "prefix tokens before a causal axis of a static grid have no kernel")
         for length in (call.query_length, call.key_length):
@@ -217,7 +239,9 @@ class NeighborhoodKernel:
         queries = HOPPER_ROWS * int(tactic.constants["CONSUMERS"] or 0) if hopper else int(tactic.constants["BM"] or 0)
         made = cut(hood, queries, int(tactic.constants["BN"] or 0), hopper)
         extra = ceil((hood.prefix + hood.suffix) / made.queries)
-        constants: dict[str, Constant] = {**made.constants(), **widths(call), **tactic.constants}
+        # Queries of a tile: the cut says them an axis.
+        tiling = {name: value for name, value in tactic.constants.items() if name != "BM"}
+        constants: dict[str, Constant] = {**made.constants(), **widths(call), **tiling}
         if hopper:
             constants["STAGES"] = tactic.stages
         grid = (str(made.tiles + extra), "H", "B")
@@ -228,7 +252,7 @@ class NeighborhoodKernel:
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
             function=f"{PACKAGE}.{module}:neighborhood", arguments=tuple(arguments(call, self.optional, hopper)),
             constants=constants, grid=grid, warps=tactic.warps, stages=tactic.stages,
-            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, rank=rank,
+            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
     def work(self, call: OpCall, program: Program) -> Work:
@@ -238,7 +262,7 @@ class NeighborhoodKernel:
 def arguments(call: OpCall, optional: Sequence[str], hopper: bool) -> list[Argument]:
     extras = [int32("H", "H"), int32("B", "B")] if hopper else []
     extras += [int32("group", "H // HKV"), int32("scale", "scale_bits")]
-    return [*inputs(call, optional), *strides(call), *extras, Argument("output", "output", call.dtype)]
+    return [*inputs(call, optional), *strides(call), *extras, output(call)]
 
 
 def work(call: OpCall, program: Program) -> Work:

@@ -25,6 +25,7 @@ from attncompile.plugins.hopper_pipeline import (
     following,
     fresh,
     no_keys_yet,
+    opaque,
     per_row,
     reciprocal,
     rings_and_barriers,
@@ -287,12 +288,13 @@ def consume(
             state = consume_first(slot, start, work, False, hide_part, FLAGS, SPEC)
         else:
             state = consume_first(slot, start, work, True, hide_part, FLAGS, SPEC)
+        # In two runs, of which one may be empty: see ``opaque``.
+        middle = opaque(last, DV)
         if ALL_SEEN:
-            whole = gl.maximum(gl.minimum(before + PLANE // BN, last), first)
-            state = consume_run(state, work, first, whole, hide_part, FLAGS, False, SPEC)
-            first = whole
-        if PLANE % BN != 0 or not ALL_SEEN:
-            state = consume_run(state, work, first, last, hide_part, FLAGS, True, SPEC)
+            middle = opaque(gl.maximum(gl.minimum(before + PLANE // BN, last), first), DV)
+        state = consume_run(state, work, first, middle, hide_part, FLAGS, not ALL_SEEN, SPEC)
+        if DV > 64 or ALL_SEEN:
+            state = consume_run(state, work, middle, last, hide_part, FLAGS, not ALL_SEEN or PLANE % BN != 0, SPEC)
         m, l, acc1, acc2, stage, phase, go = consume_last(state, work, turn, SPEC)
         turn += 1
         inverse = reciprocal(l, RULE)
@@ -343,7 +345,7 @@ def neighborhood(
     CLAMP: gl.constexpr, ALL_SEEN: gl.constexpr, NARROW: gl.constexpr, PREFIX: gl.constexpr, SUFFIX: gl.constexpr,
     RULE: gl.constexpr, DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, DV: gl.constexpr, V1: gl.constexpr,
     V2: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TAKE: gl.constexpr,
-    GIVE: gl.constexpr,
+    GIVE: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """As ``kernel_triton.neighborhood``, without bias, key mask, balls, uniform rows, and boxes that are longer than a
     line of the dilation; a plane of more than one axis is NARROW. Any one-dimensional grid: the blocks share the tiles.
@@ -376,14 +378,14 @@ def neighborhood(
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES))),
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES))),
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
             (produce, (operands, SHAPE, PLANES, CONSUMERS, DK, DV, BN, STAGES)),
         ], [4, 4], [TAKE, GIVE])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES))),
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES))),
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (2, CONSUMERS, DK, DV, BN, STAGES))),
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (2, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
             (produce, (operands, SHAPE, PLANES, CONSUMERS, DK, DV, BN, STAGES)),
         ], [4, 4, 4], [TAKE, TAKE, GIVE])  # fmt: skip

@@ -23,8 +23,8 @@ def having(call: OpCall, **changed: Any) -> OpCall:
 
 
 REFUSED: dict[str, tuple[Kernel, OpCall, str, str]] = {
-    "ring": (NeighborhoodKernel(), having(HOOD, **RING), "border", "rings"),
-    "ring, moved": (NeighborhoodKernel(), having(HOOD, **RING, shift=[2, 2], seam=-100.0), "border", "seam"),
+    "ring": (NeighborhoodKernel(), having(HOOD, **RING), "ring", "rings"),
+    "ring, moved": (NeighborhoodKernel(), having(HOOD, **RING, shift=[2, 2], seam=-100.0), "ring", "seam"),
     "window bias": (NeighborhoodKernel(), replace(HOOD, inputs={"window_bias": "float16"}), "inputs", "window_bias"),
     "sinks": (NeighborhoodKernel(), replace(HOOD, inputs={"sinks": "float16"}), "inputs", "sinks"),
     "log-sum-exp": (NeighborhoodKernel(), replace(HOOD, outputs=("output", "log_sum_exp")), "outputs", "log_sum_exp"),

@@ -1,4 +1,4 @@
-"""Files of ``OUT/``: a folder that appears whole or not at all, and copies that cost neither memory nor, where the file
+"""Output files: a folder that appears whole or not at all, and copies that cost neither memory nor, where the file
 system can share blocks, disk.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from attncompile.core.errors import AttncompileError, BadArguments, TargetError
 
-MARKERS = ("report.json", "plan.toml")
+MARKERS = ("report.json", "plan.toml", "bundle.json")
 """An existing folder with one of these was written by us and may be replaced."""
 
 _FICLONE = 0x40049409

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from attncompile.core import folder
 from attncompile.core.errors import BadArguments
-from attncompile.targets import folder
-from attncompile.targets.folder import atomic_folder, copy_file
+from attncompile.core.folder import atomic_folder, copy_file
 
 GIB = 1 << 30
 
@@ -137,7 +137,7 @@ def test_thirteen_gigabytes_in_little_memory(tmp_path: Path) -> None:
     code = """
         import resource, sys
         from pathlib import Path
-        from attncompile.targets import folder
+        from attncompile.core import folder
         folder._reflink = lambda *_: False
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         folder.copy_file(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,191 @@
+"""What the symbols of launch arguments mean for one node: as expressions over the sizes of its inputs, or as numbers.
+
+``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``D``, ``DV``: batch, query heads, key heads, queries, keys, head dim, value dim.
+``query_stride_B|N|H`` and those of ``key``, ``value``, ``output``: in units of ``STRIDE_UNIT`` elements.
+``bias_stride_B|H|Q|K``, ``mask_stride_B|H|Q|K``, ``key_mask_stride_B|K``, ``sinks_stride_H``: in elements, 0 where the
+input is broadcast over that axis, or does not have it.
+``scale_bits``, ``softcap_bits``: the bits of a float32 as an int32. ``left``, ``right``: how far a window reaches.
+``SMS``, the device's number of multiprocessors, is no node's: a launcher adds it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.kernel import STRIDE_UNIT, OpCall
+from attncompile.kernels.expressions import Binary, Expression, Literal, Symbol, evaluate, fold, product
+
+OPERANDS = ("query", "key", "value", "output")
+BROADCAST: Mapping[str, str] = {"bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": ""}
+"""Axes of the optional inputs, to which they are broadcast from the right; ``-`` is of size 1."""
+
+Layout = str
+"""Axes of an operand in order, such as ``BNHD``. Further letters (``P`` of a packed ``BNPHD``) count in the strides."""
+
+Sizes = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """A tensor as it lies in memory: sizes, and strides in elements."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @staticmethod
+    def contiguous(sizes: Sequence[int]) -> Strided:
+        strides, step = [], 1
+        for size in reversed(sizes):
+            strides.append(step)
+            step *= size
+        return Strided(tuple(sizes), tuple(reversed(strides)))
+
+
+def bits(value: float) -> int:
+    """The bits of the float32 nearest to ``value``, as an int32."""
+    number: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return number
+
+
+def constants(attributes: Mapping[str, Any], head_dim: int) -> dict[str, int]:
+    """The symbols that attributes alone give. Without ``scale`` it is 1 / sqrt(head_dim)."""
+    scale = attributes.get("scale")
+    found = {"scale_bits": bits(head_dim**-0.5 if scale is None else scale)}
+    if attributes.get("softcap"):
+        found["softcap_bits"] = bits(attributes["softcap"])
+    for side in ("left", "right"):
+        reach = attributes.get(side, -1)
+        if isinstance(reach, int) and reach >= 0:  # one an axis of a grid is part of the code
+            found[side] = reach
+    return found
+
+
+def table(call: OpCall, shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout]) -> dict[str, Expression]:
+    """Every symbol as an expression over sizes of inputs such as ``query[1]``; a size that is known is a number.
+
+    ``shapes`` holds the sizes of query, key and value and of the optional inputs, None where dynamic: what they are is
+    part of the result, so that a runtime needs neither layouts nor shapes. ``layouts``: of all ``OPERANDS``.
+
+    Raises:
+        Unsupported: a shape does not fit its layout, or cannot be broadcast.
+    """
+    dims = {name: _dims(name, shapes[name], layouts[name]) for name in OPERANDS[:3]}
+    _know(dims, call)
+    found = {
+        "B": dims["query"]["B"], "H": dims["query"]["H"], "HKV": dims["key"]["H"], "NQ": dims["query"]["N"],
+        "NK": dims["key"]["N"], "D": dims["query"]["D"], "DV": dims["value"]["D"],
+    }  # fmt: skip
+    dims["output"] = {axis: dims["query"].get(axis, Literal(1)) for axis in layouts["output"]} | {"D": found["DV"]}
+    for name in OPERANDS:
+        steps = _steps(layouts[name], dims[name])
+        found |= {f"{name}_stride_{axis}": _in_units(name, steps[axis]) for axis in "BNH"}
+    for name in call.inputs:
+        if name in BROADCAST:
+            found |= _broadcast(name, shapes[name])
+    return found | {name: _number(value) for name, value in constants(call.attributes, call.head_dim).items()}
+
+
+def _number(value: int) -> Expression:
+    # The language has no negative numbers; the bits of a negative float are one.
+    return Literal(value) if value >= 0 else Binary("-", Literal(0), Literal(-value))
+
+
+def _dims(name: str, sizes: Sizes, layout: Layout) -> dict[str, Expression]:
+    if len(sizes) != len(layout):
+        raise Unsupported("rank", f"{name} has {len(sizes)} axes, its layout {layout} {len(layout)}")
+    return {
+        axis: Symbol(f"{name}[{i}]") if size is None else Literal(size)
+        for i, (axis, size) in enumerate(zip(layout, sizes, strict=True))
+    }
+
+
+def _know(dims: dict[str, dict[str, Expression]], call: OpCall) -> None:
+    """What the call fixes for all its launches, whether a file says it at this input or not."""
+    known = {
+        "query": {"H": call.heads, "D": call.head_dim, "B": call.batch, "N": call.query_length},
+        "key": {"H": call.kv_heads, "D": call.head_dim, "B": call.batch, "N": call.key_length},
+        "value": {"H": call.kv_heads, "D": call.value_dim, "B": call.batch, "N": call.key_length},
+    }
+    for name, sizes in known.items():
+        dims[name] |= {axis: Literal(size) for axis, size in sizes.items() if size is not None}
+
+
+def _steps(layout: Layout, dims: Mapping[str, Expression]) -> dict[str, Expression]:
+    """Stride of every axis in elements, of a tensor without gaps."""
+    return {axis: product([dims[a] for a in layout[i + 1 :]]) for i, axis in enumerate(layout)}
+
+
+def _in_units(name: str, step: Expression) -> Expression:
+    match step:
+        case Literal(value) | Binary("*", _, Literal(value)) if value % STRIDE_UNIT == 0:
+            units = Literal(value // STRIDE_UNIT)
+            return units if isinstance(step, Literal) else fold(Binary("*", step.left, units))
+    raise Unsupported("strides", f"{name}: rows are not known to be multiples of {STRIDE_UNIT} elements")
+
+
+def _broadcast(name: str, sizes: Sizes) -> dict[str, Expression]:
+    axes = _axes(name, len(sizes))
+    dims = [Symbol(f"{name}[{i}]") if size is None else Literal(size) for i, size in enumerate(sizes)]
+    found: dict[str, Expression] = {f"{name}_stride_{a}": Literal(0) for a in BROADCAST[name] if a != "-"}
+    for i, axis in enumerate(axes):
+        if axis == "-":
+            if sizes[i] not in (1, None):
+                raise Unsupported("rank", f"{name} has size {sizes[i]} on axis {i}, which must be 1")
+            continue
+        # 0 where the size is 1, else the stride; sizes are at least 1.
+        more = fold(Binary("min", fold(Binary("-", dims[i], Literal(1))), Literal(1)))
+        found[f"{name}_stride_{axis}"] = product([*dims[i + 1 :], more])
+    return found
+
+
+def _axes(name: str, rank: int) -> str:
+    """The axes that an optional input of ``rank`` axes has."""
+    full = BROADCAST[name]
+    if rank > len(full):
+        raise Unsupported("rank", f"{name} has {rank} axes, at most {len(full)} have a meaning")
+    return full[len(full) - rank :]
+
+
+def of_tensors(
+    tensors: Mapping[str, Strided], attributes: Mapping[str, Any], layouts: Mapping[str, Layout] | None = None
+) -> dict[str, int]:
+    """Every symbol's value for tensors as they lie, which need not be contiguous; layouts default to BNHD.
+
+    Raises:
+        Unsupported: an operand's stride is not a multiple of ``STRIDE_UNIT`` elements, or its last axis has gaps.
+    """
+    orders = {name: (layouts or {}).get(name, "BNHD") for name in OPERANDS}
+    size = {name: dict(zip(orders[name], tensors[name].sizes, strict=True)) for name in OPERANDS}
+    found = {
+        "B": size["query"]["B"], "H": size["query"]["H"], "HKV": size["key"]["H"], "NQ": size["query"]["N"],
+        "NK": size["key"]["N"], "D": size["query"]["D"], "DV": size["value"]["D"],
+    }  # fmt: skip
+    for name in OPERANDS:
+        step = dict(zip(orders[name], tensors[name].strides, strict=True))
+        if step["D"] != 1:
+            raise Unsupported("strides", f"{name}: its last axis has a stride of {step['D']}", "make it contiguous")
+        for axis in "BNH":
+            # An axis of size 1 is never stepped along, so its stride may be anything.
+            apart = 0 if size[name][axis] == 1 else step[axis]
+            if apart % STRIDE_UNIT:
+                raise Unsupported("strides", f"{name}: stride {apart} of {axis} is not a multiple of {STRIDE_UNIT}")
+            found[f"{name}_stride_{axis}"] = apart // STRIDE_UNIT
+    for name, axes in BROADCAST.items():
+        if name not in tensors:
+            continue
+        found |= {f"{name}_stride_{a}": 0 for a in axes if a != "-"}
+        given = tensors[name]
+        for axis, n, apart in zip(_axes(name, len(given.sizes)), given.sizes, given.strides, strict=True):
+            if axis != "-":
+                found[f"{name}_stride_{axis}"] = 0 if n == 1 else apart
+    return found | constants(attributes, found["D"])
+
+
+def values(symbols: Mapping[str, Expression | str], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """A node's symbols as numbers, for the sizes of one run. Raises ``BadExpression`` for a size that is missing."""
+    sizes = {f"{name}[{i}]": size for name, shape in shapes.items() for i, size in enumerate(shape)}
+    return {name: evaluate(expression, sizes) for name, expression in symbols.items()}

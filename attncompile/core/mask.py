@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from attncompile.core.head_pattern import HeadMasks, KeyCounts
 from attncompile.core.pattern import Pattern
 
 MaskKind = Literal[
@@ -53,6 +54,8 @@ class MaskPart:
     A bias that came merged with a mask in one tensor keeps that tensor as its source: at keys that the mask hides it
     holds a number that hides them once more, at the others the bias. A bias whose certificate's method is ``structure``
     is not added to scores of [batch, heads, query, key]; with a ``pattern`` it is one finite number outside of it.
+    A bias with ``counts`` is no value of the graph: some keys count several times in one softmax, which is the
+    logarithm of their number added to a key that counts once. A ``HeadMasks`` pattern differs between heads.
     """
 
     kind: MaskKind
@@ -62,6 +65,7 @@ class MaskPart:
     source: str | None = None
     additive: bool = False
     pattern: Pattern | None = None
+    counts: KeyCounts | None = None
 
     def parameters(self) -> dict[str, Any]:
         """The parameters that the CLI's JSON shows for this kind."""
@@ -69,6 +73,8 @@ class MaskPart:
             return {"left": self.left, "right": self.right}
         if self.pattern is not None:
             return self.pattern.parameters()
+        if self.counts is not None:
+            return {"counts": self.counts.parameters()}
         if self.source is not None:
             return {"source": self.source}
         return {}
@@ -108,6 +114,16 @@ class MaskFacts:
     def part(self, *kinds: MaskKind) -> MaskPart | None:
         """The first factor of one of these kinds, or None."""
         return next((p for p in self.parts if p.kind in kinds), None)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether heads see different keys."""
+        return any(isinstance(p.pattern, HeadMasks) for p in self.parts)
+
+    @property
+    def counts(self) -> KeyCounts | None:
+        """How often keys count, where some count more than once."""
+        return next((p.counts for p in self.parts if p.counts is not None), None)
 
     @property
     def kind(self) -> MaskKind:

@@ -16,7 +16,7 @@ def mask_words(seen: np.ndarray, bias: bool) -> str:
 
     The structure is that of the first batch entry and head. ``+padding`` says that other entries hide whole keys
     beside, ``+data`` that they differ otherwise, ``+heads`` that other heads do, ``+bias`` that visible keys have
-    numbers added.
+    numbers added (see also ``counts_words``).
     """
     words = [structure(seen[0, 0])]
     if not bool(np.all(seen == seen[:1])):
@@ -48,6 +48,28 @@ def structure(seen: np.ndarray) -> str:
             left, right = (-1 if left >= keys - 1 else left), (-1 if right >= queries - 1 else right)
             return "causal" if (left, right) == (-1, 0) else f"window {left} {right}"
     return f"pattern {bits_of(seen)}"
+
+
+def counts_words(weights: np.ndarray | None) -> str:
+    """How often keys count, by their ``weights`` [heads, queries, keys] for equal scores: ``+counts NUMBERS`` where some
+    count more than others, the first head's; ``+heads`` where heads differ in it. Nothing where all count once.
+    """
+    if weights is None:
+        return ""
+    smallest = np.where(weights > 1e-4, weights, np.inf).min(axis=-1, keepdims=True)
+    times = np.rint(weights / smallest)
+    if not np.allclose(weights / smallest, times, atol=0.02):
+        return "+bias"
+    if times.max() <= 1:
+        return "" if bool(np.all(times == times[:1])) else "+heads"
+    text = base64.urlsafe_b64encode(zlib.compress(times[0].astype(np.uint8).tobytes(), 9)).decode()
+    return f"+counts {text}" + ("" if bool(np.all(times == times[:1])) else "+heads")
+
+
+def counts_from(word: str, queries: int, keys: int) -> np.ndarray:
+    """The numbers [queries, keys] of a word ``counts NUMBERS``."""
+    data = zlib.decompress(base64.urlsafe_b64decode(word.split(" ")[1]))
+    return np.frombuffer(data, np.uint8).reshape(queries, keys)
 
 
 def bits_of(seen: np.ndarray) -> str:

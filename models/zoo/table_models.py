@@ -66,7 +66,7 @@ MODELS: tuple[Entry, ...] = (
          settings={"attention_window": 8, "max_position_embeddings": 66, "onnx_export": True}, attention="eager",
          sparse=("LongformerSelfAttention",)),
     *twice(text("bigbird", "sparse", "BigBirdModel", "BigBirdConfig", settings=_BIGBIRD, attention="eager",
-                modules=("BigBirdBlockSparseAttention",))),
+                sparse=("BigBirdBlockSparseAttention",))),
     *twice(Entry("plain-neighborhood", PLAIN + "neighbourhood", "sparse", sparse=("_Neighbourhood",))),
     text("mamba2", "negative", "Mamba2Model", "Mamba2Config", call=NO_CACHE, attention="eager",
          settings={"state_size": 4, "num_heads": 12, "head_dim": 8, "expand": 2, "chunk_size": 8, "n_groups": 1}),

@@ -100,10 +100,8 @@ def _read(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysi
         for symbol, _, changed in _changes(index, world, (*(e.value for e in region.entries), *inner)):
             raise _dynamic(world, symbol, changed)
 
-    def facts_of(pictures: np.ndarray) -> MaskFacts:
-        if not bool(np.all(pictures == pictures[:1])):
-            raise Unsupported("per-head-mask", "the keys that are seen differ between heads")
-        return analyse.of_tokens(pictures[0], Certificate("evaluated", _READ, (pictures.shape[1:],)), (), False)
+    def facts_of(counts: np.ndarray) -> MaskFacts:
+        return analyse.of_counts(counts, Certificate("evaluated", _READ, (counts.shape[1:],)))
 
     return lift_probed(index, world, node, known, check, facts_of)
 

@@ -24,6 +24,7 @@ from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.grid import grid_with
 from attncompile.passes.masks.conclude import Pictures, conclude, widths
 from attncompile.passes.masks.factors import Leaf, Numbers, separate
+from attncompile.passes.masks.heads import by_head, repeated_keys
 from attncompile.passes.masks.lengths import Lengths, around, picture_of
 from attncompile.passes.masks.pairs import Past, pairs, past_of, seen_enough
 from attncompile.passes.masks.picture import Picture
@@ -63,6 +64,16 @@ class MaskAnalyser:
         parts = conclude({picture.lengths: picture}, True, False, True, grid, {})
         parts = [replace(p, certificate=replace(how, detail=f"{p.certificate.detail}: {how.detail}")) for p in parts]
         return MaskFacts(tuple(parts), "nan", fills, guarded)
+
+    def of_counts(self, counts: np.ndarray, how: Certificate) -> MaskFacts:
+        """The facts of a mask of which each head may have its own, and of keys that count several times."""
+        seen = counts > 0
+        if bool(np.all(seen == seen[:1])):
+            facts = self.of_tokens(seen[0], how, (), False)
+        else:
+            facts = MaskFacts((by_head(seen, how),), "nan")
+        repeats = repeated_keys(counts, how)
+        return replace(facts, parts=(*facts.parts, repeats)) if repeats is not None else facts
 
     def _analyse(self, query: MaskQuery) -> MaskFacts:
         leaves: list[Leaf] = []

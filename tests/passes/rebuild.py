@@ -116,6 +116,9 @@ def _masked(scores: np.ndarray, part: MaskPart, values: Mapping[str, np.ndarray]
     if kind not in ("padding", "bias", "opaque"):
         assert pattern is not None
         return np.where(pattern.visible(queries, keys), scores, hidden)
+    if part.counts is not None:
+        with np.errstate(divide="ignore"):
+            return scores + np.log(part.counts.times(queries, keys).astype(np.float64))
     assert source is not None
     other_axes = kind == "bias" and part.certificate.method == "structure"
     if other_axes or "not [batch" in part.certificate.detail:

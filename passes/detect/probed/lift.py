@@ -20,7 +20,7 @@ from attncompile.passes.detect.walks import node_name
 from attncompile.passes.evaluate import GraphIndex, World
 
 FactsOf = Callable[[np.ndarray], MaskFacts]
-"""What a bool array [heads, query, key] is."""
+"""What a mask is that shows each key so many times: uint8 [heads, query, key]."""
 
 Check = Callable[[Region], None]
 """Raises ``Unsupported`` where a region must not be run: it has other sizes too."""
@@ -66,7 +66,7 @@ def lift_probed(
         query=query, key=key, value=value, output=region.output,
         batch=sizes["B"], heads=sizes["H"], kv_heads=keys["H"],
         head_dim=sizes["D"], value_dim=world.shapes[region.output.value][-1],
-        query_length=sizes["N"], key_length=keys["N"], scale=reading.scale, mask=facts_of(reading.visible),
+        query_length=sizes["N"], key_length=keys["N"], scale=reading.scale, mask=facts_of(reading.counts),
         dtype="float32", softmax_dtype="float32",
         nodes=tuple(node_name(n) for n in region.nodes),
         interior=tuple(o for n in region.nodes for o in n.output if o and o != region.output.value),

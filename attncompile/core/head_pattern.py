@@ -71,7 +71,8 @@ class KeyCounts:
         small = counts.astype(np.uint8)
         if bool(np.all(small == small[:1])):
             small = small[:1]
-        return KeyCounts(small.shape[1], small.shape[2], len(small), int(small.max()), zlib.compress(small.tobytes(), 1))
+        heads, queries, keys = small.shape
+        return KeyCounts(queries, keys, heads, int(small.max()), zlib.compress(small.tobytes(), 1))
 
     def times(self, query_length: int, key_length: int) -> np.ndarray:
         """uint8 [heads, query_length, key_length]; raises ``ValueError`` at other lengths."""

@@ -51,8 +51,8 @@ def structure(seen: np.ndarray) -> str:
 
 
 def counts_words(weights: np.ndarray | None) -> str:
-    """How often keys count, by their ``weights`` [heads, queries, keys] for equal scores: ``+counts NUMBERS`` where some
-    count more than others, the first head's; ``+heads`` where heads differ in it. Nothing where all count once.
+    """How often keys count, by their ``weights`` [heads, queries, keys] for equal scores: ``+counts NUMBERS`` (those of
+    the first head) where some count more than others, ``+heads`` where heads differ. Nothing where all count once.
     """
     if weights is None:
         return ""

@@ -70,8 +70,8 @@ def _weights(layer: Any, tokens: torch.Tensor, rest: tuple[Any, ...], kwargs: di
         plain, heads = _result(layer, tokens, rest, kwargs)[0], heads_of(layer)
         columns = []
         for j, x in enumerate(_changed_one_by_one(tokens)):
-            moved = (_result(layer, x, rest, kwargs)[0] - plain).double().unflatten(-1, (heads, -1))
-            by = (value(x) - value(tokens))[0, j].double().unflatten(-1, (heads, -1))
+            moved = (_result(layer, x, rest, kwargs)[0] - plain).double().reshape(len(plain), heads, -1)
+            by = (value(x) - value(tokens))[0, j].double().reshape(heads, -1)
             columns.append((moved * by).sum(-1) / (by * by).sum(-1))  # [queries, heads]
         return torch.stack(columns, -1).movedim(1, 0).numpy()
     finally:

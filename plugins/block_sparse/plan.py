@@ -42,20 +42,27 @@ _BITS = np.array([bin(i).count("1") for i in range(256)], np.int64)
 class Plan:
     """``groups`` in the order of their results; ``slots`` [Nq] says where each query's result stands. ``elements`` are
     the scores of one head, ``copied`` the keys that are gathered for it, both with padding.
+
+    Where ``sets`` is above 1, each head has its own mask: tokens are then counted through all heads (query i of head h
+    is h * Nq + i, key j of the key head g is g * Nk + j), and ``slots`` is [sets * Nq].
     """
 
     groups: tuple[Tiles, ...]
     slots: np.ndarray
     elements: int
     copied: int
+    sets: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """Sets of queries, and the keys [P, Nk / 8] (bits) that any query of each sees."""
+    """Sets of queries, the keys [P, Nk / 8] (bits) that any query of each sees, and whose heads' they are (empty: of
+    all heads).
+    """
 
     queries: list[np.ndarray]
     keys: np.ndarray
+    heads: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> np.ndarray:
@@ -63,22 +70,46 @@ class _Pieces:
         return np.stack([np.array([len(q) for q in self.queries]), np.maximum(_BITS[self.keys].sum(axis=1), 1)], axis=1)
 
 
-def plan(visible: np.ndarray, heads: int, grids: tuple[TokenGrid, ...] = ()) -> Plan:
-    """The cheapest plan found for ``visible`` (bool [Nq, Nk], at least one query and key).
+def plan(counts: np.ndarray, heads: int, grids: tuple[TokenGrid, ...] = (), group: int = 1) -> Plan:
+    """The cheapest plan found for ``counts`` ([Nq, Nk] or [sets, Nq, Nk], at least one query and key; sets is 1 or
+    ``heads``): how often each key counts, 0 or False where it is hidden. ``group`` query heads share a key head.
 
     Raises:
         Unsupported: the tables would be too large.
     """
+    sets = counts.reshape((-1, *counts.shape[-2:]))
+    if len(sets) == 1:
+        _, pieces, groups = _cheapest(sets[0] > 0, LAUNCH / heads, grids)
+        return _assemble(sets, pieces, groups, 1)
+    known: dict[bytes, _Pieces] = {}
+    queries: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    of_head: list[int] = []
+    for head, one in enumerate(sets):
+        bits = np.packbits(one > 0, axis=1).tobytes()
+        if bits not in known:
+            known[bits] = _cheapest(one > 0, LAUNCH / heads, grids)[1]
+        queries += known[bits].queries
+        keys.append(known[bits].keys)
+        of_head += [head] * len(known[bits].queries)
+    pieces = _Pieces(queries, np.concatenate(keys), tuple(of_head))
+    return _assemble(sets, pieces, _grouped(pieces.sizes, LAUNCH)[0], group)
+
+
+def _cheapest(
+    visible: np.ndarray, launch: float, grids: tuple[TokenGrid, ...]
+) -> tuple[float, _Pieces, list[np.ndarray]]:
+    """What it costs, its pieces, and which of them go together."""
     bits = np.packbits(visible, axis=1)
     best: tuple[float, _Pieces, list[np.ndarray]] | None = None
     for queries in _orders(visible, bits, grids):
         pieces = _Pieces(queries, _unions(bits, queries))
         for made in (pieces, _joined(pieces)):
-            groups, cost = _grouped(made.sizes, LAUNCH / heads)
+            groups, cost = _grouped(made.sizes, launch)
             if best is None or cost < best[0]:
                 best = cost, made, groups
     assert best is not None
-    return _assemble(visible, best[1], best[2])
+    return best
 
 
 def _orders(visible: np.ndarray, bits: np.ndarray, grids: tuple[TokenGrid, ...]) -> Iterator[list[np.ndarray]]:
@@ -208,16 +239,16 @@ def _rounded(sizes: np.ndarray) -> np.ndarray:
     return np.asarray(-(-sizes // step) * step)
 
 
-def _assemble(visible: np.ndarray, pieces: _Pieces, groups: list[np.ndarray]) -> Plan:
+def _assemble(sets: np.ndarray, pieces: _Pieces, groups: list[np.ndarray], group: int) -> Plan:
     sizes = pieces.sizes
     elements = sum(len(g) * int(prod(sizes[g].max(axis=0))) for g in groups)
     if elements > LARGEST_PLAN:
-        raise Unsupported("size", f"{elements} scores a head would still be computed")
-    slots = np.empty(len(visible), np.int64)
+        raise Unsupported("size", f"{elements // len(sets)} scores a head would still be computed")
+    slots = np.empty(sets.shape[0] * sets.shape[1], np.int64)
     made: list[Tiles] = []
     done = copied = 0
-    for group in groups:
-        tiles = _tiles(visible, pieces, group)
+    for members in groups:
+        tiles = _tiles(sets, pieces, members, group)
         flat = tiles.query_index.reshape(-1)
         # Written backwards, so that the first of repeated queries stays.
         slots[flat[::-1]] = done + np.arange(len(flat), dtype=np.int64)[::-1]
@@ -225,24 +256,30 @@ def _assemble(visible: np.ndarray, pieces: _Pieces, groups: list[np.ndarray]) ->
         made.append(tiles)
         keys = tiles.key_index.reshape(-1)
         copied += 0 if np.array_equal(keys, np.arange(keys[0], keys[0] + len(keys))) else len(keys)
-    table = sum(t.masks.size for t in made if not t.masks.all())
+    table = sum(t.masks.size for t in made if t.counts is not None or not t.masks.all())
     if table > LARGEST_TABLE:
         raise Unsupported("size", f"the masks of its tiles would take {table >> 20} MiB")
-    return Plan(tuple(made), slots, elements, copied)
+    return Plan(tuple(made), slots, elements // len(sets), copied // len(sets), len(sets))
 
 
-def _tiles(visible: np.ndarray, pieces: _Pieces, group: np.ndarray) -> Tiles:
-    most_queries, most_keys = (int(n) for n in pieces.sizes[group].max(axis=0))
+def _tiles(sets: np.ndarray, pieces: _Pieces, members: np.ndarray, group: int) -> Tiles:
+    height, width = sets.shape[1:]
+    most_queries, most_keys = (int(n) for n in pieces.sizes[members].max(axis=0))
     queries, keys = [], []
-    masks = np.zeros((len(group), most_queries, most_keys), bool)
-    for place, piece in enumerate(group):
+    counts = np.zeros((len(members), most_queries, most_keys), sets.dtype)
+    for place, piece in enumerate(members):
+        head = pieces.heads[piece] if pieces.heads else 0
         rows = np.pad(pieces.queries[piece], (0, most_queries - len(pieces.queries[piece])), mode="edge")
-        columns = np.flatnonzero(np.unpackbits(pieces.keys[piece], count=visible.shape[1]))
-        masks[place, :, : len(columns)] = visible[np.ix_(rows, columns)]
+        columns = np.flatnonzero(np.unpackbits(pieces.keys[piece], count=width))
+        counts[place, :, : len(columns)] = sets[head][np.ix_(rows, columns)]
         if not len(columns):
             columns = np.zeros(1, np.int64)
-        queries.append(rows)
-        keys.append(np.pad(columns, (0, most_keys - len(columns)), mode="edge"))
-    packed = np.packbits(masks.reshape(len(group), -1), axis=1)
-    _, first, kind = np.unique(packed, axis=0, return_index=True, return_inverse=True)
-    return Tiles(np.stack(queries), np.stack(keys), kind.reshape(-1), masks[first])
+        queries.append(rows + head * height)
+        keys.append(np.pad(columns, (0, most_keys - len(columns)), mode="edge") + head // group * width)
+    flat = counts.reshape(len(members), -1)
+    repeated = sets.dtype != bool and bool((counts > 1).any())
+    _, first, kind = np.unique(
+        flat if repeated else np.packbits(flat > 0, axis=1), axis=0, return_index=True, return_inverse=True
+    )
+    kinds = counts[first]
+    return Tiles(np.stack(queries), np.stack(keys), kind.reshape(-1), kinds > 0, kinds if repeated else None)

@@ -62,6 +62,6 @@ class Call:
             block=block,
             dense_below=dense_below,
             opset=opset,
-            bias=site.mask.part("bias") is not None,
+            bias=any(p.kind == "bias" and p.counts is None for p in site.mask.parts),
             sinks=bool(site.sinks),
         )

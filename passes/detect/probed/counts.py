@@ -1,7 +1,7 @@
 """How often each key counts in a query's softmax, read off a region's outputs when all scores are equal.
 
-Blocks that are gathered beside one another may hold a key twice (BigBird's random blocks): its weight is then twice that
-of the others. Weights are known up to a common factor, which leaves a softmax as it is.
+Blocks that are gathered beside one another may hold a key twice (BigBird's random blocks): its weight is then twice
+that of the others. Weights are known up to a common factor, which leaves a softmax as it is.
 """
 
 from __future__ import annotations

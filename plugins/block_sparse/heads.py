@@ -39,7 +39,7 @@ def through_heads(
         flat(given.value, one.key_length, call.value_dim), key_mask,
     )  # fmt: skip
     groups = tuple(
-        Tiles(_placed(t.query_index, call.heads, call.query_length, layouts[0]), t.key_index, t.kind, t.masks, t.counts)
+        Tiles(_placed(t.query_index, call.heads, call.query_length, layouts[0]), t.key_index, t.kind, t.masks)
         for t in plan.groups
     )
     order = _placed(np.arange(one.query_length), call.heads, call.query_length, layouts[3])

@@ -8,8 +8,8 @@ Scores are cut into squares of ``block`` queries and keys. There are ``lists`` s
 for each. Row r of blocks in set s, counted as n = s * rows + r, meets the blocks of keys ``columns[i]`` for i in
 offsets[n] .. offsets[n + 1] - 1, in ascending order; ``kinds[i]`` = 0 says that all pairs of the block are visible,
 u > 0 that those are which are set in ``masks[u - 1]``: the rows of the block, packed 8 bits a byte, highest bit first.
-``counts[i]`` says how often these keys count in the softmax, which adds its logarithm to their scores (left out: once);
-a block whose keys count differently is listed once for each count, its bits apart.
+``counts[i]`` says how often these keys count in the softmax: their weights are multiplied by it (left out: once). A
+block whose keys count differently is listed once for each count, its bits apart.
 """
 
 from __future__ import annotations

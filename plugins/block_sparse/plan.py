@@ -3,6 +3,9 @@
 Queries are taken in an order in which neighbours see the same keys (as they come, by equal rows of the mask, by
 remainder, by boxes of a grid; whichever is cheapest). Neighbouring pieces are joined while that saves more copied keys
 than it adds scores. Tiles of like sizes then become one group, padded to its largest: one batched product each.
+
+A key that counts several times stands in a tile so often: adding the logarithm to its score would round it away where
+scores are large.
 """
 
 from __future__ import annotations
@@ -56,13 +59,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """Sets of queries, the keys [P, Nk / 8] (bits) that any query of each sees, and whose heads' they are (empty: of
-    all heads).
-    """
+    """Sets of queries, and the columns [P, Nc / 8] (bits) that any query of each sees."""
 
     queries: list[np.ndarray]
     keys: np.ndarray
-    heads: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> np.ndarray:
@@ -78,22 +78,47 @@ def plan(counts: np.ndarray, heads: int, grids: tuple[TokenGrid, ...] = (), grou
         Unsupported: the tables would be too large.
     """
     sets = counts.reshape((-1, *counts.shape[-2:]))
+    masks, of_column = _columns(sets)
     if len(sets) == 1:
-        _, pieces, groups = _cheapest(sets[0] > 0, LAUNCH / heads, grids)
-        return _assemble(sets, pieces, groups, 1)
+        _, pieces, groups = _cheapest(masks[0], LAUNCH / heads, grids)
+        owner = np.zeros(len(pieces.queries), np.int64)
+        return _assemble(_Cut(masks, of_column, pieces, owner, 1, sets.shape[2]), groups)
     known: dict[bytes, _Pieces] = {}
-    queries: list[np.ndarray] = []
-    keys: list[np.ndarray] = []
-    of_head: list[int] = []
-    for head, one in enumerate(sets):
-        bits = np.packbits(one > 0, axis=1).tobytes()
+    of_head: list[_Pieces] = []
+    for mask in masks:
+        bits = np.packbits(mask, axis=1).tobytes()
         if bits not in known:
-            known[bits] = _cheapest(one > 0, LAUNCH / heads, grids)[1]
-        queries += known[bits].queries
-        keys.append(known[bits].keys)
-        of_head += [head] * len(known[bits].queries)
-    pieces = _Pieces(queries, np.concatenate(keys), tuple(of_head))
-    return _assemble(sets, pieces, _grouped(pieces.sizes, LAUNCH)[0], group)
+            known[bits] = _cheapest(mask, LAUNCH / heads, grids)[1]
+        of_head.append(known[bits])
+    pieces = _Pieces([q for p in of_head for q in p.queries], np.concatenate([p.keys for p in of_head]))
+    owner = np.repeat(np.arange(len(sets)), [len(p.queries) for p in of_head])
+    return _assemble(_Cut(masks, of_column, pieces, owner, group, sets.shape[2]), _grouped(pieces.sizes, LAUNCH)[0])
+
+
+def _columns(sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bool [sets, Nq, Nc] and the key [Nc] of each column: one a key, and one more each time that it counts again."""
+    if sets.dtype == bool:
+        return sets, np.arange(sets.shape[2])
+    masks, of_column = [sets > 0], [np.arange(sets.shape[2])]
+    for times in range(1, int(sets.max())):
+        again = np.flatnonzero((sets > times).any(axis=(0, 1)))
+        masks.append(sets[:, :, again] > times)
+        of_column.append(again)
+    return np.concatenate(masks, axis=2), np.concatenate(of_column)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    """``masks`` bool [sets, Nq, Nc], cut into ``pieces``, each of the set ``owner`` [P]; columns are those of the keys
+    ``of_column`` [Nc] of ``keys``. ``group`` sets share keys.
+    """
+
+    masks: np.ndarray
+    of_column: np.ndarray
+    pieces: _Pieces
+    owner: np.ndarray
+    group: int
+    keys: int
 
 
 def _cheapest(
@@ -239,16 +264,16 @@ def _rounded(sizes: np.ndarray) -> np.ndarray:
     return np.asarray(-(-sizes // step) * step)
 
 
-def _assemble(sets: np.ndarray, pieces: _Pieces, groups: list[np.ndarray], group: int) -> Plan:
-    sizes = pieces.sizes
+def _assemble(cut: _Cut, groups: list[np.ndarray]) -> Plan:
+    sizes, (sets, height, _) = cut.pieces.sizes, cut.masks.shape
     elements = sum(len(g) * int(prod(sizes[g].max(axis=0))) for g in groups)
     if elements > LARGEST_PLAN:
-        raise Unsupported("size", f"{elements // len(sets)} scores a head would still be computed")
-    slots = np.empty(sets.shape[0] * sets.shape[1], np.int64)
+        raise Unsupported("size", f"{elements // sets} scores a head would still be computed")
+    slots = np.empty(sets * height, np.int64)
     made: list[Tiles] = []
     done = copied = 0
     for members in groups:
-        tiles = _tiles(sets, pieces, members, group)
+        tiles = _tiles(cut, members)
         flat = tiles.query_index.reshape(-1)
         # Written backwards, so that the first of repeated queries stays.
         slots[flat[::-1]] = done + np.arange(len(flat), dtype=np.int64)[::-1]
@@ -256,30 +281,27 @@ def _assemble(sets: np.ndarray, pieces: _Pieces, groups: list[np.ndarray], group
         made.append(tiles)
         keys = tiles.key_index.reshape(-1)
         copied += 0 if np.array_equal(keys, np.arange(keys[0], keys[0] + len(keys))) else len(keys)
-    table = sum(t.masks.size for t in made if t.counts is not None or not t.masks.all())
+    table = sum(t.masks.size for t in made if not t.masks.all())
     if table > LARGEST_TABLE:
         raise Unsupported("size", f"the masks of its tiles would take {table >> 20} MiB")
-    return Plan(tuple(made), slots, elements // len(sets), copied // len(sets), len(sets))
+    return Plan(tuple(made), slots, elements // sets, copied // sets, sets)
 
 
-def _tiles(sets: np.ndarray, pieces: _Pieces, members: np.ndarray, group: int) -> Tiles:
-    height, width = sets.shape[1:]
+def _tiles(cut: _Cut, members: np.ndarray) -> Tiles:
+    pieces, (_, height, width) = cut.pieces, cut.masks.shape
     most_queries, most_keys = (int(n) for n in pieces.sizes[members].max(axis=0))
     queries, keys = [], []
-    counts = np.zeros((len(members), most_queries, most_keys), sets.dtype)
+    masks = np.zeros((len(members), most_queries, most_keys), bool)
     for place, piece in enumerate(members):
-        head = pieces.heads[piece] if pieces.heads else 0
+        owner = int(cut.owner[piece])
         rows = np.pad(pieces.queries[piece], (0, most_queries - len(pieces.queries[piece])), mode="edge")
         columns = np.flatnonzero(np.unpackbits(pieces.keys[piece], count=width))
-        counts[place, :, : len(columns)] = sets[head][np.ix_(rows, columns)]
+        masks[place, :, : len(columns)] = cut.masks[owner][np.ix_(rows, columns)]
         if not len(columns):
             columns = np.zeros(1, np.int64)
-        queries.append(rows + head * height)
-        keys.append(np.pad(columns, (0, most_keys - len(columns)), mode="edge") + head // group * width)
-    flat = counts.reshape(len(members), -1)
-    repeated = sets.dtype != bool and bool((counts > 1).any())
-    _, first, kind = np.unique(
-        flat if repeated else np.packbits(flat > 0, axis=1), axis=0, return_index=True, return_inverse=True
-    )
-    kinds = counts[first]
-    return Tiles(np.stack(queries), np.stack(keys), kind.reshape(-1), kinds > 0, kinds if repeated else None)
+        of_column = np.pad(cut.of_column[columns], (0, most_keys - len(columns)), mode="edge")
+        queries.append(rows + owner * height)
+        keys.append(of_column + owner // cut.group * cut.keys)
+    packed = np.packbits(masks.reshape(len(members), -1), axis=1)
+    _, first, kind = np.unique(packed, axis=0, return_index=True, return_inverse=True)
+    return Tiles(np.stack(queries), np.stack(keys), kind.reshape(-1), masks[first])

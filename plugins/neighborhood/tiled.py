@@ -20,15 +20,13 @@ from attncompile.plugins.neighborhood.call import Call
 class Tiles:
     """Tables of T tiles of q queries and W keys: token numbers ``query_index`` [T, q] and ``key_index`` [T, W], where a
     tile that is not full repeats tokens; ``kind`` [T] chooses each tile's mask among ``masks`` [U, q, W], True = seen
-    (a repeated key is seen once). ``counts`` uint8 [U, q, W]: how often a key counts, 0 where it is hidden; None where
-    all count once.
+    (a key that fills up is not seen).
     """
 
     query_index: np.ndarray
     key_index: np.ndarray
     kind: np.ndarray
     masks: np.ndarray
-    counts: np.ndarray | None = None
 
     @property
     def queries(self) -> int:
@@ -80,19 +78,13 @@ def attend(body: Body, call: Call, tiles: Tiles, given: Operands, masked_rows: s
         seen = body.op("Gather", given.key_mask, body.constant(tiles.key_index), axis=3)  # [b, 1, 1, T, W]
         seen = body.op("Transpose", seen, perm=[0, 1, 3, 2, 4])
         visible = seen if visible is None else body.op("And", seen, visible)
-    logs = _logs(body, call, tiles)
-    mask = logs  # -inf where hidden
-    if logs is not None and given.key_mask and visible is not None:
-        mask = body.op("Where", visible, logs, _hidden(body, call))
-    elif logs is None and visible is not None:
-        mask = parts.additive(body, call, visible)
+    mask = None if visible is None else parts.additive(body, call, visible)
     added = mask
     if given.bias:
         added = _bias_of_tiles(body, call, given.bias, tiles)  # [b, h, T, R, W]
-        if logs is not None:
-            added = body.op("Add", added, logs)
         if visible is not None:
-            added = body.op("Where", visible, added, _hidden(body, call))
+            hidden = body.constant(np.array(-np.inf, float_type(parts.softmax_type(call))[1]))
+            added = body.op("Where", visible, added, hidden)
     weights = parts.probabilities(body, call, query, key, added, [0, 1, 2, 4, 3])  # [B, G, T, R, W]
     result = parts.guarded(
         body, call, body.op("MatMul", weights, value), mask, masked_rows,
@@ -131,22 +123,6 @@ def _visible(body: Body, call: Call, tiles: Tiles) -> str | None:
     if len(tiles.masks) == 1:
         return visible
     return body.op("Gather", visible, body.constant(tiles.kind.astype(np.int64)), axis=0)
-
-
-def _hidden(body: Body, call: Call) -> str:
-    return body.constant(np.array(-np.inf, float_type(parts.softmax_type(call))[1]))
-
-
-def _logs(body: Body, call: Call, tiles: Tiles) -> str | None:
-    """The logarithm of how often each row counts a key, [T, R, W] or [1, R, W]; None where all count once."""
-    if tiles.counts is None:
-        return None
-    logs = body.op("Log", body.op("Cast", body.constant(tiles.counts), to=float_type(parts.softmax_type(call))[0]))
-    if call.group > 1:
-        logs = body.op("Tile", logs, body.ints(1, call.group, 1))
-    if len(tiles.counts) == 1:
-        return logs
-    return body.op("Gather", logs, body.constant(tiles.kind.astype(np.int64)), axis=0)
 
 
 def _flat_bias(body: Body, call: Call, bias: str) -> str:

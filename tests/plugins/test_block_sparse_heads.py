@@ -70,9 +70,8 @@ def test_plans_are_the_masks(seed, piece) -> None:
     np.testing.assert_array_equal(rows[made.slots], np.arange(4 * queries))
     seen = []
     for tiles in made.groups:
-        table = tiles.masks if tiles.counts is None else tiles.counts
         for key_index, kind in zip(tiles.key_index, tiles.kind, strict=True):
-            seen += [np.bincount(key_index, weights=row.astype(float), minlength=2 * keys) for row in table[kind]]
+            seen += [np.bincount(key_index, weights=row.astype(float), minlength=2 * keys) for row in tiles.masks[kind]]
     found = np.array(seen)[made.slots].reshape(4, queries, 2, keys)
     want = np.zeros_like(found)
     for head in range(4):

@@ -100,6 +100,10 @@ class Ledger:
                 yield from self._padding(site, part)
                 continue
             words = ", ".join(_parameters(part))
+            if part.counts is not None:
+                statement = f"keys count up to {part.counts.largest} times in one softmax"
+                yield Assumption("mask", statement, _shown(site, part))
+                continue
             statement = f"the mask is {part.kind}" + (f" ({words})" if words else "")
             yield Assumption("mask", statement, _shown(site, part), self.data_inputs(part.source or ""))
         if not site.mask.parts:

@@ -85,4 +85,4 @@ class KeyCounts:
         times = self.times(self.query_length, self.key_length)
         seen = np.count_nonzero(times)
         share = float(np.count_nonzero(times > 1) / seen) if seen else 0.0
-        return {"largest": self.largest, "share": round(share, 6), "heads": self.heads}
+        return {"largest_count": self.largest, "counted_share": round(share, 6), "lists": self.heads}

@@ -74,7 +74,7 @@ class MaskPart:
         if self.pattern is not None:
             return self.pattern.parameters()
         if self.counts is not None:
-            return {"counts": self.counts.parameters()}
+            return self.counts.parameters()
         if self.source is not None:
             return {"source": self.source}
         return {}

@@ -29,12 +29,12 @@ def counted_keys(run: Run, s: Sizes) -> np.ndarray:
     pending = first > 0
     for of_first in range(1, LARGEST + 1):  # how often the first key counts: unknown, and the same for a whole query
         at = np.nonzero(pending)
-        if not len(at[0]):
-            return counts
         found, right = _digits(shares[at] * np.float32(of_first), s.keys)
         right &= np.abs(found.sum(axis=-1) - of_first / first[at]) <= 0.1
         done = tuple(axis[right] for axis in at)
         counts[done], pending[done] = found[right], False
+        if not pending.any():
+            return counts
     raise Unsupported("unequal-weights", "keys that a query sees do not have equal weights for equal scores, nor whole "
                       "multiples of one")  # fmt: skip
 

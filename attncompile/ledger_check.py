@@ -118,6 +118,7 @@ class LedgerCheck:
             value = self._value(number, part.source or "")
             if value is None:
                 return []
+            value = value[:, None, None] if part.tokens else value
             visible = value.astype(np.float64) > HIDES if part.additive else value.astype(bool)
             seen = seen & np.broadcast_to(visible, np.broadcast_shapes(visible.shape, (1, 1, 1, keys))).reshape(
                 -1, keys

@@ -55,7 +55,8 @@ class MaskPart:
     holds a number that hides them once more, at the others the bias. A bias whose certificate's method is ``structure``
     is not added to scores of [batch, heads, query, key]; with a ``pattern`` it is one finite number outside of it.
     A bias with ``counts`` is no value of the graph: some keys count several times in one softmax, which is the
-    logarithm of their number added to a key that counts once. A ``HeadMasks`` pattern differs between heads.
+    logarithm of their number added to a key that counts once. A ``HeadMasks`` pattern differs between heads. Padding
+    with ``tokens`` has an input of bools or whole numbers (1 = visible, 0 = hidden) of [batch, keys] as its source.
     """
 
     kind: MaskKind
@@ -66,6 +67,7 @@ class MaskPart:
     additive: bool = False
     pattern: Pattern | None = None
     counts: KeyCounts | None = None
+    tokens: bool = False
 
     def parameters(self) -> dict[str, Any]:
         """The parameters that the CLI's JSON shows for this kind."""
@@ -103,6 +105,7 @@ class MaskFacts:
     says so), ``uniform`` (masked scores are finite, so softmax averages over all keys) or ``nan``. ``fills`` are the
     values that hidden scores get or have added, one for every place where the graph applies a mask; ``guarded`` says
     that a NaN guard follows the softmax. ``ends``: each batch entry's own number of keys, where an operator takes it.
+    ``zeroed``: queries whose own token the padding (one of ``tokens``) hides give zero, whatever they see.
     """
 
     parts: tuple[MaskPart, ...] = ()
@@ -110,6 +113,7 @@ class MaskFacts:
     fills: tuple[float, ...] = ()
     guarded: bool = False
     ends: KeyEnds | None = None
+    zeroed: bool = False
 
     def part(self, *kinds: MaskKind) -> MaskPart | None:
         """The first factor of one of these kinds, or None."""
@@ -143,6 +147,8 @@ class MaskFacts:
         main = self.part(self.kind)
         assert main is not None
         out: dict[str, Any] = {"kind": self.kind, **main.parameters(), "masked_rows": self.masked_rows, **ends}
+        if self.zeroed:
+            out["zeroed"] = True
         out["certificate"] = _certificate_json(main.certificate)
         if len(self.parts) > 1:
             out["parts"] = [

@@ -25,7 +25,7 @@ class Operand:
 
 
 Need = Literal["sinks", "head-scale", "log-sum-exp", "cache", "linear", "quantised", "body", "key-ends",
-               "head-mask", "key-counts"]  # fmt: skip
+               "head-mask", "key-counts", "token-padding"]  # fmt: skip
 """What a site may have beyond softmax(scale * Q K^T + mask) V in the main graph. A mechanism that does not say that it
 understands a need is never offered a site with it."""
 
@@ -34,6 +34,7 @@ NEED_WORDS: dict[Need, str] = {
     "cache": "a KV cache inside the operator", "linear": "linear attention", "quantised": "quantised operands",
     "body": "the body of an If, Loop or Scan", "key-ends": "a number of keys for each batch entry",
     "head-mask": "a mask of its own in each head", "key-counts": "keys that count more than once",
+    "token-padding": "padding of tokens, as an input says it",
 }  # fmt: skip
 """Each need in words for people."""
 
@@ -104,6 +105,7 @@ class AttentionSite:
             "cache": self.cache is not None and self.cache.form == "operator", "linear": self.kind == "linear",
             "quantised": self.quantised, "body": self.scope, "key-ends": self.mask.ends,
             "head-mask": self.mask.by_head, "key-counts": self.mask.counts is not None,
+            "token-padding": any(p.tokens for p in self.mask.parts),
         }  # fmt: skip
         return frozenset(need for need, present in has.items() if present)
 

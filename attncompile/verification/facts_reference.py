@@ -13,6 +13,7 @@ import numpy as np
 from onnx import ModelProto, numpy_helper
 
 from attncompile.core.errors import Unsupported
+from attncompile.core.mask import MaskPart
 from attncompile.core.site import AttentionSite, Operand
 from attncompile.core.verdict import Verdict
 from attncompile.metrics import rms
@@ -27,7 +28,7 @@ UNITS, ROW_UNITS = 32.0, 256.0
 rounding. Scores of 80 are rounded by up to 40 units, which mostly cancel (4 were measured); a wrong key, scale or bias
 changes a row by thousands."""
 
-_UNDERSTOOD = frozenset({"sinks", "body", "head-mask", "key-counts"})
+_UNDERSTOOD = frozenset({"sinks", "body", "head-mask", "key-counts", "token-padding"})
 
 
 class FactsReference:
@@ -110,7 +111,7 @@ def site_rows(site: AttentionSite, values: Mapping[str, np.ndarray], rows: np.nd
     counts = _counts(site, rows, queries, keys)
     sources = [p for p in site.mask.parts if p.kind in ("padding", "bias") and p.counts is None]
     added = [_rows_of(values[p.source or ""], rows, queries) for p in sources if p.additive]
-    selects = [_rows_of(values[p.source or ""], rows, queries) for p in sources if not p.additive]
+    selects = [_rows_of(_selected(p, values), rows, queries) for p in sources if not p.additive]
     out = np.zeros((batch, heads, len(rows), value.shape[-1]))
     for b in range(batch):
         for h in range(heads):
@@ -127,7 +128,16 @@ def site_rows(site: AttentionSite, values: Mapping[str, np.ndarray], rows: np.nd
             scores = np.where(visible, scores, -np.inf)
             sink = float(values[site.sinks].reshape(-1)[h]) if site.sinks else -np.inf
             out[b, h] = _attend(scores, sink, value[b, g], site.mask.masked_rows)
+    if site.mask.zeroed:
+        (hidden,) = [values[p.source or ""] for p in site.mask.parts if p.tokens]
+        out[(hidden[:, rows] == 0)[:, None].repeat(heads, axis=1)] = 0.0
     return out.transpose(0, 2, 1, 3) if site.output.layout == "BNHD" else out
+
+
+def _selected(part: MaskPart, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What broadcasts to [batch, heads, query, key]."""
+    data = values[part.source or ""]
+    return data[:, None, None] if part.tokens else data
 
 
 def _attend(scores: np.ndarray, sink: float, value: np.ndarray, masked_rows: str) -> np.ndarray:

@@ -35,6 +35,7 @@ from attncompile.plugins.neighborhood.facts import (
     visible,
 )
 from attncompile.plugins.neighborhood.tiles import COPY
+from attncompile.plugins.token_padding import around
 
 MINIMUM_GAIN = 1.15
 """A predicted gain below this is not worth a candidate."""
@@ -65,7 +66,7 @@ class BlockSparseAttention:
 
     name = OP_TYPE
     skips_keys = True
-    understands: frozenset[Need] = frozenset({"body", "head-mask", "key-counts"})
+    understands: frozenset[Need] = frozenset({"body", "head-mask", "key-counts", "token-padding"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         try:
@@ -137,11 +138,15 @@ class BlockSparseAttention:
         call = Call.of(site, opset, 0, 0)
         mask = self._check(site, parameters)
         attributes = {**lists(mask.counts), "masked_rows": _rows(parameters)}
-        padding, bias = check_padding(site.mask), check_bias(site)
-        more = (padding, bias) if bias else (padding,) if padding else ()
-        inputs = (site.query.value, site.key.value, site.value.value, *more)
-        made = node(attributes, call, inputs, site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
-        return Lowering((made,), (function(_plan(site), attributes, call),))
+
+        def lowered(site: AttentionSite) -> Lowering:
+            padding, bias = check_padding(site.mask), check_bias(site)
+            more = (padding, bias) if bias else (padding,) if padding else ()
+            inputs = (site.query.value, site.key.value, site.value.value, *more)
+            made = node(attributes, call, inputs, site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
+            return Lowering((made,), (function(_plan(site), attributes, call),))
+
+        return around(site, lowered)
 
     def _check(self, site: AttentionSite, parameters: Parameters) -> _Mask:
         """The site's mask. Raises ``Unsupported`` for a site that this op cannot express with these parameters."""

@@ -33,6 +33,7 @@ from attncompile.plugins.neighborhood.gridded import tiles_of
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
 from attncompile.plugins.neighborhood.reference import reference
 from attncompile.plugins.neighborhood.tiles import COPY, tiling
+from attncompile.plugins.token_padding import around
 
 MINIMUM_GAIN = 1.15
 """A predicted gain below this is not worth a candidate."""
@@ -61,7 +62,7 @@ class NeighborhoodAttention:
 
     name = OP_TYPE
     skips_keys = True
-    understands: frozenset[Need] = frozenset({"body", "sinks"})
+    understands: frozenset[Need] = frozenset({"body", "sinks", "token-padding"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         try:
@@ -216,12 +217,16 @@ class NeighborhoodAttention:
         block, dense_below = _block(parameters)
         self._check(site, hood)
         call = Call.of(site, opset, block, dense_below)
-        mask, bias = check_padding(site.mask), check_bias(site)
-        inputs = [site.query.value, site.key.value, site.value.value, mask, bias, site.sinks]
-        while not inputs[-1]:
-            inputs.pop()
-        made = node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
-        return Lowering((made,), (function(hood, call),))
+
+        def lowered(site: AttentionSite) -> Lowering:
+            mask, bias = check_padding(site.mask), check_bias(site)
+            inputs = [site.query.value, site.key.value, site.value.value, mask, bias, site.sinks]
+            while not inputs[-1]:
+                inputs.pop()
+            made = node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
+            return Lowering((made,), (function(hood, call),))
+
+        return around(site, lowered)
 
     def _check(self, site: AttentionSite, hood: Neighborhood) -> None:
         """Raise ``Unsupported`` for a site that this op cannot express with these parameters."""

@@ -41,7 +41,7 @@ def read(run: Run, sizes: Sizes, seed: int = 0) -> Reading:
     Raises:
         Unsupported: it is not softmax attention with a fixed mask.
     """
-    q, k, _ = _random(sizes, np.random.default_rng(seed))
+    q, k, _ = random_operands(sizes, np.random.default_rng(seed))
     if np.any(run(q, k, zeros(sizes)[2])):
         raise Unsupported("probe", "the output of values that are zero is not zero")
     try:
@@ -81,15 +81,21 @@ def check_logits(logits: Callable[[np.ndarray, np.ndarray, np.ndarray], list[np.
     Raises:
         Unsupported: it is something else.
     """
-    q, k, v = _random(sizes, np.random.default_rng(0))
+    q, k, v = random_operands(sizes, np.random.default_rng(0))
     for a, b in ((q, np.zeros_like(k)), (np.zeros_like(q), k)):
-        for array in logits(a, b, v):
-            if not bool(np.all((array == 0) | (array <= HIDDEN))):
-                raise Unsupported("probe", "more than a product of queries and keys, or a number that hides, goes into "
-                                  "the softmax")  # fmt: skip
+        check_scores(logits(a, b, v))
 
 
-def _random(s: Sizes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def check_scores(logits: list[np.ndarray]) -> None:
+    """That every number is zero or hides. Raises ``Unsupported``."""
+    for array in logits:
+        if not bool(np.all((array == 0) | (array <= HIDDEN))):
+            raise Unsupported("probe", "more than a product of queries and keys, or a number that hides, goes into "
+                              "the softmax")  # fmt: skip
+
+
+def random_operands(s: Sizes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standard normal q, k and v."""
     q, k, v = zeros(s)
     return rng.normal(size=q.shape).astype(np.float32), rng.normal(size=k.shape).astype(np.float32), (
         rng.normal(size=v.shape).astype(np.float32)
@@ -133,15 +139,28 @@ def _compare(run: Run, s: Sizes, counts: np.ndarray, scale: float, rng: np.rando
     """The largest difference from attention on two random inputs, relative to the largest value."""
     worst = 0.0
     for spread in (1.0, 3.0):
-        q, k, v = _random(s, rng)
+        q, k, v = random_operands(s, rng)
         q *= np.float32(spread / (abs(scale) * s.dim**0.5))
         ours = run(q, k, v)
         if not bool(np.all(np.isfinite(ours))):
             return float("inf")
-        for b in range(s.batch):
-            for h in range(s.heads):
-                scores = np.where(counts[h] > 0, scale * (q[b, h] @ k[b, h].T).astype(np.float32), -np.inf)
-                weights = counts[h] * np.exp(scores - scores.max(axis=-1, keepdims=True))
-                expected = (weights / weights.sum(axis=-1, keepdims=True)) @ v[b, h]
-                worst = max(worst, float(np.abs(ours[b, h] - expected).max() / np.abs(v[b, h]).max()))
+        difference = np.abs(ours - attention(q, k, v, counts, scale)).max(axis=(2, 3))
+        worst = max(worst, float((difference / np.abs(v).max(axis=(2, 3))).max()))
     return worst
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, counts: np.ndarray, scale: float, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """float32 [B, H, Nq, Dv] of q, k, v with heads before tokens, where keys count ``counts`` [H, Nq, Nk] times; those
+    that ``mask`` [B, Nk] hides not at all. NaN in the rows of queries that see no key.
+    """
+    out = np.empty((*q.shape[:3], v.shape[-1]), np.float32)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            times = counts[h] if mask is None else counts[h] * (mask[b] > 0)
+            scores = np.where(times > 0, scale * (q[b, h] @ k[b, h].T).astype(np.float32), -np.inf)
+            with np.errstate(invalid="ignore"):
+                weights = times * np.exp(scores - scores.max(axis=-1, keepdims=True))
+                out[b, h] = (weights / weights.sum(axis=-1, keepdims=True)) @ v[b, h]
+    return out

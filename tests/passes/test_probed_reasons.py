@@ -69,7 +69,7 @@ def test_padding_among_the_pieces_is_named(tmp_path: Path) -> None:
     _, found = found_in(joined(start=FIRST, padding=True), tmp_path)
     assert found.sites == ()
     (miss,) = [m for m in found.near_misses if m.code == "padding-enters"]
-    assert "'mask'" in miss.reason
+    assert "'mask'" in miss.reason and "do not hide keys" in miss.reason
 
 
 def _attention(logs: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -167,7 +167,11 @@ def _read(index: GraphIndex, world: World, region: Region) -> tuple[Reading, Pad
         (out,) = masked(q, k, v, mask, (region.output.value,))
         return out.swapaxes(1, 2) if region.output.layout == "BNHD" else out
 
-    return reading, read_padding(run, lambda q, k, v, mask: masked(q, k, v, mask, logits), sizes, reading)
+    try:
+        padding = read_padding(run, lambda q, k, v, mask: masked(q, k, v, mask, logits), sizes, reading)
+    except Unsupported as error:
+        raise Unsupported("padding-enters", f"of the input '{region.mask}': {error.message}", error.hint) from error
+    return reading, padding
 
 
 def with_padding(mask: MaskFacts, source: str, padding: Padding) -> MaskFacts:

@@ -54,14 +54,12 @@ def read_padding(run: MaskedRun, logits: MaskedLogits, s: Sizes, reading: Readin
         out = run(q, k, v, mask)
         if zeroed is None:
             zeroed = _is_zeroed(out, reading.counts, mask)
-        _check(out, attention(q, k, v, reading.counts, 1.0, mask), reading.counts, mask, zeroed)
+        _check(out, attention(q, k, v, reading.counts, 1.0, mask), mask, zeroed)
     assert zeroed is not None
     for mask in _usual(s, rng):
         q, k, v = random_operands(s, rng)
         q *= np.float32(1.0 / (abs(reading.scale) * s.dim**0.5))
-        _check(
-            run(q, k, v, mask), attention(q, k, v, reading.counts, reading.scale, mask), reading.counts, mask, zeroed
-        )
+        _check(run(q, k, v, mask), attention(q, k, v, reading.counts, reading.scale, mask), mask, zeroed)
     return Padding(zeroed, _masked_rows(run, s, reading.counts, zeroed))
 
 
@@ -89,13 +87,15 @@ def _is_zeroed(out: np.ndarray, counts: np.ndarray, mask: np.ndarray) -> bool:
     return bool(hidden.any()) and not out[hidden].any()
 
 
-def _check(out: np.ndarray, expected: np.ndarray, counts: np.ndarray, mask: np.ndarray, zeroed: bool) -> None:
-    """``out`` is attention (NaN in ``expected``: no key is seen) with the rows of hidden queries set to zero."""
-    alive = ~np.isnan(expected).any(axis=-1)
-    want = np.where(alive[..., None], expected, out)
+def _check(out: np.ndarray, expected: np.ndarray, mask: np.ndarray, zeroed: bool) -> None:
+    """``out`` is attention (NaN in ``expected``: no key is seen); rows of hidden queries are zero if ``zeroed``."""
+    told = ~np.isnan(expected).any(axis=-1)  # the other queries see no key
+    want = expected
     if zeroed:
-        want = np.where((mask == 0)[:, None, :, None], 0.0, want)
-    worst = float(np.abs(out - want).max()) / 4.0 if bool(np.isfinite(out[alive]).all()) else float("inf")
+        hidden = np.broadcast_to((mask == 0)[:, None], told.shape)
+        told, want = told | hidden, np.where(hidden[..., None], 0.0, expected)
+    finite = bool(np.isfinite(out[told]).all())
+    worst = float(np.abs(out[told] - want[told]).max(initial=0.0)) / 4.0 if finite else float("inf")
     if not worst <= TOLERANCE:
         raise Unsupported("padding-enters", "hidden tokens do not hide keys, the same for all queries and heads: the "
                           f"result differs by {worst:.1e}")  # fmt: skip

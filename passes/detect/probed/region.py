@@ -100,14 +100,14 @@ def _mask_of(world: World, homes: list[Operand], masks: dict[str, str]) -> str:
     sources = list(dict.fromkeys(masks.values()))
     if not sources:
         return ""
+    if any(world.types.get(s) not in WHOLE for s in sources):
+        raise Unsupported("padding-enters", f"padding from '{sources[0]}' enters the pieces as floats, which may hold "
+                          "anything", "export with a mask of whole numbers or bools")  # fmt: skip
     sizes = {(world.shapes[h.value][0], world.shapes[h.value][h.layout.index("N")]) for h in homes}
     if len(sizes) != 1 or len(sources) > 1 or world.shapes.get(sources[0]) not in sizes:
         named = ", ".join(f"'{s}' {list(world.shapes.get(s, ()))}" for s in sources)
         raise Unsupported("padding-enters", f"padding from {named} enters the pieces beside queries, keys and values, "
                           "and is not one input of batch and tokens")  # fmt: skip
-    if world.types.get(sources[0]) not in WHOLE:
-        raise Unsupported("padding-enters", f"padding from '{sources[0]}' enters the pieces as floats, which may hold "
-                          "anything", "export with a mask of whole numbers or bools")  # fmt: skip
     return sources[0]
 
 

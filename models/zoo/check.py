@@ -248,7 +248,7 @@ def _mask_difference(site: AttentionSite, call: Call) -> str:
         words = ["padding" if word == "data" else word for word in words]  # with one query data can hide only keys
     agrees &= bool({"bias", "data"} & set(words)) == bool(kinds & {"bias", "opaque"})
     agrees &= "data" not in words or "opaque" in kinds
-    agrees &= ("padding" in words) == ("padding" in kinds)
+    agrees &= ("padding" in words) == ("padding" in kinds) and ("zeroed" in words) == site.mask.zeroed
     return "" if agrees else f"mask {name} is taken for {said}"
 
 

@@ -15,12 +15,15 @@ def mask_words(seen: np.ndarray, bias: bool) -> str:
     """``seen`` bool [batch, heads, queries, keys], True where the key is visible.
 
     The structure is that of the first batch entry and head. ``+padding`` says that other entries hide whole keys
-    beside, ``+data`` that they differ otherwise, ``+heads`` that other heads do, ``+bias`` that visible keys have
-    numbers added (see also ``counts_words``).
+    beside (``+padding+zeroed``: and that hidden tokens see nothing as queries), ``+data`` that they differ otherwise,
+    ``+heads`` that other heads do, ``+bias`` that visible keys have numbers added (see also ``counts_words``).
     """
     words = [structure(seen[0, 0])]
     if not bool(np.all(seen == seen[:1])):
-        padding = all(_hides_keys(seen[0, 0], other[0]) for other in seen[1:])
+        others = [other[0] for other in seen[1:]]
+        padding = all(_hides_keys(seen[0, 0], other) for other in others)
+        if not padding and all(_hides_tokens(seen[0, 0], other) for other in others):
+            return "+".join([*words, "padding", "zeroed"])
         if not padding and words[0].startswith("pattern"):
             return "none+data"  # what one entry sees says nothing about the mask
         words.append("padding" if padding else "data")
@@ -34,6 +37,14 @@ def _hides_keys(first: np.ndarray, other: np.ndarray) -> bool:
     expected = first & ~hidden
     rows = expected.any(1)
     return bool(np.array_equal(other[rows], expected[rows]))
+
+
+def _hides_tokens(first: np.ndarray, other: np.ndarray) -> bool:
+    """Whether ``other`` is ``first`` without some tokens, as keys and as queries, which see nothing then."""
+    if first.shape[0] != first.shape[1]:
+        return False
+    hidden = (first & ~other).all(0) | ~other.any(0)
+    return bool(np.array_equal(other, first & ~hidden & ~hidden[:, None]))
 
 
 def structure(seen: np.ndarray) -> str:

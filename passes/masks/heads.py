@@ -14,7 +14,7 @@ from attncompile.passes.masks.fit import edge_of
 def by_head(visible: np.ndarray, how: Certificate) -> MaskPart:
     """The mask of each head itself: bool [heads, query, key]."""
     pattern = HeadMasks.of(visible, edge_of((visible.shape[1], visible.shape[2])))
-    detail = f"{len(pattern.patterns)} masks for {pattern.heads} heads; {visible.mean():.1%} of the keys are seen"
+    detail = f"{len(pattern.patterns)} masks for {pattern.heads} heads, {visible.mean():.1%} of the keys are seen"
     return MaskPart("block_sparse", replace(how, detail=f"{detail}: {how.detail}"), pattern=pattern)
 
 

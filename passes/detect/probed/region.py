@@ -54,8 +54,9 @@ def regions_around(index: GraphIndex, world: World, softmax: NodeProto) -> list[
     entries = [v for v in entries if v not in masks]
     odd = [v for v in entries if index.data_inputs(v) <= set(masks.values())]
     if odd and len(entries) - len(odd) == 3:
-        raise Unsupported("padding-enters", f"padding from '{masks[next(iter(masks))]}' enters the pieces as '{odd[0]}', "
-                          "which is not followed element by element")  # fmt: skip
+        source = next(iter(masks.values()))
+        raise Unsupported("padding-enters", f"padding from '{source}' enters the pieces as '{odd[0]}', which is not "
+                          "followed element by element")  # fmt: skip
     if len(entries) != 3:
         raise Unsupported(
             "probe-region", f"the region around the softmax starts at {len(entries)} values, not at three"

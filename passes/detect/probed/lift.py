@@ -157,18 +157,14 @@ def _read(index: GraphIndex, world: World, region: Region) -> tuple[Reading, Pad
     if not region.mask:
         return reading, None
 
-    def masked(
-        q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, wanted: tuple[str, ...]
-    ) -> list[np.ndarray]:
+    def masked(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         operands = (k, q, v) if reading.swapped else (q, k, v)
-        return _values(session, region, operands, wanted, {region.mask: mask.astype(dtype)})
-
-    def run(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        (out,) = masked(q, k, v, mask, (region.output.value,))
-        return out.swapaxes(1, 2) if region.output.layout == "BNHD" else out
+        wanted = (region.output.value, *logits)
+        out, *scores = _values(session, region, operands, wanted, {region.mask: mask.astype(dtype)})
+        return (out.swapaxes(1, 2) if region.output.layout == "BNHD" else out), scores
 
     try:
-        padding = read_padding(run, lambda q, k, v, mask: masked(q, k, v, mask, logits), sizes, reading)
+        padding = read_padding(masked, sizes, reading)
     except Unsupported as error:
         raise Unsupported("padding-enters", f"of the input '{region.mask}': {error.message}", error.hint) from error
     return reading, padding

@@ -95,12 +95,22 @@ def _check_join(index: GraphIndex, world: World, node: NodeProto, value: str, we
     name = f"padding enters {node.op_type} '{node_name(node)}'"
     if node.op_type == "Where":
         other = next(v for v in node.input[1:] if not index.data_inputs(v))
-        if node.input[0] == value and weighed and world.scalar(other) == 0.0:
+        if node.input[0] == value and weighed and world.scalar(other) == 0.0 and _of_rows(index, world, node):
             return
-        raise Unsupported("padding-enters", f"{name}, which is not a weight that is set to zero")
+        raise Unsupported("padding-enters", f"{name}, which does not set all weights of a query to zero")
     added = node.op_type == "Add" or (node.op_type == "Sub" and node.input[1] == value)
     if not added or weighed:
         raise Unsupported("padding-enters", f"{name}, where it is not added to the scores")
+
+
+def _of_rows(index: GraphIndex, world: World, node: NodeProto) -> bool:
+    """Whether the condition of ``node`` is one for each row of a softmax whose result it reads."""
+    condition, data = world.shapes.get(node.input[0], ()), next(v for v in node.input[1:] if index.data_inputs(v))
+    maker = index.producer.get(data)
+    if maker is None or maker.op_type != "Softmax" or len(condition) != len(world.shapes[data]):
+        return False
+    axis = next((a.i for a in maker.attribute if a.name == "axis"), -1)
+    return bool(condition[axis] == 1)
 
 
 def _check_sums(index: GraphIndex, value: str, masks: set[str]) -> None:

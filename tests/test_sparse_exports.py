@@ -43,6 +43,33 @@ def bigbird(path: Path, exporter: str, tokens: int) -> dict[str, np.ndarray]:
     return {"ids": ids.numpy()}
 
 
+def longformer(path: Path, tokens: int) -> dict[str, np.ndarray]:
+    """Two layers with windows of 16 tokens to both sides and an attention mask; inputs to feed. TorchScript: the dynamo
+    exporter stops at a choice that depends on the mask.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LongformerConfig(
+        vocab_size=64, num_hidden_layers=2, hidden_size=48, num_attention_heads=3, intermediate_size=64,
+        attention_window=32, max_position_embeddings=tokens + 8, pad_token_id=0, sep_token_id=2, onnx_export=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LongformerModel(config, add_pooling_layer=False).eval()
+
+    class Hidden(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any, mask: Any) -> Any:
+            return self.model(ids, attention_mask=mask).last_hidden_state
+
+    ids = torch.randint(3, 64, (2, tokens), generator=torch.Generator().manual_seed(1))
+    feed = (ids, torch.ones_like(ids))
+    torch.onnx.export(Hidden(), feed, str(path), dynamo=False, opset_version=17, input_names=["ids", "mask"])
+    return {"ids": ids.numpy(), "mask": np.ones((2, tokens), np.int64)}
+
+
 def compiled(path: Path, out: Path, feed: dict[str, np.ndarray]) -> tuple[pipeline.Result, onnx.ModelProto]:
     """What the pipeline says and the file that it wrote, whose outputs are those of the input file."""
     result = pipeline.compile(path, Options(target="onnx", out=out, keep_slower=True))
@@ -63,6 +90,25 @@ def test_bigbird(exporter: str, tmp_path: Path) -> None:
     assert [n.op_type for n in made.graph.node if n.domain == "attncompile"] == ["BlockSparseAttention"] * 2
     assert not any(n.op_type in ("Softmax", "Einsum") for n in made.graph.node)
     assert len({n.overload for n in made.graph.node if n.domain == "attncompile"}) == len(made.functions) == 1
+
+
+@pytest.mark.slow
+def test_longformer_with_padding(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    feed = longformer(path, 288)
+    result, made = compiled(path, tmp_path / "out", feed)
+    assert result.outcome == "replaced" and len(result.sites) == 2
+    for site in result.sites:
+        assert site.decision.mechanism == "NeighborhoodAttention" and site.site.mask.zeroed
+        assert site.exactness is not None and site.exactness.passed
+    assert not any(n.op_type in ("Softmax", "Einsum") for n in made.graph.node)
+    sessions = [ort.InferenceSession(str(p)) for p in (tmp_path / "out" / "model.onnx", path)]
+    place = np.arange(288)
+    for kept in (place >= 50, place < 211, (place < 30) | (place > 90), place == 7, place < 0, place % 40 > 20):
+        feed["mask"] = np.stack([kept, place >= 0]).astype(np.int64)
+        ours, theirs = (session.run(None, feed)[0] for session in sessions)
+        assert np.isfinite(theirs).all()
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
 def in_blocks(seed: int, folder: Path) -> Path:

@@ -100,6 +100,10 @@ class Ledger:
                 yield from self._padding(site, part)
                 continue
             words = ", ".join(_parameters(part))
+            if part.counts is not None:
+                statement = f"keys count up to {part.counts.largest} times in one softmax"
+                yield Assumption("mask", statement, _shown(site, part))
+                continue
             statement = f"the mask is {part.kind}" + (f" ({words})" if words else "")
             yield Assumption("mask", statement, _shown(site, part), self.data_inputs(part.source or ""))
         if not site.mask.parts:
@@ -109,6 +113,8 @@ class Ledger:
             return
         gives, ours = site.mask.masked_rows, str(parameters.get("masked_rows", "zero"))
         names = self.data_inputs(*(p.source or "" for p in paddings))
+        if site.mask.zeroed:
+            yield Assumption("masked-rows", "queries that are hidden themselves give zero", "as in the source", names)
         if gives == ours:
             yield Assumption("masked-rows", f"queries that see no key give {gives}",
                              "as in the source, whether they are observed or not", names)  # fmt: skip
@@ -125,16 +131,21 @@ class Ledger:
             return
         direct = self.direct_float(part)
         if direct:
-            yield Assumption("padding", f"'{direct}' is 0 (hidden) or 1 (visible)", "not shown: the file reads it as a "
-                             "bool", (direct,), True)  # fmt: skip
+            how = "other numbers were not looked at" if part.tokens else "the file reads it as a bool"
+            yield Assumption(
+                "padding", f"'{direct}' is 0 (hidden) or 1 (visible)", f"not shown: {how}", (direct,), True
+            )
         yield Assumption(
             "padding", f"{what} hides keys on any side and in the middle, the same for all queries and heads",
             f"{part.certificate.method}: {part.certificate.detail}", names,
         )  # fmt: skip
 
     def direct_float(self, part: MaskPart) -> str:
-        """The float input whose values, cast to bool, are this padding; empty if there is none."""
+        """The input of numbers whose values, cast to bool, are this padding; empty if there is none."""
         name = part.source or ""
+        if part.tokens:
+            kind = self.index.inputs[name].type.tensor_type.elem_type
+            return "" if kind == TensorProto.BOOL else name
         while (node := self.index.producer.get(name)) is not None and node.op_type in _KEEPS_VALUES:
             name = node.input[0]
         info = self.index.inputs.get(name)

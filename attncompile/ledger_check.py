@@ -118,6 +118,7 @@ class LedgerCheck:
             value = self._value(number, part.source or "")
             if value is None:
                 return []
+            value = value[:, None, None] if part.tokens else value
             visible = value.astype(np.float64) > HIDES if part.additive else value.astype(bool)
             seen = seen & np.broadcast_to(visible, np.broadcast_shapes(visible.shape, (1, 1, 1, keys))).reshape(
                 -1, keys
@@ -147,8 +148,8 @@ class LedgerCheck:
 
 
 def _alive(site: AttentionSite, seen: np.ndarray, queries: int) -> np.ndarray | None:
-    """Bool [batch, queries]: whether the query sees a key, by ``seen`` ([batch, keys]) and the mask's structure. None
-    where the structure says nothing at this size.
+    """Bool [batch, queries]: whether the query sees a key (in every head), by ``seen`` ([batch, keys]) and the mask's
+    structure. None where the structure says nothing at this size.
     """
     keys = seen.shape[1]
     left, right = -1, -1
@@ -169,7 +170,7 @@ def _alive(site: AttentionSite, seen: np.ndarray, queries: int) -> np.ndarray | 
     if visible is not None:
         column = np.arange(keys)
         visible = visible & (column[None] >= first[:, None]) & (column[None] < end[:, None])
-        return np.stack([(visible & row[None]).any(axis=1) for row in seen])
+        return np.stack([(visible & row).any(axis=-1).reshape(-1, queries).all(axis=0) for row in seen])
     count = np.concatenate([np.zeros((seen.shape[0], 1), int), np.cumsum(seen, axis=1)], axis=1)
     return np.asarray(count[:, np.maximum(end, first)] > count[:, first])
 

@@ -118,6 +118,9 @@ class _Silent:
     ) -> MaskFacts:  # fmt: skip
         return MaskFacts()
 
+    def of_counts(self, counts: np.ndarray, how: Certificate) -> MaskFacts:
+        return MaskFacts()
+
 
 def _failures(world: World) -> Iterator[Unsupported]:
     """Why each candidate is not a site."""

@@ -167,9 +167,9 @@ def rings_and_barriers(
     dtype: gl.constexpr, CONSUMERS: gl.constexpr, DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr,
     DV: gl.constexpr, V1: gl.constexpr, V2: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory of queries (of two items, so that the next one's are there in time), keys and values, first and second
-    part each (the second is the first where a head dim has one part), and the barriers: queries full and empty, keys full and empty, values full and empty, and
-    whose turn it is to start products.
+    """Shared memory of queries (of two items, so that the next one's are there in time), keys and values, first and
+    second part each (the second is the first where a head dim has one part), and the barriers: queries full and empty,
+    keys full and empty, values full and empty, and whose turn it is to start products.
     """
     q1 = ring(dtype, 2 * CONSUMERS, ROWS, K1)
     k1 = ring(dtype, STAGES, BN, K1)
@@ -238,10 +238,10 @@ def following(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def consume_first(slot, start, work, masked, hide: gl.constexpr, FLAGS: gl.constexpr, SPEC: gl.constexpr):
-    """Tile 0 of an item, at ``slot`` (stage, phase, number of the item, turn): its scores and weights. ``start``: maximum,
-    sum and output so far; ``work``: rings, barriers, where the queries are, the facts of ``hide`` and the factor of the
-    scores. ``hide(s, tile, facts, FLAGS)`` puts -inf where a key is hidden; it is asked where ``masked``. SPEC: index of
-    the consumer, their number, head dim, value dim, keys of a tile, stages, and whether consumers take turns.
+    """Tile 0 of an item, at ``slot`` (stage, phase, number of the item, turn): its scores and weights. ``start``:
+    maximum, sum and output so far; ``work``: rings, barriers, where the queries are, the facts of ``hide`` and the
+    factor of the scores. ``hide(s, tile, facts, FLAGS)`` puts -inf where a key is hidden; it is asked where ``masked``.
+    SPEC: index of the consumer, their number, head dim, value dim, keys of a tile, stages, whether they take turns.
 
     Returned, and carried from tile to tile: maximum, sum, output, the weights whose values are not multiplied yet, the
     stage and phase of their tile, and the phase of this consumer's next turn.

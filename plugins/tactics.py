@@ -7,18 +7,22 @@ first row that fits is the best tactic; a tactic within ``SMALL_SHARED`` bytes a
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from attncompile.core.kernel import OpCall, Tactic
+from attncompile.plugins.kernel_arguments import padded
 
 HOPPER = "hopper"
 """Prefix of the names of tactics whose kernel is the Gluon one."""
 
 HOPPER_ROWS = 64
 """Queries of one of its consumers."""
+
+HOPPER_SHARED = 227 * 1024
+"""Bytes of shared memory that a block may have on sm_90."""
 
 
 @cache
@@ -72,9 +76,16 @@ def small(call: OpCall) -> Tactic:
     return _tactic({"BM": 32, "BN": 16, "warps": 4, "stages": 1})
 
 
-def tactics(package: str, call: OpCall, architecture: int, kind: str, hopper: bool) -> list[Tactic]:
-    """Best first; ``hopper`` says whether the call can be taken by the Gluon kernel."""
-    found = [t for t in measured(package, call, architecture, kind) if hopper or not t.name.startswith(HOPPER)]
+def hopper_shared(call: OpCall, tactic: Tactic) -> int:
+    """Bytes of shared memory that queries (of two items), keys, values and barriers of a Gluon kernel take."""
+    keys, values = 2 * padded(call.head_dim), 2 * padded(call.value_dim)
+    of_queries = 2 * HOPPER_ROWS * int(tactic.constants["CONSUMERS"] or 0) * keys
+    return of_queries + tactic.stages * int(tactic.constants["BN"] or 0) * (keys + values) + 1024
+
+
+def tactics(package: str, call: OpCall, architecture: int, kind: str, hopper: Callable[[Tactic], bool]) -> list[Tactic]:
+    """Best first; ``hopper`` says whether the Gluon kernel takes the call with a tactic."""
+    found = [t for t in measured(package, call, architecture, kind) if not t.name.startswith(HOPPER) or hopper(t)]
     if not any(not t.name.startswith(HOPPER) for t in found):
         found.append(by_rule(call, architecture))
     return [*found, *([] if small(call) in found else [small(call)])]

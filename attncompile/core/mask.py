@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from attncompile.core.head_pattern import HeadMasks, KeyCounts
 from attncompile.core.pattern import Pattern
 
 MaskKind = Literal[
@@ -56,6 +57,9 @@ class MaskPart:
     which is ``number`` where that is not 0. ``places``: the last two axes of ``source``, [.., heads, W, W], are not
     queries and keys but their places in a window of W tokens of the ``blocked`` part (row-major over the window's axes,
     place 0 where the pattern's windows begin).
+    A bias with ``counts`` is no value of the graph: some keys count several times in one softmax, which is the
+    logarithm of their number added to a key that counts once. A ``HeadMasks`` pattern differs between heads. Padding
+    with ``tokens`` has an input of bools or whole numbers (1 = visible, 0 = hidden) of [batch, keys] as its source.
     """
 
     kind: MaskKind
@@ -67,6 +71,8 @@ class MaskPart:
     pattern: Pattern | None = None
     places: bool = False
     number: float = 0.0
+    counts: KeyCounts | None = None
+    tokens: bool = False
 
     def parameters(self) -> dict[str, Any]:
         """The parameters that the CLI's JSON shows for this kind."""
@@ -74,6 +80,8 @@ class MaskPart:
             return {"left": self.left, "right": self.right}
         if self.pattern is not None:
             return {**self.pattern.parameters(), **({"number": self.number} if self.number else {})}
+        if self.counts is not None:
+            return self.counts.parameters()
         if self.source is not None:
             return {"source": self.source, **({"places": True} if self.places else {})}
         return {}
@@ -102,6 +110,7 @@ class MaskFacts:
     says so), ``uniform`` (masked scores are finite, so softmax averages over all keys) or ``nan``. ``fills`` are the
     values that hidden scores get or have added, one for every place where the graph applies a mask; ``guarded`` says
     that a NaN guard follows the softmax. ``ends``: each batch entry's own number of keys, where an operator takes it.
+    ``zeroed``: queries whose own token the padding (one of ``tokens``) hides give zero, whatever they see.
     """
 
     parts: tuple[MaskPart, ...] = ()
@@ -109,10 +118,21 @@ class MaskFacts:
     fills: tuple[float, ...] = ()
     guarded: bool = False
     ends: KeyEnds | None = None
+    zeroed: bool = False
 
     def part(self, *kinds: MaskKind) -> MaskPart | None:
         """The first factor of one of these kinds, or None."""
         return next((p for p in self.parts if p.kind in kinds), None)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether heads see different keys."""
+        return any(isinstance(p.pattern, HeadMasks) for p in self.parts)
+
+    @property
+    def counts(self) -> KeyCounts | None:
+        """How often keys count, where some count more than once."""
+        return next((p.counts for p in self.parts if p.counts is not None), None)
 
     @property
     def kind(self) -> MaskKind:
@@ -132,6 +152,8 @@ class MaskFacts:
         main = self.part(self.kind)
         assert main is not None
         out: dict[str, Any] = {"kind": self.kind, **main.parameters(), "masked_rows": self.masked_rows, **ends}
+        if self.zeroed:
+            out["zeroed"] = True
         out["certificate"] = _certificate_json(main.certificate)
         if len(self.parts) > 1:
             out["parts"] = [
@@ -151,8 +173,8 @@ def seam(mask: MaskFacts) -> MaskPart | None:
 
 
 def plain_biases(mask: MaskFacts) -> tuple[MaskPart, ...]:
-    """The biases that are neither of these."""
-    return tuple(p for p in mask.parts if p.kind == "bias" and not p.places and not p.number)
+    """The biases that are values of the graph, by queries and keys."""
+    return tuple(p for p in mask.parts if p.kind == "bias" and not (p.places or p.number or p.counts))
 
 
 def _certificate_json(c: Certificate) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Which keys a query sees: one frozen dataclass a structure, each its own naive definition.
 
 ``visible(query_length, key_length)`` gives the bool array [query_length, key_length] that the structure means; it is
-what a mask is compared with, element by element, before a site is said to have this structure.
+what a mask is compared with, element by element, before a site is said to have this structure. Where each head has a
+mask of its own (``head_pattern.HeadMasks``), heads stand before both.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ class Operand:
     layout: Layout
 
 
-Need = Literal["sinks", "head-scale", "log-sum-exp", "cache", "linear", "quantised", "body", "key-ends"]
+Need = Literal["sinks", "head-scale", "log-sum-exp", "cache", "linear", "quantised", "body", "key-ends",
+               "head-mask", "key-counts", "token-padding"]  # fmt: skip
 """What a site may have beyond softmax(scale * Q K^T + mask) V in the main graph. A mechanism that does not say that it
 understands a need is never offered a site with it."""
 
@@ -32,6 +33,8 @@ NEED_WORDS: dict[Need, str] = {
     "sinks": "attention sinks", "head-scale": "a scale for each head", "log-sum-exp": "a log-sum-exp output",
     "cache": "a KV cache inside the operator", "linear": "linear attention", "quantised": "quantised operands",
     "body": "the body of an If, Loop or Scan", "key-ends": "a number of keys for each batch entry",
+    "head-mask": "a mask of its own in each head", "key-counts": "keys that count more than once",
+    "token-padding": "padding of tokens, as an input says it",
 }  # fmt: skip
 """Each need in words for people."""
 
@@ -101,6 +104,8 @@ class AttentionSite:
             "sinks": self.sinks, "head-scale": self.head_scale, "log-sum-exp": self.log_sum_exp,
             "cache": self.cache is not None and self.cache.form == "operator", "linear": self.kind == "linear",
             "quantised": self.quantised, "body": self.scope, "key-ends": self.mask.ends,
+            "head-mask": self.mask.by_head, "key-counts": self.mask.counts is not None,
+            "token-padding": any(p.tokens for p in self.mask.parts),
         }  # fmt: skip
         return frozenset(need for need, present in has.items() if present)
 

@@ -13,6 +13,7 @@ import numpy as np
 from onnx import ModelProto, numpy_helper
 
 from attncompile.core.errors import Unsupported
+from attncompile.core.mask import MaskPart
 from attncompile.core.site import AttentionSite, Operand
 from attncompile.core.verdict import Verdict
 from attncompile.metrics import rms
@@ -27,7 +28,7 @@ UNITS, ROW_UNITS = 32.0, 256.0
 rounding. Scores of 80 are rounded by up to 40 units, which mostly cancel (4 were measured); a wrong key, scale or bias
 changes a row by thousands."""
 
-_UNDERSTOOD = frozenset({"sinks", "body"})
+_UNDERSTOOD = frozenset({"sinks", "body", "head-mask", "key-counts", "token-padding"})
 
 
 class FactsReference:
@@ -107,9 +108,10 @@ def site_rows(site: AttentionSite, values: Mapping[str, np.ndarray], rows: np.nd
     batch, heads, queries, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     seen = _structure(site, rows, queries, keys)
-    sources = [p for p in site.mask.parts if p.kind in ("padding", "bias")]
+    counts = _counts(site, rows, queries, keys)
+    sources = [p for p in site.mask.parts if p.kind in ("padding", "bias") and p.counts is None]
     added = [_rows_of(values[p.source or ""], rows, queries) for p in sources if p.additive]
-    selects = [_rows_of(values[p.source or ""], rows, queries) for p in sources if not p.additive]
+    selects = [_rows_of(_selected(p, values), rows, queries) for p in sources if not p.additive]
     out = np.zeros((batch, heads, len(rows), value.shape[-1]))
     for b in range(batch):
         for h in range(heads):
@@ -119,13 +121,23 @@ def site_rows(site: AttentionSite, values: Mapping[str, np.ndarray], rows: np.nd
                 scores = site.softcap * np.tanh(scores / site.softcap)
             for bias in added:
                 scores = scores + _of(bias, b, h).astype(np.float64)
-            visible = seen.copy()
+            scores = scores + _of(counts, b, h)
+            visible = np.array(_of(seen, b, h))
             for select in selects:
                 visible &= np.broadcast_to(_of(select, b, h).astype(bool), visible.shape)
             scores = np.where(visible, scores, -np.inf)
             sink = float(values[site.sinks].reshape(-1)[h]) if site.sinks else -np.inf
             out[b, h] = _attend(scores, sink, value[b, g], site.mask.masked_rows)
+    if site.mask.zeroed:
+        (hidden,) = [values[p.source or ""] for p in site.mask.parts if p.tokens]
+        out[(hidden[:, rows] == 0)[:, None].repeat(heads, axis=1)] = 0.0
     return out.transpose(0, 2, 1, 3) if site.output.layout == "BNHD" else out
+
+
+def _selected(part: MaskPart, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What broadcasts to [batch, heads, query, key]."""
+    data = values[part.source or ""]
+    return data[:, None, None] if part.tokens else data
 
 
 def _attend(scores: np.ndarray, sink: float, value: np.ndarray, masked_rows: str) -> np.ndarray:
@@ -139,8 +151,8 @@ def _attend(scores: np.ndarray, sink: float, value: np.ndarray, masked_rows: str
 
 
 def _structure(site: AttentionSite, rows: np.ndarray, queries: int, keys: int) -> np.ndarray:
-    """Bool [len(rows), keys]: what the mask's parts that come from no input let these queries see."""
-    seen = np.ones((len(rows), keys), bool)
+    """Bool [1, heads or 1, len(rows), keys]: what the mask's parts that come from no input let these queries see."""
+    seen = np.ones((1, 1, len(rows), keys), bool)
     distance = np.arange(keys)[None, :] - (rows[:, None] + keys - queries)
     for part in site.mask.parts:
         if part.kind in ("causal", "window"):
@@ -148,12 +160,22 @@ def _structure(site: AttentionSite, rows: np.ndarray, queries: int, keys: int) -
             seen &= (left < 0) | (distance >= -left)
             seen &= (right < 0) | (distance <= right)
         elif part.pattern is not None and part.kind != "bias":
-            seen &= part.pattern.rows(rows, queries, keys)
+            seen = seen & part.pattern.rows(rows, queries, keys)
+        elif part.counts is not None:
+            continue
         elif part.kind not in ("padding", "bias", "none") or not part.source:
             raise Unsupported("facts", f"no float64 reference is made for a mask that is {part.kind}")
         elif part.kind == "bias" and (not part.additive or part.certificate.method == "structure"):
             raise Unsupported("facts", "no float64 reference is made for a bias that is not added to the scores")
     return seen
+
+
+def _counts(site: AttentionSite, rows: np.ndarray, queries: int, keys: int) -> np.ndarray:
+    """[1, heads or 1, len(rows), keys]: the logarithm of how often each key counts."""
+    if site.mask.counts is None:
+        return np.zeros((1, 1, 1, 1))
+    with np.errstate(divide="ignore"):  # keys that are not seen
+        return np.log(site.mask.counts.times(queries, keys)[None, :, rows].astype(np.float64))
 
 
 def _read(site: AttentionSite) -> list[str]:

@@ -26,7 +26,7 @@ from attncompile.models.export import export_built, quiet
 from attncompile.models.recipe import Built, Options
 from attncompile.models.zoo import graphs
 from attncompile.models.zoo.entry import Call, Entry
-from attncompile.models.zoo.seen import from_words, window
+from attncompile.models.zoo.seen import counts_from, from_words, window
 from attncompile.models.zoo.table import ENTRIES
 
 
@@ -272,6 +272,8 @@ _STRUCTURE = frozenset({"padding", "bias", "opaque"})
 
 def _mask_difference(site: AttentionSite, call: Call) -> str:
     """How the site's mask facts differ from the elements that were seen, or nothing."""
+    if site.mask.by_head and "heads" not in call.mask.split("+"):
+        return f"mask {call.mask} is taken for one that differs between heads"
     structure, *words = call.mask.split("+")
     queries, keys = call.query_length, call.key_length
     want = from_words(structure, queries, keys)
@@ -280,19 +282,30 @@ def _mask_difference(site: AttentionSite, call: Call) -> str:
     for part in site.mask.parts:
         if part.kind not in _STRUCTURE:
             have = have & _visible(part, queries, keys)
+    if have.ndim == 3:  # the words are those of the first head
+        have = have[0]
     kinds = {p.kind for p in site.mask.parts}
     said = " and ".join(f"{p.kind} {p.parameters()}" for p in site.mask.parts) or "none"
-    name = call.mask if not structure.startswith("pattern") else "+".join(["a pattern", *words])
+    name = call.mask if not structure.startswith("pattern") else "+".join(["a pattern", *(w[:7] for w in words)])
     if "data" in words and queries == 1 and "padding" in kinds:
         words = ["padding"]  # whatever one query does not see are whole keys
-    agrees = np.array_equal(want, have)
+    agrees = np.array_equal(want, have) and _same_counts(site, words, queries, keys)
+    words = ["bias" if word.startswith("counts ") else word for word in words]
     # A bias that is computed from the queries (SAM, DeBERTa) is opaque to the detector, and rightly so.
     if site.query_length == 1 and "padding" in kinds:
         words = ["padding" if word == "data" else word for word in words]  # with one query data can hide only keys
     agrees &= bool({"bias", "data"} & set(words)) == bool(kinds & {"bias", "opaque"})
     agrees &= "data" not in words or "opaque" in kinds
-    agrees &= ("padding" in words) == ("padding" in kinds)
+    agrees &= ("padding" in words) == ("padding" in kinds) and ("zeroed" in words) == site.mask.zeroed
     return "" if agrees else f"mask {name} is taken for {said}"
+
+
+def _same_counts(site: AttentionSite, words: Sequence[str], queries: int, keys: int) -> bool:
+    """Whether keys count as often as was seen: once, where nothing else is said."""
+    said = next((word for word in words if word.startswith("counts ")), None)
+    if said is None or site.mask.counts is None:
+        return said is None and site.mask.counts is None
+    return np.array_equal(site.mask.counts.times(queries, keys)[0], counts_from(said, queries, keys))
 
 
 def _visible(part: MaskPart, queries: int, keys: int) -> np.ndarray:

@@ -98,8 +98,16 @@ def detect(
             f"the sites have {', '.join(lengths)}",
             "give the grid of the tokens that the attention sees, prefix tokens (class, register) included",
         )
+    sites = _outermost(sites)
     inside = {name for s in sites for name in s.nodes}  # a softmax that is a feature map, a product of a taken site
     return Detection(tuple(sites), tuple(m for m in misses if m.node not in inside or m.code == "grid"))
+
+
+def _outermost(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
+    """Without the sites that lie inside of another one: a softmax of several that are one attention together."""
+    inner = {(s.scope, value) for s in sites for value in s.interior}
+    kept = [s for s in sites if (s.scope, s.output.value) not in inner]
+    return kept if len(kept) == len(sites) else [replace(s, id=f"site{i}") for i, s in enumerate(kept)]
 
 
 def _search(

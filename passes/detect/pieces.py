@@ -18,7 +18,6 @@ from attncompile.passes.detect.gathers.lift import lift_gathered
 from attncompile.passes.detect.homes import ShapeRead
 from attncompile.passes.detect.normaliser import softmax_operator
 from attncompile.passes.detect.probed.lift import Readings, lift_probed
-from attncompile.passes.detect.probed.reasons import TELLING as PROBED
 from attncompile.passes.detect.probed.region import Region
 from attncompile.passes.detect.sinks import NotStored
 from attncompile.passes.detect.softmax import MaskAnalysis
@@ -63,7 +62,7 @@ def lift(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysis
     try:
         return _read(index, world, node, analyse)
     except Unsupported as error:
-        tells = error.code in {"dynamic", *PROBED} and first.code in _UNKNOWN
+        tells = error.code in {"dynamic", "padding-enters"} and first.code in _UNKNOWN
         raise (error if tells else first) from error
 
 
@@ -114,13 +113,11 @@ def _read(index: GraphIndex, world: World, node: NodeProto, analyse: MaskAnalysi
 
     def check(region: Region) -> None:
         inner = (o for n in region.nodes for o in n.output if o)
-        for symbol, _, changed in _changes(index, world, (*(e.value for e in region.entries), *inner)):
+        for symbol, _, changed in _changes(index, world, (*(e.value for e in region.entries), region.mask, *inner)):
             raise _dynamic(world, symbol, changed)
 
-    def facts_of(pictures: np.ndarray) -> MaskFacts:
-        if not bool(np.all(pictures == pictures[:1])):
-            raise Unsupported("per-head-mask", "the keys that are seen differ between heads")
-        return analyse.of_tokens(pictures[0], Certificate("evaluated", _READ, (pictures.shape[1:],)), (), False)
+    def facts_of(counts: np.ndarray) -> MaskFacts:
+        return analyse.of_counts(counts, Certificate("evaluated", _READ, (counts.shape[1:],)))
 
     return lift_probed(index, world, node, known, check, facts_of)
 

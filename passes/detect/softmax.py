@@ -83,6 +83,10 @@ class MaskAnalysis(Protocol):
         """From a bool array [query, key] itself, in which every query sees a key."""
         ...
 
+    def of_counts(self, counts: np.ndarray, how: Certificate) -> MaskFacts:
+        """From how often each key counts, uint8 [heads, query, key], 0 where it is not seen; every query sees one."""
+        ...
+
 
 def lift(index: GraphIndex, world: World, softmax: NodeProto, analyse: MaskAnalysis) -> AttentionSite:
     """The site around the ``Softmax`` node.

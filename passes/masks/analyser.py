@@ -16,6 +16,7 @@ import numpy as np
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.grid import TokenGrid
+from attncompile.core.head_pattern import HeadMasks
 from attncompile.core.mask import Certificate, MaskedRows, MaskFacts, MaskKind, MaskPart
 from attncompile.core.profile import ShapeProfile
 from attncompile.passes.detect.scores import HIDDEN
@@ -24,7 +25,8 @@ from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.grid import grid_with
 from attncompile.passes.masks.conclude import Pictures, conclude, widths
 from attncompile.passes.masks.factors import Leaf, Numbers, separate
-from attncompile.passes.masks.lengths import Lengths, around, picture_of
+from attncompile.passes.masks.heads import by_head, repeated_keys
+from attncompile.passes.masks.lengths import Lengths, around, picture_of, visible_of_heads
 from attncompile.passes.masks.pairs import Past, pairs, past_of, seen_enough
 from attncompile.passes.masks.picture import Picture
 from attncompile.passes.masks.windows import shifted_windows
@@ -63,6 +65,16 @@ class MaskAnalyser:
         parts = conclude({picture.lengths: picture}, True, False, True, grid, {})
         parts = [replace(p, certificate=replace(how, detail=f"{p.certificate.detail}: {how.detail}")) for p in parts]
         return MaskFacts(tuple(parts), "nan", fills, guarded)
+
+    def of_counts(self, counts: np.ndarray, how: Certificate) -> MaskFacts:
+        """The facts of a mask of which each head may have its own, and of keys that count several times."""
+        seen = counts > 0
+        if bool(np.all(seen == seen[:1])):
+            facts = self.of_tokens(seen[0], how, (), False)
+        else:
+            facts = MaskFacts((by_head(seen, how),), "nan")
+        repeats = repeated_keys(counts, how)
+        return replace(facts, parts=(*facts.parts, repeats)) if repeats is not None else facts
 
     def _analyse(self, query: MaskQuery) -> MaskFacts:
         leaves: list[Leaf] = []
@@ -186,7 +198,7 @@ class MaskAnalyser:
         if merged:
             both = self._structure([*masks, *merged], query, named=False)
             # Adding such a tensor hides its keys too: where that has no structure the bias says it all.
-            found = found if any(p.kind == "opaque" for p in both) else both
+            found = found if any(p.kind == "opaque" or isinstance(p.pattern, HeadMasks) for p in both) else both
         return [*found, *parts]
 
     def _fit(self, leaves: list[Leaf], query: MaskQuery) -> list[MaskPart]:
@@ -210,7 +222,7 @@ class MaskAnalyser:
         try:
             picture = picture_of(leaves, self.world, query)
         except Unsupported as error:
-            part = self._one_a_window(leaves) if not dynamic else None
+            part = self._one_a_window(leaves) or self._one_a_head(leaves, query, source) if not dynamic else None
             return [part or MaskPart("opaque", Certificate("evaluated", error.message), **source)]
         symbol = self.at.moved_by(leaves, query, dynamic, picture)
         if symbol is not None:
@@ -242,6 +254,16 @@ class MaskAnalyser:
         for before, new in pairs(self.at, past, numbers, self.at.first(leaves)):
             self.at.add_at(pictures, leaves, query, past.sizes(before, new))
         return widths(pictures) == numbers and seen_enough(pictures, numbers)
+
+    def _one_a_head(self, leaves: list[Leaf], query: MaskQuery, source: dict[str, Any]) -> MaskPart | None:
+        """A mask of its own in each head, the same in all batch entries."""
+        try:
+            visible = visible_of_heads(leaves, self.world, query)
+        except Unsupported:
+            return None
+        shape = (query.query_length, query.key_length)
+        how = Certificate("constant", f"every element of {len(visible)} masks compared, one a head", (shape,))
+        return replace(by_head(visible, how), **source)
 
     def _one_a_window(self, leaves: list[Leaf]) -> MaskPart | None:
         """One mask a batch entry, where the batch is windows."""

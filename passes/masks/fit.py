@@ -42,8 +42,12 @@ def fit(pictures: Sequence[Picture], fixed: bool, grid: TokenGrid | None) -> Pro
 
 def block_sparse(picture: Picture) -> Proposal:
     """The mask itself, in blocks."""
-    block = 16 if min(picture.lengths) < SMALL else 64
-    return Proposal("block_sparse", BlockSparse.of(picture.visible(), block))
+    return Proposal("block_sparse", BlockSparse.of(picture.visible(), edge_of(picture.lengths)))
+
+
+def edge_of(lengths: tuple[int, int]) -> int:
+    """The edge of the blocks that a mask of these lengths is cut into."""
+    return 16 if min(lengths) < SMALL else 64
 
 
 def _proposals(look: Look, fixed: bool, grid: TokenGrid | None) -> Iterator[Proposal]:

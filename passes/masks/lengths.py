@@ -185,3 +185,26 @@ def picture_of(leaves: list[Leaf], world: World, query: MaskQuery) -> Picture:
     if visible.shape != shape:
         raise Unsupported("mask-shape", f"the mask has shape {list(visible.shape)}, the scores {list(shape)}")
     return Picture.of(visible, shape)
+
+
+def visible_of_heads(leaves: list[Leaf], world: World, query: MaskQuery) -> np.ndarray:
+    """Bool [heads, query, key]: what all leaves together let through where heads have masks of their own.
+
+    Raises:
+        Unsupported: batch entries differ, or the shape is not that of the scores.
+    """
+    shape = (query.query_length, query.key_length)
+    visible: np.ndarray = np.ones((1, 1, 1), dtype=bool)
+    for leaf in leaves:
+        seen = leaf.seen(world.value(leaf.value))
+        while seen.ndim > 3:
+            if seen.shape[0] > 1 and not bool(np.all(seen == seen[:1])):
+                raise Unsupported("per-head-mask", f"mask '{leaf.value}' differs between batch entries")
+            seen = seen[0]
+        try:
+            visible = np.broadcast_to(visible & seen, np.broadcast_shapes(visible.shape, seen.shape, (1, *shape)))
+        except ValueError:
+            raise Unsupported("mask-shape", f"mask '{leaf.value}' has shape {list(seen.shape)}") from None
+    if visible.shape[1:] != shape or len(visible) < 2:
+        raise Unsupported("mask-shape", f"the mask has shape {list(visible.shape)}, the scores {list(shape)}")
+    return visible

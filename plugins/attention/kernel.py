@@ -33,8 +33,8 @@ PACKAGE = "attncompile.plugins.attention"
 
 
 class AttentionKernel:
-    """Any lengths, static or dynamic. Of the attributes it reads ``left`` and ``right`` (-1: unlimited), ``softcap``
-    (0: none) and ``masked_rows``.
+    """Any lengths, static or dynamic. Of the attributes it reads ``left`` and ``right`` (-1: unlimited), ``clamp``
+    (windows are moved inward at both ends; as many queries as keys), ``softcap`` (0: none) and ``masked_rows``.
     """
 
     op = dense.OP_TYPE
@@ -56,7 +56,7 @@ class AttentionKernel:
         rule = given.get("masked_rows", "zero") if HIDING & set(call.inputs) else "zero"
         attributes = {
             "left": min(given.get("left", -1), 0), "right": min(given.get("right", -1), 0),
-            "softcap": bool(given.get("softcap")), "masked_rows": rule,
+            "softcap": bool(given.get("softcap")), "masked_rows": rule, "clamp": bool(given.get("clamp")),
         }  # fmt: skip
         return replace(without_sizes(call), attributes=attributes)
 
@@ -84,18 +84,21 @@ class AttentionKernel:
         softcap = call.attributes.get("softcap", 0.0)
         if softcap < 0:
             raise Unsupported("softcap", f"softcap {softcap}: the kernels need a positive one, or 0 for none")
+        if call.attributes.get("clamp") and call.query_length != call.key_length:
+            raise Unsupported("lengths", f"clamped windows of {call.query_length} queries on {call.key_length} keys")
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         self._check(call)
         hopper = architecture == 90 and not set(call.inputs) - {"sinks"} and not call.attributes.get("softcap")
         hopper = hopper and call.attributes.get("masked_rows", "zero") != "uniform"
-        chosen = tactics(PACKAGE, call, architecture, kind(call), hopper)
+        chosen = tactics(PACKAGE, call, architecture, kind(call), lambda _: hopper)
         return [self._program(call, tactic, rank) for rank, tactic in enumerate(chosen)]
 
     def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
         hopper = tactic.name.startswith(HOPPER)
         constants: dict[str, Constant] = {
             "HAS_LEFT": call.attributes.get("left", -1) >= 0, "HAS_RIGHT": call.attributes.get("right", -1) >= 0,
+            "CLAMP": bool(call.attributes.get("clamp")),
             "RULE": RULES[call.attributes.get("masked_rows", "zero")], **widths(call), **tactic.constants,
         }  # fmt: skip
         if hopper:
@@ -103,8 +106,8 @@ class AttentionKernel:
         else:
             constants["SOFTCAP"] = bool(call.attributes.get("softcap"))
         tiles = f"cdiv(NQ, {queries(constants)})"
-        # Tiles of one length are shared by as many blocks as the GPU runs at once; others are left to its scheduler.
-        items = f"{tiles} * H * B" if kind(call) != "none" else f"min({tiles} * H * B, SMS)"
+        # Tiles of one length are shared by as many blocks as the GPU runs at once; causal ones the GPU schedules.
+        items = f"{tiles} * H * B" if kind(call) == "causal" else f"min({tiles} * H * B, SMS)"
         module = "kernel_hopper" if hopper else "kernel_triton"
         return Program(
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",

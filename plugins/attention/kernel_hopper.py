@@ -29,6 +29,15 @@ from attncompile.plugins.hopper_pipeline import (
 
 
 @gluon.jit
+def stand(position, sizes, FLAGS: gl.constexpr):
+    """Where the middle of a query's window is: at the query, or moved inward at both ends (FLAGS 4, NATTEN's)."""
+    NQ, NK, H, group, left, right = sizes
+    if FLAGS & 4:
+        position = gl.minimum(gl.maximum(position, left), NK - 1 - right)
+    return position
+
+
+@gluon.jit
 def item(number, sizes, BM: gl.constexpr, FLAGS: gl.constexpr):
     """Of a number: the first query of a tile, its head, key head and batch, and the keys from .. to that it meets."""
     NQ, NK, H, group, left, right = sizes
@@ -39,8 +48,8 @@ def item(number, sizes, BM: gl.constexpr, FLAGS: gl.constexpr):
     h = number // tiles % H
     b = (number // tiles // H).to(gl.int64)
     first = tile * BM
-    low = first + (NK - NQ)
-    high = gl.minimum(first + BM, NQ) - 1 + (NK - NQ)
+    low = stand(first + (NK - NQ), sizes, FLAGS)
+    high = stand(gl.minimum(first + BM, NQ) - 1 + (NK - NQ), sizes, FLAGS)
     start = NK * 0
     end = NK
     if FLAGS & 1:
@@ -101,7 +110,9 @@ def produce(
 
 @gluon.jit
 def hide(s, tile, facts, FLAGS: gl.constexpr):
-    """-inf where a query does not see a key of tile ``tile``. FLAGS: 1 has a left bound, 2 a right one."""
+    """-inf where a query does not see a key of tile ``tile``. FLAGS: 1 has a left bound, 2 a right one; see
+    ``stand`` for 4.
+    """
     origin, start, position, left, right = facts
     BN: gl.constexpr = s.shape[1]
     keys = origin + tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, accumulator(BN)))
@@ -145,14 +156,15 @@ def consume(
         elif tiles > 0:
             # Tiles end where the keys end: only the first may begin before the first key.
             origin = end - tiles * BN
-            facts = (origin, start, i + (NK - NQ), left, right)
+            facts = (origin, start, stand(i + (NK - NQ), sizes, FLAGS), left, right)
             work = (rings, barriers, (turn & 1) * CONSUMERS + INDEX, facts, factor)
             # Tiles from .. to that all of these queries see need no mask.
-            low = mine + (NK - NQ)
+            low = stand(mine + (NK - NQ), sizes, FLAGS)
+            high = stand(mine + (NK - NQ) + ROWS - 1, sizes, FLAGS)
             seen_from = start
             all_to = opaque(tiles, DV)
             if FLAGS & 1:
-                seen_from = gl.maximum(start, low + ROWS - 1 - left)
+                seen_from = gl.maximum(start, high - left)
             if FLAGS & 2:
                 all_to = gl.minimum((low + right + 1 - origin) // BN, tiles)
             all_from = gl.minimum((seen_from - origin + BN - 1) // BN, tiles)
@@ -188,7 +200,7 @@ def attention(
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, sinks_h,
     NQ, NK, H, B, group, scale, left, right,
     output, log_sum_exp,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, RULE: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CLAMP: gl.constexpr, RULE: gl.constexpr,
     DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, DV: gl.constexpr, V1: gl.constexpr, V2: gl.constexpr,
     CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TAKE: gl.constexpr, GIVE: gl.constexpr,
     TURNS: gl.constexpr,
@@ -197,7 +209,7 @@ def attention(
     ceil(NQ / (64 CONSUMERS)) H B tiles, so that what begins and ends one tile runs beside the products of another.
     """
     dtype: gl.constexpr = query.dtype.element_ty
-    FLAGS: gl.constexpr = (1 if HAS_LEFT else 0) + (2 if HAS_RIGHT else 0)
+    FLAGS: gl.constexpr = (1 if HAS_LEFT else 0) + (2 if HAS_RIGHT else 0) + (4 if CLAMP else 0)
     HAS_SINKS: gl.constexpr = sinks is not None
     HAS_LSE: gl.constexpr = log_sum_exp is not None
     # A partition's arguments cannot be None: pointers that are not there are the output's, and not read.

@@ -82,13 +82,14 @@ def attention(
     key_mask_b, key_mask_k, bias_b, bias_h, bias_q, bias_k, sinks_h, mask_b, mask_h, mask_q, mask_k,
     NQ, NK, group, scale, softcap, left, right,
     output, log_sum_exp,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, RULE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CLAMP: tl.constexpr, SOFTCAP: tl.constexpr, RULE: tl.constexpr,
     DK: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """query [B, NQ, H, DK], key [B, NK, H / group, DK], value [B, NK, H / group, DV] by strides in 8 elements ->
     output [B, NQ, H, DV], log_sum_exp [B, H, NQ] float32. Optional tensors are None where absent. ``scale`` and
-    ``softcap`` are the bits of a float32. Grid: (ceil(NQ / BM), H, B).
+    ``softcap`` are the bits of a float32. CLAMP: windows are moved inward at both ends, as NATTEN's are.
+    Grid: (ceil(NQ / BM), H, B).
     """
     tile = tl.program_id(0)
     if HAS_RIGHT:
@@ -142,6 +143,10 @@ def attention(
     position = i + (NK - NQ)
     low = first + (NK - NQ)
     high = tl.minimum(first + BM, NQ) - 1 + (NK - NQ)
+    if CLAMP:
+        position = tl.minimum(tl.maximum(position, left), NK - 1 - right)
+        low = tl.minimum(tl.maximum(low, left), NK - 1 - right)
+        high = tl.minimum(tl.maximum(high, left), NK - 1 - right)
     start, end = 0, keys
     if HAS_LEFT:
         start = tl.minimum(tl.maximum(low - left, 0), keys)

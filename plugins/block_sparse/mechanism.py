@@ -1,4 +1,7 @@
-"""``BlockSparseAttention`` as a mechanism: any mask that is known at fixed lengths, without the keys that it hides."""
+"""``BlockSparseAttention`` as a mechanism: any mask that is known at fixed lengths, without the keys that it hides.
+
+Heads may have masks of their own, and keys may count several times in a softmax.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import numpy as np
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.grid import TokenGrid
+from attncompile.core.head_pattern import HeadMasks, KeyCounts
 from attncompile.core.mask import MaskPart
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
 from attncompile.core.pattern import GridWindow
@@ -32,6 +35,7 @@ from attncompile.plugins.neighborhood.facts import (
     visible,
 )
 from attncompile.plugins.neighborhood.tiles import COPY
+from attncompile.plugins.token_padding import around
 
 MINIMUM_GAIN = 1.15
 """A predicted gain below this is not worth a candidate."""
@@ -42,11 +46,17 @@ LARGEST_MASK = 1 << 28
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Mask:
-    """A site's mask at its lengths: the bits, what they are called in a plan file, and whether a row has none."""
+    """A site's mask at its lengths: ``counts`` bool or uint8 [1 or heads, Nq, Nk] says how often each key counts; what
+    that is called in a plan file, and whether a row has no key.
+    """
 
-    visible: np.ndarray
+    counts: np.ndarray
     digest: str
     empty_rows: bool
+
+    @property
+    def share(self) -> float:
+        return float(np.count_nonzero(self.counts) / self.counts.size)
 
 
 class BlockSparseAttention:
@@ -56,14 +66,14 @@ class BlockSparseAttention:
 
     name = OP_TYPE
     skips_keys = True
-    understands: frozenset[Need] = frozenset({"body"})
+    understands: frozenset[Need] = frozenset({"body", "head-mask", "key-counts", "token-padding"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         try:
             parts = structures(site.mask)
-            if all(p.kind in ("window", "causal") for p in parts):
+            if site.mask.counts is None and all(p.kind in ("window", "causal") for p in parts):
                 raise Unsupported("nothing-to-skip", "no structure beyond causal or a window, which other ops do")
-            mask = _mask(site, parts)
+            mask = _mask(site)
         except Unsupported as error:
             return (Verdict.of(error),)
         parameters = {"masked_rows": site.mask.masked_rows, "mask": mask.digest}
@@ -71,12 +81,13 @@ class BlockSparseAttention:
         if not exact.ok:
             return (exact,)
         made = _plan(site)
-        keys, share = made.elements / len(mask.visible), float(mask.visible.mean())
-        gain = prod(mask.visible.shape) / (made.elements + COPY * made.copied + LAUNCH * len(made.groups) / site.heads)
+        queries, all_keys = mask.counts.shape[1:]
+        keys, share = made.elements / queries, mask.share
+        gain = queries * all_keys / (made.elements + COPY * made.copied + LAUNCH * len(made.groups) / site.heads)
         if gain < MINIMUM_GAIN:
             reason = f"{share:.1%} of the keys are seen: predicted gain {gain:.2f}, below {MINIMUM_GAIN}"
             return (Verdict.no("too-dense", reason),)
-        reason = f"{share:.1%} of the keys are seen; {keys:.0f} of {mask.visible.shape[1]} keys a query are met"
+        reason = f"{share:.1%} of the keys are seen; {keys:.0f} of {all_keys} keys a query are met"
         return (Candidate(self.name, parameters, True, reason),)
 
     def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
@@ -88,14 +99,14 @@ class BlockSparseAttention:
             made = _plan(site)
         except Unsupported as error:
             return Verdict.of(error)
-        return Verdict.yes(f"{mask.visible.mean():.1%} of the keys, in {len(made.groups)} groups of tiles")
+        return Verdict.yes(f"{mask.share:.1%} of the keys, in {len(made.groups)} groups of tiles")
 
     def is_exact_for(self, site: AttentionSite, parameters: Parameters) -> Verdict:
         """Exact whenever it is supported: the mask is the site's own, bit by bit, at its fixed lengths."""
         supported = self.supports(site, parameters)
         if not supported.ok:
             return supported
-        if site.mask.part("padding") is not None or _mask(site, structures(site.mask)).empty_rows:
+        if site.mask.part("padding") is not None or _mask(site).empty_rows:
             try:
                 check_masked_rows(site.mask)
             except Unsupported as error:
@@ -115,7 +126,7 @@ class BlockSparseAttention:
     def reference(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, parameters: Parameters, **extra: Any
     ) -> np.ndarray:
-        """``extra`` needs ``visible``, bool [Nq, Nk]."""
+        """``extra`` needs ``visible``, [Nq, Nk] or [H, Nq, Nk], bool or how often each key counts."""
         return reference(q, k, v, masked_rows=_rows(parameters), **extra)
 
     def without_branches(self, parameters: Parameters) -> Parameters:
@@ -126,12 +137,16 @@ class BlockSparseAttention:
         register()
         call = Call.of(site, opset, 0, 0)
         mask = self._check(site, parameters)
-        attributes = {**lists(mask.visible), "masked_rows": _rows(parameters)}
-        padding, bias = check_padding(site.mask), check_bias(site)
-        more = (padding, bias) if bias else (padding,) if padding else ()
-        inputs = (site.query.value, site.key.value, site.value.value, *more)
-        made = node(attributes, call, inputs, site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
-        return Lowering((made,), (function(_plan(site), attributes, call),))
+        attributes = {**lists(mask.counts), "masked_rows": _rows(parameters)}
+
+        def lowered(site: AttentionSite) -> Lowering:
+            padding, bias = check_padding(site.mask), check_bias(site)
+            more = (padding, bias) if bias else (padding,) if padding else ()
+            inputs = (site.query.value, site.key.value, site.value.value, *more)
+            made = node(attributes, call, inputs, site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
+            return Lowering((made,), (function(_plan(site), attributes, call),))
+
+        return around(site, lowered)
 
     def _check(self, site: AttentionSite, parameters: Parameters) -> _Mask:
         """The site's mask. Raises ``Unsupported`` for a site that this op cannot express with these parameters."""
@@ -139,7 +154,9 @@ class BlockSparseAttention:
         _rows(parameters)
         check_padding(site.mask)
         check_bias(site)
-        mask = _mask(site, structures(site.mask))
+        mask = _mask(site)
+        if len(mask.counts) > 1:
+            _check_heads(site, mask)
         if parameters.get("mask", mask.digest) != mask.digest:
             raise Unsupported("other-mask", "these parameters are for another mask than the site's")
         return mask
@@ -152,22 +169,44 @@ def _rows(parameters: Parameters) -> str:
     return rows
 
 
-def _mask(site: AttentionSite, parts: tuple[MaskPart, ...]) -> _Mask:
-    queries, keys = site.query_length, site.key_length
+def _check_heads(site: AttentionSite, mask: _Mask) -> None:
+    """Raise ``Unsupported`` for what the body does not do where heads have masks of their own."""
+    if check_bias(site):
+        raise Unsupported("bias", "a bias beside a mask of its own for each head")
+    blind = mask.empty_rows or site.mask.part("padding") is not None
+    if blind and site.mask.masked_rows == "uniform":
+        raise Unsupported("masked-rows", "rows that average all values, beside a mask of its own for each head")
+
+
+def _mask(site: AttentionSite) -> _Mask:
+    queries, keys, parts = site.query_length, site.key_length, structures(site.mask)
     if not isinstance(queries, int) or not isinstance(keys, int):
         raise Unsupported("lengths", "a table of blocks holds for one length only", "export with a fixed length")
-    if not parts:
+    if not parts and site.mask.counts is None:
         raise Unsupported("nothing-to-skip", "every query sees every key")
     if not 0 < queries * keys <= LARGEST_MASK:
         raise Unsupported("size", f"a mask of {queries}x{keys} is too large to be looked at")
-    return _read(parts, queries, keys)
+    mask = _read(parts, site.mask.counts, queries, keys)
+    if len(mask.counts) not in (1, site.heads):
+        raise Unsupported("heads", f"{len(mask.counts)} masks for {site.heads} heads")
+    return mask
 
 
 @lru_cache(maxsize=2)
-def _read(parts: tuple[MaskPart, ...], queries: int, keys: int) -> _Mask:
-    seen = visible(parts, queries, keys)
-    digest = hashlib.sha256(repr(seen.shape).encode() + np.packbits(seen, axis=1).tobytes()).hexdigest()[:16]
-    return _Mask(seen, digest, not seen.any(axis=1).all())
+def _read(parts: tuple[MaskPart, ...], times: KeyCounts | None, queries: int, keys: int) -> _Mask:
+    shared = tuple(p for p in parts if not isinstance(p.pattern, HeadMasks))
+    seen = visible(shared, queries, keys)[None]
+    try:
+        for part in parts:
+            if isinstance(part.pattern, HeadMasks):
+                seen = seen & part.pattern.visible(queries, keys)
+        counts = seen if times is None else seen * times.times(queries, keys)
+    except ValueError as error:
+        raise Unsupported("lengths", str(error)) from None
+    bits = [np.packbits(one, axis=1).tobytes() for one in seen]
+    shape = seen.shape if len(seen) > 1 else seen.shape[1:]
+    digest = hashlib.sha256(repr(shape).encode() + b"".join(bits) + (b"" if times is None else counts.tobytes()))
+    return _Mask(counts, digest.hexdigest()[:16], not counts.any(axis=-1).all())
 
 
 def _plan(site: AttentionSite) -> Plan:
@@ -175,11 +214,14 @@ def _plan(site: AttentionSite) -> Plan:
     if site.grid is not None:
         grids.append(site.grid)
     wide = tuple(dict.fromkeys(g for g in grids if len(g.shape) > 1))
-    parts = structures(site.mask)
     assert isinstance(site.query_length, int) and isinstance(site.key_length, int)
-    return _made(parts, site.query_length, site.key_length, site.heads, wide)
+    lengths = (site.query_length, site.key_length)
+    return _made(structures(site.mask), site.mask.counts, lengths, (site.heads, site.kv_heads), wide)
 
 
 @lru_cache(maxsize=16)
-def _made(parts: tuple[MaskPart, ...], queries: int, keys: int, heads: int, grids: tuple[TokenGrid, ...]) -> Plan:
-    return plan(_read(parts, queries, keys).visible, heads, grids)
+def _made(
+    parts: tuple[MaskPart, ...], times: KeyCounts | None, lengths: tuple[int, int], heads: tuple[int, int],
+    grids: tuple[TokenGrid, ...],
+) -> Plan:  # fmt: skip
+    return plan(_read(parts, times, *lengths).counts, heads[0], grids, heads[0] // heads[1])

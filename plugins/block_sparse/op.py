@@ -4,9 +4,12 @@ Inputs: ``query`` [B, Nq, H, D], ``key`` [B, Nk, Hkv, D], ``value`` [B, Nk, Hkv,
 layout attribute says, and optionally ``key_mask`` bool, broadcastable to [B, 1, 1, Nk], True = visible, and ``bias``,
 broadcastable to [B, H, Nq, Nk], which is added to the scores. Output: [B, Nq, H, Dv] in ``o_layout``.
 
-Scores are cut into squares of ``block`` queries and keys. Row r of blocks meets the blocks of keys ``columns[i]`` for i
-in offsets[r] .. offsets[r + 1] - 1, in ascending order; ``kinds[i]`` = 0 says that all pairs of the block are visible,
+Scores are cut into squares of ``block`` queries and keys. There are ``lists`` sets of lists: one for all heads, or one
+for each. Row r of blocks in set s, counted as n = s * rows + r, meets the blocks of keys ``columns[i]`` for i in
+offsets[n] .. offsets[n + 1] - 1, in ascending order; ``kinds[i]`` = 0 says that all pairs of the block are visible,
 u > 0 that those are which are set in ``masks[u - 1]``: the rows of the block, packed 8 bits a byte, highest bit first.
+``counts[i]`` says how often these keys count in the softmax: their weights are multiplied by it (left out: once). A
+block whose keys count differently is listed once for each count, its bits apart.
 """
 
 from __future__ import annotations
@@ -27,28 +30,41 @@ BLOCK = 64
 """Edge of the blocks in the op's lists. The body does not use them: it packs keys more tightly."""
 
 
-def lists(visible: np.ndarray, block: int = BLOCK) -> Mapping[str, Any]:
-    """The attributes that say what ``visible`` (bool [Nq, Nk]) says."""
-    rows, columns = (-(-n // block) for n in visible.shape)
-    padded = np.zeros((rows * block, columns * block), bool)
-    padded[: visible.shape[0], : visible.shape[1]] = visible
-    blocks = padded.reshape(rows, block, columns, block).swapaxes(1, 2)  # [rows, columns, block, block]
-    count = blocks.sum(axis=(2, 3), dtype=np.int64)
+def lists(counts: np.ndarray, block: int = BLOCK) -> Mapping[str, Any]:
+    """The attributes for ``counts`` ([Nq, Nk], or [lists, Nq, Nk]): how often each key counts, 0 or False where it is
+    hidden.
+    """
+    sets = counts.reshape((-1, *counts.shape[-2:]))
+    height, width = sets.shape[1:]
+    rows, columns = -(-height // block), -(-width // block)
+    padded = np.zeros((len(sets), rows * block, columns * block), np.uint8)
+    padded[:, :height, :width] = sets
+    blocks = padded.reshape(len(sets), rows, block, columns, block).swapaxes(2, 3)  # [lists, rows, columns, ., .]
     # What lies beyond the lengths does not make a block partial.
-    height, width = (np.minimum(block, n - np.arange(0, n, block)) for n in visible.shape)
-    full, met = count == height[:, None] * width[None, :], count > 0
-    where = np.argwhere(met)  # row-major, so columns ascend within a row
-    partial = met & ~full
-    bits = np.packbits(blocks[partial], axis=2).reshape(-1, block * block // 8)
-    masks, kind = np.unique(bits, axis=0, return_inverse=True)
-    kinds = np.zeros(met.shape, np.int64)
-    kinds[partial] = kind.reshape(-1) + 1
-    return {
-        "block": block, "lengths": list(visible.shape),
-        "offsets": [0, *np.cumsum(met.sum(axis=1)).tolist()], "columns": where[:, 1].tolist(),
-        "kinds": kinds[met].tolist(),
+    high, wide = (np.minimum(block, n - np.arange(0, n, block)) for n in (height, width))
+    whole = high[:, None] * wide[None, :]
+    where: list[np.ndarray] = []
+    bits: list[np.ndarray] = []
+    for times in np.unique(padded[padded > 0]):
+        same = blocks == times
+        count = same.sum(axis=(3, 4), dtype=np.int64)
+        at = np.argwhere(count > 0)
+        full = (count == whole)[tuple(at.T)]
+        where.append(np.concatenate([at, np.full((len(at), 1), times), full[:, None]], axis=1))
+        bits.append(np.packbits(same[tuple(at[~full].T)], axis=2).reshape(-1, block * block // 8))
+    entries = np.concatenate(where) if where else np.zeros((0, 5), np.int64)
+    partial = np.concatenate(bits) if bits else np.zeros((0, block * block // 8), np.uint8)
+    masks, kind = np.unique(partial, axis=0, return_inverse=True)
+    kinds = np.zeros(len(entries), np.int64)
+    kinds[entries[:, 4] == 0] = kind.reshape(-1) + 1
+    order = np.lexsort((entries[:, 3], entries[:, 2], entries[:, 1], entries[:, 0]))
+    met = np.bincount(entries[:, 0] * rows + entries[:, 1], minlength=len(sets) * rows)
+    said: dict[str, Any] = {
+        "block": block, "lengths": [height, width], "lists": len(sets), "offsets": [0, *np.cumsum(met).tolist()],
+        "columns": entries[order, 2].tolist(), "kinds": kinds[order].tolist(),
         "masks": numpy_helper.from_array(masks, "masks"),
     }  # fmt: skip
+    return {**said, "counts": entries[order, 3].tolist()} if (entries[:, 3] > 1).any() else said
 
 
 def register() -> None:
@@ -78,6 +94,8 @@ def register() -> None:
             OpSchema.Attribute("columns", kinds.INTS, "blocks of keys", required=True),
             OpSchema.Attribute("kinds", kinds.INTS, "0: full, u: masks[u - 1]", required=True),
             OpSchema.Attribute("masks", kinds.TENSOR, "uint8 [U, block * block / 8]", required=True),
+            OpSchema.Attribute("counts", kinds.INTS, "how often the keys count, once without it", required=False),
+            OpSchema.Attribute("lists", helper.make_attribute("lists", 1), "sets of lists: 1, or one for each head"),
             *(OpSchema.Attribute(name, helper.make_attribute(name, value), doc) for name, value, doc in texts),
         ],
     )  # fmt: skip

@@ -3,6 +3,9 @@
 Queries are taken in an order in which neighbours see the same keys (as they come, by equal rows of the mask, by
 remainder, by boxes of a grid; whichever is cheapest). Neighbouring pieces are joined while that saves more copied keys
 than it adds scores. Tiles of like sizes then become one group, padded to its largest: one batched product each.
+
+A key that counts several times stands in a tile so often: adding the logarithm to its score would round it away where
+scores are large.
 """
 
 from __future__ import annotations
@@ -42,17 +45,21 @@ _BITS = np.array([bin(i).count("1") for i in range(256)], np.int64)
 class Plan:
     """``groups`` in the order of their results; ``slots`` [Nq] says where each query's result stands. ``elements`` are
     the scores of one head, ``copied`` the keys that are gathered for it, both with padding.
+
+    Where ``sets`` is above 1, each head has its own mask: tokens are then counted through all heads (query i of head h
+    is h * Nq + i, key j of the key head g is g * Nk + j), and ``slots`` is [sets * Nq].
     """
 
     groups: tuple[Tiles, ...]
     slots: np.ndarray
     elements: int
     copied: int
+    sets: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """Sets of queries, and the keys [P, Nk / 8] (bits) that any query of each sees."""
+    """Sets of queries, and the columns [P, Nc / 8] (bits) that any query of each sees."""
 
     queries: list[np.ndarray]
     keys: np.ndarray
@@ -63,22 +70,71 @@ class _Pieces:
         return np.stack([np.array([len(q) for q in self.queries]), np.maximum(_BITS[self.keys].sum(axis=1), 1)], axis=1)
 
 
-def plan(visible: np.ndarray, heads: int, grids: tuple[TokenGrid, ...] = ()) -> Plan:
-    """The cheapest plan found for ``visible`` (bool [Nq, Nk], at least one query and key).
+def plan(counts: np.ndarray, heads: int, grids: tuple[TokenGrid, ...] = (), group: int = 1) -> Plan:
+    """The cheapest plan found for ``counts`` ([Nq, Nk] or [sets, Nq, Nk], at least one query and key; sets is 1 or
+    ``heads``): how often each key counts, 0 or False where it is hidden. ``group`` query heads share a key head.
 
     Raises:
         Unsupported: the tables would be too large.
     """
+    sets = counts.reshape((-1, *counts.shape[-2:]))
+    masks, of_column = _columns(sets)
+    if len(sets) == 1:
+        _, pieces, groups = _cheapest(masks[0], LAUNCH / heads, grids)
+        owner = np.zeros(len(pieces.queries), np.int64)
+        return _assemble(_Cut(masks, of_column, pieces, owner, 1, sets.shape[2]), groups)
+    known: dict[bytes, _Pieces] = {}
+    of_head: list[_Pieces] = []
+    for mask in masks:
+        bits = np.packbits(mask, axis=1).tobytes()
+        if bits not in known:
+            known[bits] = _cheapest(mask, LAUNCH / heads, grids)[1]
+        of_head.append(known[bits])
+    pieces = _Pieces([q for p in of_head for q in p.queries], np.concatenate([p.keys for p in of_head]))
+    owner = np.repeat(np.arange(len(sets)), [len(p.queries) for p in of_head])
+    return _assemble(_Cut(masks, of_column, pieces, owner, group, sets.shape[2]), _grouped(pieces.sizes, LAUNCH)[0])
+
+
+def _columns(sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bool [sets, Nq, Nc] and the key [Nc] of each column: one a key, and one more each time that it counts again."""
+    if sets.dtype == bool:
+        return sets, np.arange(sets.shape[2])
+    masks, of_column = [sets > 0], [np.arange(sets.shape[2])]
+    for times in range(1, int(sets.max())):
+        again = np.flatnonzero((sets > times).any(axis=(0, 1)))
+        masks.append(sets[:, :, again] > times)
+        of_column.append(again)
+    return np.concatenate(masks, axis=2), np.concatenate(of_column)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    """``masks`` bool [sets, Nq, Nc], cut into ``pieces``, each of the set ``owner`` [P]; columns are those of the keys
+    ``of_column`` [Nc] of ``keys``. ``group`` sets share keys.
+    """
+
+    masks: np.ndarray
+    of_column: np.ndarray
+    pieces: _Pieces
+    owner: np.ndarray
+    group: int
+    keys: int
+
+
+def _cheapest(
+    visible: np.ndarray, launch: float, grids: tuple[TokenGrid, ...]
+) -> tuple[float, _Pieces, list[np.ndarray]]:
+    """What it costs, its pieces, and which of them go together."""
     bits = np.packbits(visible, axis=1)
     best: tuple[float, _Pieces, list[np.ndarray]] | None = None
     for queries in _orders(visible, bits, grids):
         pieces = _Pieces(queries, _unions(bits, queries))
         for made in (pieces, _joined(pieces)):
-            groups, cost = _grouped(made.sizes, LAUNCH / heads)
+            groups, cost = _grouped(made.sizes, launch)
             if best is None or cost < best[0]:
                 best = cost, made, groups
     assert best is not None
-    return _assemble(visible, best[1], best[2])
+    return best
 
 
 def _orders(visible: np.ndarray, bits: np.ndarray, grids: tuple[TokenGrid, ...]) -> Iterator[list[np.ndarray]]:
@@ -208,16 +264,16 @@ def _rounded(sizes: np.ndarray) -> np.ndarray:
     return np.asarray(-(-sizes // step) * step)
 
 
-def _assemble(visible: np.ndarray, pieces: _Pieces, groups: list[np.ndarray]) -> Plan:
-    sizes = pieces.sizes
+def _assemble(cut: _Cut, groups: list[np.ndarray]) -> Plan:
+    sizes, (sets, height, _) = cut.pieces.sizes, cut.masks.shape
     elements = sum(len(g) * int(prod(sizes[g].max(axis=0))) for g in groups)
     if elements > LARGEST_PLAN:
-        raise Unsupported("size", f"{elements} scores a head would still be computed")
-    slots = np.empty(len(visible), np.int64)
+        raise Unsupported("size", f"{elements // sets} scores a head would still be computed")
+    slots = np.empty(sets * height, np.int64)
     made: list[Tiles] = []
     done = copied = 0
-    for group in groups:
-        tiles = _tiles(visible, pieces, group)
+    for members in groups:
+        tiles = _tiles(cut, members)
         flat = tiles.query_index.reshape(-1)
         # Written backwards, so that the first of repeated queries stays.
         slots[flat[::-1]] = done + np.arange(len(flat), dtype=np.int64)[::-1]
@@ -228,21 +284,24 @@ def _assemble(visible: np.ndarray, pieces: _Pieces, groups: list[np.ndarray]) ->
     table = sum(t.masks.size for t in made if not t.masks.all())
     if table > LARGEST_TABLE:
         raise Unsupported("size", f"the masks of its tiles would take {table >> 20} MiB")
-    return Plan(tuple(made), slots, elements, copied)
+    return Plan(tuple(made), slots, elements // sets, copied // sets, sets)
 
 
-def _tiles(visible: np.ndarray, pieces: _Pieces, group: np.ndarray) -> Tiles:
-    most_queries, most_keys = (int(n) for n in pieces.sizes[group].max(axis=0))
+def _tiles(cut: _Cut, members: np.ndarray) -> Tiles:
+    pieces, (_, height, width) = cut.pieces, cut.masks.shape
+    most_queries, most_keys = (int(n) for n in pieces.sizes[members].max(axis=0))
     queries, keys = [], []
-    masks = np.zeros((len(group), most_queries, most_keys), bool)
-    for place, piece in enumerate(group):
+    masks = np.zeros((len(members), most_queries, most_keys), bool)
+    for place, piece in enumerate(members):
+        owner = int(cut.owner[piece])
         rows = np.pad(pieces.queries[piece], (0, most_queries - len(pieces.queries[piece])), mode="edge")
-        columns = np.flatnonzero(np.unpackbits(pieces.keys[piece], count=visible.shape[1]))
-        masks[place, :, : len(columns)] = visible[np.ix_(rows, columns)]
+        columns = np.flatnonzero(np.unpackbits(pieces.keys[piece], count=width))
+        masks[place, :, : len(columns)] = cut.masks[owner][np.ix_(rows, columns)]
         if not len(columns):
             columns = np.zeros(1, np.int64)
-        queries.append(rows)
-        keys.append(np.pad(columns, (0, most_keys - len(columns)), mode="edge"))
-    packed = np.packbits(masks.reshape(len(group), -1), axis=1)
+        of_column = np.pad(cut.of_column[columns], (0, most_keys - len(columns)), mode="edge")
+        queries.append(rows + owner * height)
+        keys.append(of_column + owner // cut.group * cut.keys)
+    packed = np.packbits(masks.reshape(len(members), -1), axis=1)
     _, first, kind = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     return Tiles(np.stack(queries), np.stack(keys), kind.reshape(-1), masks[first])

@@ -114,7 +114,7 @@ def check_masked_rows(mask: MaskFacts) -> None:
 
 
 def check_bias(site: AttentionSite) -> str:
-    """The graph value of the one bias, or an empty string without one.
+    """The graph value of the one bias, or an empty string without one; how often keys count is no value of the graph.
 
     Raises:
         Unsupported: several, one that is not known to broadcast to [batch, heads, query, key], or a dynamic length.

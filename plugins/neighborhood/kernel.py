@@ -26,7 +26,7 @@ from attncompile.plugins.kernel_arguments import (
     without_sizes,
 )
 from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood, register
-from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, tactics
+from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, HOPPER_SHARED, hopper_shared, tactics
 
 PACKAGE = "attncompile.plugins.neighborhood"
 WINDOWS = "Attention"
@@ -185,6 +185,9 @@ class NeighborhoodKernel:
         if hood.sliding and not hood.prefix and not hood.suffix:
             window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": hood.masked_rows}
             return replace(node, op=WINDOWS, attributes={**window, **scale})
+        if slides_inward(hood):
+            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": hood.masked_rows, "clamp": True}
+            return replace(node, op=WINDOWS, attributes={**window, **scale})
         return replace(node, attributes={**hood.attributes(), **scale})
 
     def general(self, call: OpCall) -> OpCall:
@@ -229,10 +232,8 @@ class NeighborhoodKernel:
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         hood = self._check(call)
-        return [
-            self._program(call, hood, t, rank)
-            for rank, t in enumerate(tactics(PACKAGE, call, architecture, "none", False))
-        ]
+        chosen = tactics(PACKAGE, call, architecture, "none", lambda t: architecture == 90 and on_hopper(call, hood, t))
+        return [self._program(call, hood, t, rank) for rank, t in enumerate(chosen)]
 
     def _program(self, call: OpCall, hood: Neighborhood, tactic: Tactic, rank: int) -> Program:
         hopper = tactic.name.startswith(HOPPER)
@@ -257,6 +258,28 @@ class NeighborhoodKernel:
 
     def work(self, call: OpCall, program: Program) -> Work:
         return work(call, program)
+
+
+def slides_inward(hood: Neighborhood) -> bool:
+    """A clamped 1-D window without anything else, which is a call of ``Attention`` as well."""
+    plain = replace(hood, border="truncate").sliding and not hood.prefix and not hood.suffix
+    return plain and hood.border == "clamp" and hood.tokens is not None and not any(hood.causal)
+
+
+def on_hopper(call: OpCall, hood: Neighborhood, tactic: Tactic) -> bool:
+    """Whether ``kernel_hopper.py`` takes the call with this tactic."""
+    if call.inputs or hood.shape != "box" or hood.masked_rows == "uniform":
+        return False
+    if any(c and s > k for c, s, k in zip(hood.causal, hood.stride, hood.kernel_size, strict=True)):
+        return False  # queries without a window
+    keys, consumers = int(tactic.constants["BN"] or 0), int(tactic.constants["CONSUMERS"] or 0)
+    made = cut(hood, HOPPER_ROWS * consumers, keys, True)
+    plane = made.box if made.all_seen else made.axes[1].extent * made.axes[2].extent
+    wide = max(a.reach for a in made.axes) >= NARROW
+    if any(a.clip for a in made.axes) or (wide and made.axes[1].extent > 1):
+        return False
+    tables = 2 * 4 * ceil(plane / keys) * keys
+    return hopper_shared(call, tactic) + tables <= HOPPER_SHARED
 
 
 def arguments(call: OpCall, optional: Sequence[str], hopper: bool) -> list[Argument]:

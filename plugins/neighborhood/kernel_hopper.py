@@ -1,9 +1,9 @@
-"""Neighborhood attention for sm_90, in Gluon: boxes as in ``kernel_triton.py``, arranged as ``hopper_pipeline.py`` says.
+"""Neighborhood attention for sm_90, in Gluon: boxes as in ``kernel_triton.py``, work as in ``hopper_pipeline.py``.
 
 A box is met plane by plane. Where the keys of a plane lie, counted from its corner, and the words that say their
 coordinates (see ``kernel_triton.py``) are the same for every plane of every tile: each block writes both down once. A
-query that does not see a plane at all gets a row word that no key passes. Prefix and suffix tokens are a list before the
-box; a tile of prefix and suffix queries meets all tokens as one list.
+query that does not see a plane at all gets a row word that no key passes. Prefix and suffix tokens are a list before
+the box; a tile of prefix and suffix queries meets all tokens as one list.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from attncompile.plugins.neighborhood.kernel_triton import axis_tile, bounds, co
 @gluon.constexpr_function
 def tiles_of(grid, size, dilation):
     """Tiles on an axis."""
-    return -(-(-(-grid // dilation)) // size) * dilation
+    longest = (grid + dilation - 1) // dilation
+    return (longest + size - 1) // size * dilation
 
 
 @gluon.jit
@@ -210,7 +211,7 @@ def hide_list(s, tile, facts, FLAGS: gl.constexpr):
 
 @gluon.jit
 def hide_part(s, tile, facts, FLAGS: gl.constexpr):
-    """-inf where a guard bit is gone. FLAGS: bits of a field, parts of a plane, keys of a plane, whether all are seen."""
+    """-inf where a guard bit is gone. FLAGS: bits of a field, parts and keys of a plane, whether all are seen."""
     row_words, low0, high0, words, count, before = facts
     BN: gl.constexpr = s.shape[1]
     COLUMN: gl.constexpr = gl.SliceLayout(0, accumulator(BN))
@@ -310,8 +311,8 @@ def consume(
 
 @gluon.jit
 def write_tables(places, words, SHAPE: gl.constexpr, PLANE: gl.constexpr, FIELD: gl.constexpr, ALL_SEEN: gl.constexpr):
-    """Of every key of a plane where it lies, counted in tokens from the corner, and its word. Past the plane's end there
-    is the corner once more, with a word that no query's bounds pass.
+    """Of every key of a plane where it lies, counted in tokens from the corner, and its word. Past the plane's end
+    there is the corner once more, with a word that no query's bounds pass.
     """
     G: gl.constexpr = SHAPE[0]
     E: gl.constexpr = SHAPE[2]

@@ -36,6 +36,7 @@ from attncompile.plugins.neighborhood.reference import reference
 from attncompile.plugins.neighborhood.ring_sites import check_ring, ring, ring_is_exact, ring_parameters
 from attncompile.plugins.neighborhood.rings import rings
 from attncompile.plugins.neighborhood.tiles import COPY, tiling
+from attncompile.plugins.token_padding import around
 
 MINIMUM_GAIN = 1.15
 """A predicted gain below this is not worth a candidate."""
@@ -64,7 +65,7 @@ class NeighborhoodAttention:
 
     name = OP_TYPE
     skips_keys = True
-    understands: frozenset[Need] = frozenset({"body", "sinks", "head-scale"})
+    understands: frozenset[Need] = frozenset({"body", "sinks", "head-scale", "token-padding"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
         try:
@@ -230,15 +231,19 @@ class NeighborhoodAttention:
         block, dense_below = _block(parameters)
         self._check(site, hood)
         call = Call.of(site, opset, block, dense_below)
-        found = ring(site.mask) if hood.circular else None
-        mask, bias = check_padding(site.mask), "" if found is not None else check_bias(site)
-        places = found.bias if found is not None else ""
-        scaled, query, stored = scaled_query(site)
-        inputs = [query, site.key.value, site.value.value, mask, bias, site.sinks, places]
-        while not inputs[-1]:
-            inputs.pop()
-        made = node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
-        return Lowering((*scaled, made), (function(hood, call),), stored)
+
+        def lowered(site: AttentionSite) -> Lowering:
+            found = ring(site.mask) if hood.circular else None
+            mask, bias = check_padding(site.mask), "" if found is not None else check_bias(site)
+            places = found.bias if found is not None else ""
+            scaled, query, stored = scaled_query(site)
+            inputs = [query, site.key.value, site.value.value, mask, bias, site.sinks, places]
+            while not inputs[-1]:
+                inputs.pop()
+            made = node(hood, call, tuple(inputs), site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
+            return Lowering((*scaled, made), (function(hood, call),), stored)
+
+        return around(site, lowered)
 
     def _check(self, site: AttentionSite, hood: Neighborhood) -> None:
         """Raise ``Unsupported`` for a site that this op cannot express with these parameters."""

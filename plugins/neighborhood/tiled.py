@@ -20,7 +20,7 @@ from attncompile.plugins.neighborhood.call import Call
 class Tiles:
     """Tables of T tiles of q queries and W keys: token numbers ``query_index`` [T, q] and ``key_index`` [T, W], where a
     tile that is not full repeats tokens; ``kind`` [T] chooses each tile's mask among ``masks`` [U, q, W], True = seen
-    (a repeated key is seen once).
+    (a key that fills up is not seen).
     """
 
     query_index: np.ndarray

@@ -204,6 +204,8 @@ def read_site(site: AttentionSite, feed: dict[str, np.ndarray], world: World) ->
             scores = np.where(seen, scores, hidden)
         elif part.pattern is not None and part.kind != "bias":
             scores = np.where(part.pattern.visible(queries, keys), scores, hidden)
+        elif part.counts is not None:
+            scores = scores + np.log(np.maximum(part.counts.times(queries, keys), 1))
         else:
             assert part.source is not None
             data = feed[part.source] if part.source in feed else world.value(part.source)

@@ -99,6 +99,9 @@ def rebuild(site: AttentionSite, values: Mapping[str, np.ndarray]) -> tuple[np.n
     if site.mask.masked_rows == "zero" or site.mask.guarded:
         weights = np.nan_to_num(weights, nan=0.0)
     out = weights @ v
+    if site.mask.zeroed:
+        (hidden,) = [values[p.source or ""] == 0 for p in site.mask.parts if p.tokens]
+        out = np.where(hidden[:, None, :, None], 0.0, out)
     return (out if site.output.layout == "BHND" else out.transpose(0, 2, 1, 3)), (top + np.log(total))[..., 0]
 
 
@@ -116,11 +119,14 @@ def _masked(scores: np.ndarray, part: MaskPart, values: Mapping[str, np.ndarray]
     if kind not in ("padding", "bias", "opaque"):
         assert pattern is not None
         return np.where(pattern.visible(queries, keys), scores, hidden)
+    if part.counts is not None:
+        with np.errstate(divide="ignore"):
+            return scores + np.log(part.counts.times(queries, keys).astype(np.float64))
     assert source is not None
     other_axes = kind == "bias" and part.certificate.method == "structure"
     if other_axes or "not [batch" in part.certificate.detail:
         raise Unaligned(f"'{source}' is applied where the scores have other axes")
-    data = values[source]
+    data = values[source] if not part.tokens else values[source][:, None, None].astype(bool)
     if part.additive:
         return scores + data.astype(np.float64)
     # A stored mask of 0 and large negative numbers is a bool in the facts, one that adds nothing where a key is seen.

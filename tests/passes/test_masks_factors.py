@@ -81,11 +81,12 @@ def test_numbers_that_hide_differently_are_all_named() -> None:
     assert [p.kind for p in site.mask.parts] == ["causal"] and set(site.mask.fills) == {-np.inf, -1e9}
 
 
-def test_heads_that_differ_are_opaque() -> None:
+def test_heads_that_differ_have_masks_of_their_own() -> None:
     seen = np.stack([TRI, np.eye(N, dtype=bool), np.ones((N, N), dtype=bool)])
     site, name = added(np.where(seen, 0.0, -np.inf)[None])
     (part,) = site.mask.parts
-    assert part.kind == "opaque" and "differs between heads" in part.certificate.detail and part.source == name
+    assert part.kind == "block_sparse" and part.source == name and part.pattern is not None
+    np.testing.assert_array_equal(part.pattern.visible(N, N), seen)
 
 
 @pytest.mark.parametrize("form", ["and", "two"])

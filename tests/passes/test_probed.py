@@ -107,5 +107,5 @@ def test_any_mask_is_read() -> None:
         return out.astype(np.float32)
 
     reading = read(run, sizes)
-    np.testing.assert_array_equal(reading.visible, visible)
+    np.testing.assert_array_equal(reading.counts, visible)
     assert reading.scale == pytest.approx(0.7, rel=1e-4)

@@ -110,7 +110,6 @@ REFUSED: dict[str, Callable[[Places], object]] = {
     "mask of -100": lambda p: p.added(p.scores, _mask(-100)),
     "mask of -5000": lambda p: p.added(p.scores, _mask(-5000)),
     "mask, then scaled": lambda p: (p.times(p.scores, np.array(0.01)), p.added(p.scores, _mask(-1e4))),
-    "mask of one head": lambda p: p.added(p.scores, _mask(-np.inf, heads=HEADS)),
     "mask of one batch entry": lambda p: p.added(p.scores, _mask(-np.inf, batch=BATCH)),
     "scale of heads": lambda p: p.times(p.scores, _ratio(HEADS, 1e-5).reshape(1, HEADS, 1, 1, 1)),
     "scale of queries": lambda p: p.times(p.queries, _ratio(CHUNK, 1e-5).reshape(1, 1, 1, CHUNK, 1)),
@@ -122,7 +121,6 @@ REFUSED: dict[str, Callable[[Places], object]] = {
     "shifted keys": lambda p: p.added(p.keys, np.arange(CHUNK).reshape(1, 1, 1, CHUNK, 1) * 1e-6),
     "weight of 1e-5": lambda p: p.added(p.scores, _mask(float(np.log(1e-5)))),
     "weights with a factor": lambda p: p.times(p.weights, np.where(_mask(1.0) > 0, 0.99, 1.0)),
-    "a key twice": _twice,
     "half precision inside": lambda p: _cast(p, onnx.TensorProto.FLOAT16),
     "integers inside": lambda p: _cast(p, onnx.TensorProto.INT32),
     "hidden by data": _by_data,
@@ -147,6 +145,8 @@ KEPT: dict[str, Callable[[Places], object]] = {
     "idle dropout": lambda p: _dropped(p, 0.5, False),
     "scaled at two places": lambda p: (p.times(p.near, np.array(2.0)), p.times(p.far, np.array(2.0))),
     "one more for all scores of zero": lambda p: p.added(p.scores, np.zeros(1)),
+    "mask of one head": lambda p: p.added(p.scores, _mask(-np.inf, heads=HEADS)),
+    "a key twice": _twice,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from attncompile.core.grid_pattern import Blocked
+from attncompile.core.head_pattern import HeadMasks, KeyCounts
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Mechanism
 from attncompile.core.pattern import BlockSparse, Pattern
@@ -28,9 +29,21 @@ TYPES = {
 }
 
 
+def stored_mask(counts: np.ndarray) -> list[MaskPart]:
+    """The factors of a mask [Nq, Nk] or [heads, Nq, Nk], bool or how often each key counts."""
+    seen = counts > 0
+    pattern: Pattern = BlockSparse.of(seen, 16) if seen.ndim == 2 else HeadMasks.of(seen, 16)
+    made = [MaskPart("block_sparse", ONCE, pattern=pattern)]
+    if counts.dtype != bool:
+        times = KeyCounts.of(counts.reshape((-1, *counts.shape[-2:])))
+        made.append(MaskPart("bias", ONCE, additive=True, counts=times))
+    return made
+
+
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one comparison. ``key_mask`` [.., Nk] bool, True = visible; ``visible`` [Nq, Nk] bool, a stored mask;
+    """Sizes of one comparison. ``key_mask`` [.., Nk] bool, True = visible; ``visible`` [Nq, Nk] bool, a stored mask
+    ([heads, Nq, Nk]: one for each head; whole numbers: how often each key counts);
     ``pattern`` a structure that the site's mask was found to have; ``bias`` broadcastable to [B, H, Nq, Nk];
     ``sinks`` H logits or one; ``windows`` a blocked pattern with ``window_bias`` [H or 1, W, W] by places in it and
     ``seam``, a finite number that is added where it wraps around.
@@ -73,7 +86,7 @@ class Case:
         if self.key_mask is not None:
             parts.append(MaskPart("padding", SHOWN, source="key_mask"))
         if self.visible is not None:
-            parts.append(MaskPart("block_sparse", ONCE, pattern=BlockSparse.of(self.visible, 16)))
+            parts += stored_mask(self.visible)
         if self.pattern is not None:
             parts.append(MaskPart("neighborhood", ONCE, pattern=self.pattern))
         if self.bias is not None:

@@ -20,7 +20,7 @@ from attncompile.core.verdict import Verdict
 from attncompile.plugins import mechanism
 from attncompile.plugins.block_sparse import plan as planning
 from attncompile.plugins.block_sparse.op import lists
-from attncompile.plugins.block_sparse.reference import reference, visible_of
+from attncompile.plugins.block_sparse.reference import counts_of, reference
 
 SUBJECT = mechanism("BlockSparseAttention")
 ONCE = Certificate("constant", "given by the test")
@@ -74,7 +74,7 @@ def test_the_lists_say_what_the_mask_says(queries, keys, block) -> None:
     for mask in masks:
         said = dict(lists(mask, block))
         table = onnx.numpy_helper.to_array(said.pop("masks"))
-        np.testing.assert_array_equal(visible_of(**said, masks=table), mask)
+        np.testing.assert_array_equal(counts_of(**said, masks=table)[0], mask)
     full = lists(np.ones((queries, keys), bool), block)
     assert set(full["kinds"]) == {0}
 
@@ -208,8 +208,8 @@ def test_the_attributes_of_the_node_say_what_the_body_does(piece, case) -> None:
     node = at.model(SUBJECT, {}).graph.node[0]
     said: dict[str, Any] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     names = ("lengths", "block", "offsets", "columns", "kinds")
-    seen = visible_of(**{n: said[n] for n in names}, masks=onnx.numpy_helper.to_array(said["masks"]))
-    np.testing.assert_array_equal(seen, mask)
+    seen = counts_of(**{n: said[n] for n in names}, masks=onnx.numpy_helper.to_array(said["masks"]))
+    np.testing.assert_array_equal(seen, mask[None])
     want = reference(**at.tensors(), visible=seen, scale=said["scale"])
     np.testing.assert_allclose(at.run(SUBJECT, {}), want, atol=1e-5)
 

@@ -7,5 +7,6 @@ set of measure zero). ``region`` finds the piece of graph, ``reading`` runs it t
 the scale, and compares it with attention on random inputs.
 
 Linear attention in chunks is a polynomial, or a quotient of two: ``linear_region`` and ``linear_reading`` do the same
-for it. ``reasons`` says what was read of a region that is not attention with a mask.
+for it. ``mask_paths`` and ``padding`` are about an
+input that hides tokens.
 """

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
 from onnx import NodeProto, ValueInfoProto, helper, numpy_helper
 
 from attncompile.core.errors import Unsupported
-from attncompile.core.mask import MaskFacts
+from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.site import AttentionSite
+from attncompile.passes.detect.probed.padding import Padding, read_padding
 from attncompile.passes.detect.probed.reading import Reading, check_logits, read
 from attncompile.passes.detect.probed.region import Region, regions_around
 from attncompile.passes.detect.probed.visible import Run, Sizes
@@ -20,7 +22,7 @@ from attncompile.passes.detect.walks import node_name
 from attncompile.passes.evaluate import GraphIndex, World
 
 FactsOf = Callable[[np.ndarray], MaskFacts]
-"""What a bool array [heads, query, key] is."""
+"""What a mask is that shows each key so many times: uint8 [heads, query, key]."""
 
 Check = Callable[[Region], None]
 """Raises ``Unsupported`` where a region must not be run: it has other sizes too."""
@@ -33,9 +35,9 @@ class Readings:
     """What was read, by the region's text: layers that differ in names only are run once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Reading | Unsupported] = {}
+        self._known: dict[str, tuple[Reading, Padding | None] | Unsupported] = {}
 
-    def of(self, index: GraphIndex, world: World, region: Region) -> Reading:
+    def of(self, index: GraphIndex, world: World, region: Region) -> tuple[Reading, Padding | None]:
         """Raises ``Unsupported`` where the region is not attention."""
         key = digest(index, world, region)
         if key not in self._known:
@@ -57,16 +59,19 @@ def lift_probed(
     Raises:
         Unsupported: the softmax lies in no analytic region, or the region is not attention.
     """
-    region, reading = _first_read(index, world, regions_around(index, world, softmax), readings, check)
+    region, reading, padding = _first_read(index, world, regions_around(index, world, softmax), readings, check)
     query, key, value = region.entries
     sizes = dict(zip(query.layout, world.shapes[query.value], strict=True))
     keys = dict(zip(key.layout, world.shapes[key.value], strict=True))
+    mask = facts_of(reading.counts)
+    if padding is not None:
+        mask = with_padding(mask, region.mask, padding)
     return AttentionSite(
         id="", form="probed analytic-region",
         query=query, key=key, value=value, output=region.output,
         batch=sizes["B"], heads=sizes["H"], kv_heads=keys["H"],
         head_dim=sizes["D"], value_dim=world.shapes[region.output.value][-1],
-        query_length=sizes["N"], key_length=keys["N"], scale=reading.scale, mask=facts_of(reading.visible),
+        query_length=sizes["N"], key_length=keys["N"], scale=reading.scale, mask=mask,
         dtype="float32", softmax_dtype="float32",
         nodes=tuple(node_name(n) for n in region.nodes),
         interior=tuple(o for n in region.nodes for o in n.output if o and o != region.output.value),
@@ -75,7 +80,7 @@ def lift_probed(
 
 def _first_read(
     index: GraphIndex, world: World, regions: list[Region], readings: Readings, check: Check
-) -> tuple[Region, Reading]:  # fmt: skip
+) -> tuple[Region, Reading, Padding | None]:  # fmt: skip
     """The first region that is attention, its entries in the order query, key, value.
 
     The values are the entry that reaches the output past every softmax.
@@ -93,15 +98,15 @@ def _first_read(
             raise Unsupported(
                 "probe-region", f"{len(values)} of the region's entries reach its output past the softmax"
             )
-        ordered = Region(region.nodes, (others[0], others[1], values[0]), region.output)
+        ordered = replace(region, entries=(others[0], others[1], values[0]))
         try:
-            reading = readings.of(index, world, ordered)
+            reading, padding = readings.of(index, world, ordered)
         except Unsupported as error:
             last = last or error
             continue
         if reading.swapped:
-            ordered = Region(region.nodes, (others[1], others[0], values[0]), region.output)
-        return ordered, reading
+            ordered = replace(region, entries=(others[1], others[0], values[0]))
+        return ordered, reading, padding
     assert last is not None
     raise last
 
@@ -139,12 +144,38 @@ def _sizes(world: World, region: Region) -> Sizes:
     return Sizes(q["B"], q["H"], q["N"], k["N"], q["D"], v["D"])
 
 
-def _read(index: GraphIndex, world: World, region: Region) -> Reading:
+def _read(index: GraphIndex, world: World, region: Region) -> tuple[Reading, Padding | None]:
     sizes = _sizes(world, region)
     logits = tuple(dict.fromkeys(n.input[0] for n in region.nodes if n.op_type == "Softmax"))
     session = session_of(index, world, region, logits)
-    check_logits(lambda q, k, v: _values(session, region, (q, k, v), logits), sizes)
-    return read(runner(session, region), sizes)
+    fixed: dict[str, np.ndarray] = {}
+    if region.mask:
+        dtype = helper.tensor_dtype_to_np_dtype(world.types[region.mask])
+        fixed[region.mask] = np.ones(world.shapes[region.mask], dtype)
+    check_logits(lambda q, k, v: _values(session, region, (q, k, v), logits, fixed), sizes)
+    reading = read(runner(session, region, fixed), sizes)
+    if not region.mask:
+        return reading, None
+
+    def masked(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        operands = (k, q, v) if reading.swapped else (q, k, v)
+        wanted = (region.output.value, *logits)
+        out, *scores = _values(session, region, operands, wanted, {region.mask: mask.astype(dtype)})
+        return (out.swapaxes(1, 2) if region.output.layout == "BNHD" else out), scores
+
+    try:
+        padding = read_padding(masked, sizes, reading)
+    except Unsupported as error:
+        raise Unsupported("padding-enters", f"of the input '{region.mask}': {error.message}", error.hint) from error
+    return reading, padding
+
+
+def with_padding(mask: MaskFacts, source: str, padding: Padding) -> MaskFacts:
+    """``mask`` with the padding that ``source`` [batch, tokens] says."""
+    detail = f"from input {source}: masks that tell all tokens apart were run; each hides one key from every query"
+    how = Certificate("evaluated", detail, mask.parts[0].certificate.lengths if mask.parts else ())
+    part = MaskPart("padding", how, source=source, tokens=True)
+    return MaskFacts((*mask.parts, part), padding.masked_rows, mask.fills, mask.guarded, zeroed=padding.zeroed)
 
 
 def session_of(index: GraphIndex, world: World, region: Region, also: tuple[str, ...] = ()) -> ort.InferenceSession:
@@ -157,7 +188,8 @@ def session_of(index: GraphIndex, world: World, region: Region, also: tuple[str,
     graph = helper.make_graph(
         nodes, "region",
         [helper.make_tensor_value_info(e.value, world.types[e.value], list(world.shapes[e.value]))
-         for e in region.entries],
+         for e in region.entries]
+        + [helper.make_tensor_value_info(v, world.types[v], list(world.shapes[v])) for v in (region.mask,) if v],
         [ValueInfoProto(name=v) for v in (region.output.value, *also)], world.known_initializers(stored),
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=index.model.proto.opset_import, ir_version=10)
@@ -176,7 +208,7 @@ def _whole(index: GraphIndex, world: World, region: Region) -> tuple[list[NodePr
 
     Indices are written out element by element by some exporters: too large to be held here as values.
     """
-    entries = {e.value for e in region.entries}
+    entries = {*(e.value for e in region.entries), region.mask}
     nodes: dict[int, NodeProto] = {}
     stored: set[str] = set()
     stack = [region.output.value]
@@ -198,21 +230,22 @@ def _whole(index: GraphIndex, world: World, region: Region) -> tuple[list[NodePr
     return sorted(nodes.values(), key=lambda n: order[id(n)]), stored
 
 
-def runner(session: ort.InferenceSession, region: Region) -> Run:
-    """Runs ``session`` on the region's entries, each given and returned with heads before tokens."""
+def runner(session: ort.InferenceSession, region: Region, fixed: Mapping[str, np.ndarray] | None = None) -> Run:
+    """Runs ``session`` on the region's entries, given and returned with heads before tokens, and ``fixed`` values."""
 
     def run(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        (out,) = _values(session, region, (q, k, v), (region.output.value,))
+        (out,) = _values(session, region, (q, k, v), (region.output.value,), fixed or {})
         return out.swapaxes(1, 2) if region.output.layout == "BNHD" else out
 
     return run
 
 
 def _values(
-    session: ort.InferenceSession, region: Region, entries: tuple[np.ndarray, ...], wanted: tuple[str, ...]
-) -> list[np.ndarray]:
-    """``wanted`` values, as they are in the graph, from entries with heads before tokens."""
-    feed = {}
+    session: ort.InferenceSession, region: Region, entries: tuple[np.ndarray, ...], wanted: tuple[str, ...],
+    fixed: Mapping[str, np.ndarray],
+) -> list[np.ndarray]:  # fmt: skip
+    """``wanted`` values, as they are in the graph, from entries with heads before tokens and ``fixed`` values."""
+    feed = dict(fixed)
     for entry, array in zip(region.entries, entries, strict=True):
         feed[entry.value] = np.ascontiguousarray(array.swapaxes(1, 2) if entry.layout == "BNHD" else array)
     try:
@@ -231,6 +264,9 @@ def digest(index: GraphIndex, world: World, region: Region) -> str:
     for operand in (*region.entries, region.output):
         number.setdefault(operand.value, len(number))
         text.update(f"{operand.layout}{world.shapes[operand.value]}".encode())
+    if region.mask:
+        number.setdefault(region.mask, len(number))
+        text.update(f"mask {world.types[region.mask]}{world.shapes[region.mask]}".encode())
     for node in nodes:
         text.update(f"\n{node.op_type} {len(node.input)} {len(node.attribute)} ".encode())
         for attribute in node.attribute:

@@ -1,4 +1,4 @@
-"""Runs a region to learn which keys each query sees, and to compare it with attention."""
+"""Runs a region to learn which keys each query sees and how often each counts, and to compare it with attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attncompile.core.errors import Unsupported
-from attncompile.passes.detect.probed.reasons import unequal
+from attncompile.passes.detect.probed.counts import counted_keys
 from attncompile.passes.detect.probed.visible import Run, Sizes, visible_keys, zeros
 from attncompile.passes.detect.scores import HIDDEN
 
@@ -24,11 +24,12 @@ SCALE_TOLERANCE = 2e-6
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """``visible``: bool [H, Nq, Nk], the same for every batch entry; ``error``: the largest difference, relative.
-    ``swapped``: the first operand holds the keys and the second one the queries.
+    """``counts``: uint8 [H, Nq, Nk], how often a key counts, 0 where it is not seen, the same for every batch entry;
+    ``error``: the largest difference, relative. ``swapped``: the first operand holds the keys and the second one the
+    queries.
     """
 
-    visible: np.ndarray
+    counts: np.ndarray
     scale: float
     error: float
     swapped: bool = False
@@ -40,16 +41,18 @@ def read(run: Run, sizes: Sizes, seed: int = 0) -> Reading:
     Raises:
         Unsupported: it is not softmax attention with a fixed mask.
     """
-    q, k, _ = _random(sizes, np.random.default_rng(seed))
+    q, k, _ = random_operands(sizes, np.random.default_rng(seed))
     if np.any(run(q, k, zeros(sizes)[2])):
         raise Unsupported("probe", "the output of values that are zero is not zero")
     try:
-        visible = visible_keys(run, sizes)
+        counts = visible_keys(run, sizes).view(np.uint8)
     except Unsupported as error:
-        raise (unequal(run, sizes, error) if error.code == "unequal-weights" else error) from error
-    if not visible.any(axis=-1).all():
+        if error.code != "unequal-weights":
+            raise
+        counts = counted_keys(run, sizes)
+    if not counts.any(axis=-1).all():
         raise Unsupported("probe", "a query sees no key at all")
-    if not np.array_equal(visible, np.broadcast_to(visible[:1], visible.shape)):
+    if not np.array_equal(counts, np.broadcast_to(counts[:1], counts.shape)):
         raise Unsupported("probe", "the mask differs between batch entries")
     # Scores are the same whichever operand is called the query; whose rows the softmax runs over shows below.
     orders = [(run, False)]
@@ -58,13 +61,13 @@ def read(run: Run, sizes: Sizes, seed: int = 0) -> Reading:
     reason: Unsupported | None = None
     for ordered, swapped in orders:
         try:
-            scale = _scale(ordered, sizes, visible)
+            scale = _scale(ordered, sizes, counts)
         except Unsupported as error:
             reason = reason or error
             continue
-        worst = _compare(ordered, sizes, visible[0], scale, np.random.default_rng(seed))
+        worst = _compare(ordered, sizes, counts[0], scale, np.random.default_rng(seed))
         if worst <= TOLERANCE:
-            return Reading(visible[0], scale, worst, swapped)
+            return Reading(counts[0], scale, worst, swapped)
         reason = Unsupported("probe", f"it differs from attention over the keys that are seen by {worst:.1e}")
     assert reason is not None
     raise reason
@@ -78,25 +81,31 @@ def check_logits(logits: Callable[[np.ndarray, np.ndarray, np.ndarray], list[np.
     Raises:
         Unsupported: it is something else.
     """
-    q, k, v = _random(sizes, np.random.default_rng(0))
+    q, k, v = random_operands(sizes, np.random.default_rng(0))
     for a, b in ((q, np.zeros_like(k)), (np.zeros_like(q), k)):
-        for array in logits(a, b, v):
-            if not bool(np.all((array == 0) | (array <= HIDDEN))):
-                raise Unsupported("probe", "more than a product of queries and keys, or a number that hides, goes into "
-                                  "the softmax")  # fmt: skip
+        check_scores(logits(a, b, v))
 
 
-def _random(s: Sizes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def check_scores(logits: list[np.ndarray]) -> None:
+    """That every number is zero or hides. Raises ``Unsupported``."""
+    for array in logits:
+        if not bool(np.all((array == 0) | (array <= HIDDEN))):
+            raise Unsupported("probe", "more than a product of queries and keys, or a number that hides, goes into "
+                              "the softmax")  # fmt: skip
+
+
+def random_operands(s: Sizes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standard normal q, k and v."""
     q, k, v = zeros(s)
     return rng.normal(size=q.shape).astype(np.float32), rng.normal(size=k.shape).astype(np.float32), (
         rng.normal(size=v.shape).astype(np.float32)
     )  # fmt: skip
 
 
-def _scale(run: Run, s: Sizes, visible: np.ndarray) -> float:
+def _scale(run: Run, s: Sizes, counts: np.ndarray) -> float:
     """Every query has one channel, every other key has them all: how their weights differ says what a unit counts."""
-    raised = visible[..., ::2].sum(axis=-1)
-    others = visible.sum(axis=-1) - raised
+    raised = counts[..., ::2].sum(axis=-1, dtype=np.int64)
+    others = counts.sum(axis=-1, dtype=np.int64) - raised
 
     def logarithms(length: float) -> np.ndarray:
         """Of each query that sees both: by how much a unit more raises the score."""
@@ -126,19 +135,32 @@ def _scale(run: Run, s: Sizes, visible: np.ndarray) -> float:
     return next((x for x in (usual, 1.0) if abs(scale - x) <= SCALE_TOLERANCE * x), scale)
 
 
-def _compare(run: Run, s: Sizes, visible: np.ndarray, scale: float, rng: np.random.Generator) -> float:
+def _compare(run: Run, s: Sizes, counts: np.ndarray, scale: float, rng: np.random.Generator) -> float:
     """The largest difference from attention on two random inputs, relative to the largest value."""
     worst = 0.0
     for spread in (1.0, 3.0):
-        q, k, v = _random(s, rng)
+        q, k, v = random_operands(s, rng)
         q *= np.float32(spread / (abs(scale) * s.dim**0.5))
         ours = run(q, k, v)
         if not bool(np.all(np.isfinite(ours))):
             return float("inf")
-        for b in range(s.batch):
-            for h in range(s.heads):
-                scores = np.where(visible[h], scale * (q[b, h] @ k[b, h].T).astype(np.float32), -np.inf)
-                weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-                expected = (weights / weights.sum(axis=-1, keepdims=True)) @ v[b, h]
-                worst = max(worst, float(np.abs(ours[b, h] - expected).max() / np.abs(v[b, h]).max()))
+        difference = np.abs(ours - attention(q, k, v, counts, scale)).max(axis=(2, 3))
+        worst = max(worst, float((difference / np.abs(v).max(axis=(2, 3))).max()))
     return worst
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, counts: np.ndarray, scale: float, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """float32 [B, H, Nq, Dv] of q, k, v with heads before tokens, where keys count ``counts`` [H, Nq, Nk] times; those
+    that ``mask`` [B, Nk] hides not at all. NaN in the rows of queries that see no key.
+    """
+    out = np.empty((*q.shape[:3], v.shape[-1]), np.float32)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            times = counts[h] if mask is None else counts[h] * (mask[b] > 0)
+            scores = np.where(times > 0, scale * (q[b, h] @ k[b, h].T).astype(np.float32), -np.inf)
+            with np.errstate(invalid="ignore"):
+                weights = times * np.exp(scores - scores.max(axis=-1, keepdims=True))
+                out[b, h] = (weights / weights.sum(axis=-1, keepdims=True)) @ v[b, h]
+    return out

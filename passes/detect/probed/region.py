@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.site import Layout, Operand
-from attncompile.passes.detect.probed.reasons import check_entries
+from attncompile.passes.detect.probed.mask_paths import check_paths, is_gate, mask_input
 from attncompile.passes.detect.scores import FLOATS
 from attncompile.passes.detect.views import VIEW_OPS
 from attncompile.passes.detect.walks import dies, is_idle_dropout, node_name
@@ -26,14 +26,20 @@ _STEERING = {"Slice": 1, "Gather": 1, "GatherND": 1, "GatherElements": 1, "Pad":
 
 MAX_NODES = 4000
 
+WHOLE = (TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8, TensorProto.INT8)
+"""Types of an input that hides tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """``nodes`` in topological order compute ``output`` from ``entries``, each read as a rank-4 operand."""
+    """``nodes`` in topological order compute ``output`` from ``entries``, each read as a rank-4 operand; ``mask`` names
+    the input [batch, tokens] that hides tokens, empty without one. What is made of that alone is not among the nodes.
+    """
 
     nodes: tuple[NodeProto, ...]
     entries: tuple[Operand, Operand, Operand]
     output: Operand
+    mask: str = ""
 
 
 def regions_around(index: GraphIndex, world: World, softmax: NodeProto) -> list[Region]:
@@ -44,7 +50,13 @@ def regions_around(index: GraphIndex, world: World, softmax: NodeProto) -> list[
     """
     exit_value = _exit(index, world, softmax)
     nodes, entries = _back(index, world, exit_value)
-    check_entries(index, entries)
+    masks = {v: source for v in entries if (source := mask_input(index, v)) is not None}
+    entries = [v for v in entries if v not in masks]
+    odd = [v for v in entries if index.data_inputs(v) <= set(masks.values())]
+    if odd and len(entries) - len(odd) == 3:
+        source = next(iter(masks.values()))
+        raise Unsupported("padding-enters", f"padding from '{source}' enters the pieces as '{odd[0]}', which is not "
+                          "followed element by element")  # fmt: skip
     if len(entries) != 3:
         raise Unsupported(
             "probe-region", f"the region around the softmax starts at {len(entries)} values, not at three"
@@ -54,7 +66,7 @@ def regions_around(index: GraphIndex, world: World, softmax: NodeProto) -> list[
     reason = Unsupported("probe-region", "no rank-4 value with tokens and heads apart holds the output")
     for output in _output_homes(index, world, exit_value, inside):
         try:
-            found.append(_region(index, world, entries, inside, output))
+            found.append(_region(index, world, entries, inside, output, masks))
         except Unsupported as error:
             reason = error
     if not found:
@@ -62,12 +74,46 @@ def regions_around(index: GraphIndex, world: World, softmax: NodeProto) -> list[
     return found
 
 
-def _region(index: GraphIndex, world: World, entries: list[str], inside: set[int], output: Operand) -> Region:
+def _region(
+    index: GraphIndex, world: World, entries: list[str], inside: set[int], output: Operand, masks: dict[str, str]
+) -> Region:  # fmt: skip
     homes = [_home(index, world, entry, inside, output) for entry in entries]
-    nodes = between(index, output.value, {h.value for h in homes})
-    check_private(index, nodes, output.value)
+    starts = {h.value for h in homes}
+    nodes = between(index, output.value, starts)
     nodes.sort(key=lambda n: index.position[id(n)])
-    return Region(tuple(nodes), (homes[0], homes[1], homes[2]), output)
+    mask = _mask_of(world, homes, masks)
+    if mask:
+        nodes = _through(nodes, starts)
+        check_paths(index, world, tuple(nodes), starts, masks)
+    check_private(index, nodes, output.value)
+    return Region(tuple(nodes), (homes[0], homes[1], homes[2]), output, mask)
+
+
+def _through(nodes: list[NodeProto], starts: set[str]) -> list[NodeProto]:
+    """Those of ``nodes`` (in topological order) that depend on ``starts``."""
+    reached = set(starts)
+    kept = []
+    for node in nodes:
+        if reached & set(node.input):
+            reached.update(o for o in node.output if o)
+            kept.append(node)
+    return kept
+
+
+def _mask_of(world: World, homes: list[Operand], masks: dict[str, str]) -> str:
+    """The one input that all ``masks`` are made of, [batch, tokens]; empty without a mask."""
+    sources = list(dict.fromkeys(masks.values()))
+    if not sources:
+        return ""
+    if any(world.types.get(s) not in WHOLE for s in sources):
+        raise Unsupported("padding-enters", f"padding from '{sources[0]}' enters the pieces as floats, which may hold "
+                          "anything", "export with a mask of whole numbers or bools")  # fmt: skip
+    sizes = {(world.shapes[h.value][0], world.shapes[h.value][h.layout.index("N")]) for h in homes}
+    if len(sizes) != 1 or len(sources) > 1 or world.shapes.get(sources[0]) not in sizes:
+        named = ", ".join(f"'{s}' {list(world.shapes.get(s, ()))}" for s in sources)
+        raise Unsupported("padding-enters", f"padding from {named} enters the pieces beside queries, keys and values, "
+                          "and is not one input of batch and tokens")  # fmt: skip
+    return sources[0]
 
 
 def is_analytic(index: GraphIndex, world: World, node: NodeProto) -> bool:
@@ -103,7 +149,7 @@ def _exit(index: GraphIndex, world: World, softmax: NodeProto) -> str:
         for reader in index.consumers.get(value, []):
             if reader.op_type == "Shape" or id(reader) in seen:
                 continue
-            if not is_analytic(index, world, reader):
+            if not (is_analytic(index, world, reader) or is_gate(index, reader)):
                 leaving[value] = None
                 continue
             seen.add(id(reader))
@@ -125,7 +171,8 @@ def _back(index: GraphIndex, world: World, value: str) -> tuple[list[NodeProto],
         if not index.data_inputs(name):
             continue
         node = index.producer.get(name)
-        if node is None or not is_analytic(index, world, node) or adds_bias(index, world, node):
+        inner = node is not None and (is_analytic(index, world, node) or is_gate(index, node))
+        if node is None or not inner or adds_bias(index, world, node):
             entries[name] = None
             continue
         if id(node) in nodes:

@@ -68,7 +68,7 @@ def _counts(run: Run, s: Sizes) -> np.ndarray:
     """
     counts = np.zeros((s.batch, s.heads, s.queries), dtype=np.int64)
     q, k, v = zeros(s)
-    for token in _spread(s.keys, s.value_dim):
+    for token in spread(s.keys, s.value_dim):
         v[:] = 0.0
         v[:, :, token, np.arange(len(token))] = 1.0
         weight = run(q, k, v).max(axis=-1).astype(np.float64)
@@ -79,15 +79,22 @@ def _counts(run: Run, s: Sizes) -> np.ndarray:
     return counts
 
 
-def _spread(keys: int, channels: int) -> Iterator[np.ndarray]:
+def spread(keys: int, channels: int) -> Iterator[np.ndarray]:
     """All keys in groups of at most ``channels``, the keys of a group far apart."""
     groups = -(-keys // channels)
     for first in range(groups):
         yield np.arange(first, keys, groups)
 
 
-def _whole(numbers: np.ndarray, largest: int) -> np.ndarray:
+def whole_numbers(numbers: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest whole numbers, and whether all along the last axis are near them and in 0 .. ``largest``."""
     whole: np.ndarray = np.rint(numbers)
-    if not bool((np.abs(numbers - whole) <= _WHOLE).all() and (whole >= 0).all() and (whole <= largest).all()):
+    near = (np.abs(numbers - whole) <= _WHOLE) & (whole >= 0) & (whole <= largest)
+    return whole, np.asarray(near.all(axis=-1))
+
+
+def _whole(numbers: np.ndarray, largest: int) -> np.ndarray:
+    whole, near = whole_numbers(numbers, largest)
+    if not bool(near.all()):
         raise Unsupported("unequal-weights", "keys that a query sees do not have equal weights for equal scores")
     return whole

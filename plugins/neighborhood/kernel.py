@@ -31,6 +31,8 @@ from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, HOPPER_SHARED, hopp
 PACKAGE = "attncompile.plugins.neighborhood"
 WINDOWS = "Attention"
 """The op whose kernel takes plain windows."""
+ALIKE = "zero"
+"""``masked_rows`` of its calls in which every query sees a key."""
 NARROW, WIDE = 1 << 7, 1 << 15
 """Distances that the fields of 8 and of 16 bits hold, in which kernel_triton.py compares coordinates."""
 MOST_QUERIES = 256
@@ -182,12 +184,12 @@ class NeighborhoodKernel:
         """A plain window is a call of ``Attention``, whose kernel takes any lengths."""
         hood = Neighborhood.of(node.attributes)
         scale = {"scale": node.attributes["scale"]} if "scale" in node.attributes else {}
-        if hood.sliding and not hood.prefix and not hood.suffix:
-            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": hood.masked_rows}
-            return replace(node, op=WINDOWS, attributes={**window, **scale})
-        if slides_inward(hood):
-            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": hood.masked_rows, "clamp": True}
-            return replace(node, op=WINDOWS, attributes={**window, **scale})
+        plain = hood.sliding and not hood.prefix and not hood.suffix
+        if plain or slides_inward(hood):
+            # Queries are the last tokens: each sees itself, unless an input hides it.
+            rule = hood.masked_rows if set(node.inputs) else ALIKE
+            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": rule}
+            return replace(node, op=WINDOWS, attributes={**window, **({} if plain else {"clamp": True}), **scale})
         return replace(node, attributes={**hood.attributes(), **scale})
 
     def general(self, call: OpCall) -> OpCall:

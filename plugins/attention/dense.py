@@ -159,7 +159,8 @@ def _rows(body: Body, form: Dense, call: Call, values: _Values, start: str, end:
     rows = body.op("MatMul", weights, value)
     if _mended(form, call):
         # Only -inf is below the lowest number, which some exporters add to hide a key: those rows are no blind ones.
-        lowest = body.constant(np.array(ml_dtypes.finfo(numpy_type).min, numpy_type))
+        limits = ml_dtypes.finfo(numpy_type)  # type: ignore[no-untyped-call]
+        lowest = body.constant(np.array(limits.min, numpy_type))
         blind = body.op("Less", body.op("ReduceMax", added, body.ints(-1), keepdims=1), lowest)
         rows = body.op("Where", blind, values.mean or body.constant(np.array(0.0, own_type)), rows)
     if not form.log_sum_exp:

@@ -122,7 +122,7 @@ class AttentionKernel:
 
 def bounded(attributes: Mapping[str, Any]) -> bool:
     """Whether a query sees the keys around its place only."""
-    return attributes.get("left", -1) >= 0 or attributes.get("right", -1) >= 0
+    return int(attributes.get("left", -1)) >= 0 or int(attributes.get("right", -1)) >= 0
 
 
 def kind(call: OpCall) -> str:

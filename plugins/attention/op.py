@@ -13,8 +13,8 @@ Outputs: ``output`` [B, Nq, H, Dv] in ``o_layout``; ``log_sum_exp`` (optional) [
 of what a query's weights were divided by, its sink included, -inf where there is nothing.
 
 Query i stands at i + Nk - Nq and sees the keys from ``left`` before to ``right`` behind that place (-1: no bound;
-causal is right = 0). ``softcap`` c > 0 makes c tanh(s / c) of a score s, before bias and masks. ``masked_rows`` is what a
-query without any visible key gives; with a sink it gives zero, since the sink takes all the weight.
+causal is right = 0). ``softcap`` c > 0 makes c tanh(s / c) of a score s, before bias and masks. ``masked_rows`` is
+what a query without any visible key gives; with a sink it gives zero, since the sink takes all the weight.
 """
 
 from __future__ import annotations

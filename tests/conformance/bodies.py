@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from attncompile.plugins.attention import op as dense_op
 from attncompile.plugins.neighborhood import function as grid
 from attncompile.plugins.neighborhood import op as grid_op
 from attncompile.plugins.neighborhood.call import Call
-from tests.conformance.case import Case, rounded
+from tests.conformance.case import Case
 
 TYPES = {"float32": np.float32, "float16": np.float16}
 OPTIONAL = {"Attention": dense_op.OPTIONAL, "NeighborhoodAttention": ("key_mask", "bias")}
@@ -52,7 +51,8 @@ def lowered(case: Case, call: Call, chunks: int, **changed: Any) -> tuple[NodePr
 
 
 def model(
-    case: Case, dtype: str, opset: int = 18, chunks: int = 1, dynamic: bool = False, call: Call | None = None, **changed: Any
+    case: Case, dtype: str, opset: int = 18, chunks: int = 1, dynamic: bool = False, call: Call | None = None,
+    **changed: Any,
 ) -> onnx.ModelProto:  # fmt: skip
     """A model of the one node."""
     node, body = lowered(case, call or call_of(case, dtype, opset, dynamic), chunks, **changed)
@@ -62,7 +62,8 @@ def model(
     for name, layout in zip(("query", "key", "value", "output"), case.layouts, strict=True):
         queries = name in ("query", "output")
         axes: dict[str, Any] = {
-            "B": "batch" if dynamic else sizes["B"], "D": case.call.head_dim if name in ("query", "key") else case.call.value_dim,
+            "B": "batch" if dynamic else sizes["B"],
+            "D": case.call.head_dim if name in ("query", "key") else case.call.value_dim,
             "H": case.call.heads if queries else case.call.kv_heads,
             "N": ("queries" if queries else "keys") if dynamic else sizes["NQ" if queries else "NK"],
         }  # fmt: skip
@@ -103,12 +104,3 @@ def run(made: onnx.ModelProto, case: Case, dtype: str) -> dict[str, np.ndarray]:
     if case.layouts[3] == "BHND":
         found["output"] = found["output"].transpose(0, 2, 1, 3)
     return {name: x.astype(np.float32) for name, x in found.items()}
-
-
-def in_type(case: Case, dtype: str) -> Case:
-    """The case in an element type that a body runs in, with the same numbers: those of the case are exact in it."""
-    assert dtype == "float32" or case.call.dtype == "float16"
-    return replace(case, call=replace(case.call, dtype=case.call.dtype))
-
-
-__all__ = ["call_of", "in_type", "lowered", "model", "rounded", "run"]

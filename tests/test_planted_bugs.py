@@ -31,9 +31,9 @@ Lower = Callable[[Any, AttentionSite, Parameters, int], Lowering]
 SLIDING, DENSE = NeighborhoodAttention.lower, DenseAttention.lower
 
 
-def changed(right: Lower, **changes: Callable[[Any], Any]) -> Lower:
-    """``right`` with other parameters than it was asked for."""
-    return lambda self, site, parameters, opset: right(
+def changed(good: Lower, /, **changes: Callable[[Any], Any]) -> Lower:
+    """``good`` with other parameters than it was asked for."""
+    return lambda self, site, parameters, opset: good(
         self, site, {**parameters, **{k: f(parameters[k]) for k, f in changes.items()}}, opset
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -92,24 +92,42 @@ class Body:
     def graph(self, name: str, output: str, element_type: int) -> GraphProto:
         """This body as a branch without inputs and with one output of unknown shape."""
         value: ValueInfoProto = helper.make_tensor_value_info(output, element_type, None)
-        return helper.make_graph(self.nodes, name, [], [value])
+        return helper.make_graph(_read(self.nodes, [output]), name, [], [value])
 
     def function(
-        self, op_type: str, overload: str, inputs: Iterable[str], output: str, attributes: Iterable[str], doc: str
-    ) -> FunctionProto:
-        """This body as a model-local function in our domain; ``output`` is the value that becomes its output."""
+        self, op_type: str, overload: str, inputs: Iterable[str], output: str | Sequence[str],
+        attributes: Iterable[str], doc: str,
+    ) -> FunctionProto:  # fmt: skip
+        """This body as a model-local function in our domain; ``output`` is the value, or the values, that it gives."""
+        outputs = [output] if isinstance(output, str) else list(output)
         function = helper.make_function(
             DOMAIN,
             op_type,
             list(inputs),
-            [output],
-            self.nodes,
+            outputs,
+            _read(self.nodes, outputs),
             [helper.make_opsetid("", self.opset)],
             sorted(attributes),
         )
         function.overload = overload
         function.doc_string = doc
         return function
+
+
+def _read(nodes: Iterable[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+    """``nodes`` without the constants that nobody reads: runtimes warn of each."""
+    found = list(nodes)
+    read = {*outputs, *_inputs(found)}
+    return [n for n in found if n.op_type != "Constant" or n.output[0] in read]
+
+
+def _inputs(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from _inputs(attribute.g.node)
+                yield from (o.name for o in attribute.g.output)
 
 
 def overload_of(configuration: Mapping[str, Any]) -> str:

@@ -17,6 +17,12 @@ BROADCAST = {"key_mask": "BK", "bias": "BHQK", "sinks": "H", "mask": "BHQK"}
 the kernels' parameters.
 """
 
+INPUT_TYPES = {
+    "key_mask": ("bool",), "mask": ("bool",), "key_lengths": ("int32", "int64"), "bias": (*HALF, "float32"),
+    "sinks": (*HALF, "float32"),
+}  # fmt: skip
+"""Element types of optional inputs."""
+
 
 def split(dim: int) -> tuple[int, int]:
     """A head dim as a power of two and the tile that holds the rest: 72 -> (64, 16), 128 -> (128, 16, unused)."""
@@ -46,6 +52,17 @@ def check_operands(call: OpCall) -> None:
             raise Unsupported("head-dim", f"{name} dim {dim}: kernels take multiples of 8 from 16 to 256")
     if call.heads % call.kv_heads:
         raise Unsupported("heads", f"{call.heads} query heads on {call.kv_heads} key heads")
+
+
+def check_optional(call: OpCall) -> None:
+    """Types of optional inputs, and the scale. Raises ``Unsupported``."""
+    for name, kind in call.inputs.items():
+        types = INPUT_TYPES.get(name, ())
+        if kind not in types:
+            raise Unsupported("dtype", f"{name} is {kind}: kernels take {', '.join(types)}")
+    scale = call.attributes.get("scale")
+    if scale is not None and not scale > 0:
+        raise Unsupported("scale", f"scale {scale}: the kernels need a positive one")
 
 
 def without_sizes(call: OpCall) -> OpCall:

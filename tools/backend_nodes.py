@@ -142,7 +142,10 @@ def ways(site: AttentionSite, registry: Sequence[Mechanism]) -> Iterator[tuple[M
     rows = site.mask.masked_rows
     forced: dict[str, list[dict[str, Any]]] = {
         "Attention": [{"causal": causal}],
-        "DenseAttention": [{"causal": causal, "masked_rows": rows, "chunks": n} for n in ((1, 2) if causal else (1,))],
+        "DenseAttention": [
+            {"right": 0 if causal else -1, "masked_rows": rows, "chunks": n, "softcap": site.softcap}
+            for n in ((1, 2) if causal else (1,))
+        ],
     }
     for mechanism in registry:
         if not understood(mechanism, site).ok:

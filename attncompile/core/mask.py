@@ -60,6 +60,9 @@ class MaskPart:
     A bias with ``counts`` is no value of the graph: some keys count several times in one softmax, which is the
     logarithm of their number added to a key that counts once. A ``HeadMasks`` pattern differs between heads. Padding
     with ``tokens`` has an input of bools or whole numbers (1 = visible, 0 = hidden) of [batch, keys] as its source.
+
+    ``as_input``: ``source`` says this factor alone and can go into an op as it is: it broadcasts to [batch, heads,
+    query, key], and is added to the scores, or a bool that is True where a key is seen.
     """
 
     kind: MaskKind
@@ -73,6 +76,7 @@ class MaskPart:
     number: float = 0.0
     counts: KeyCounts | None = None
     tokens: bool = False
+    as_input: bool = False
 
     def parameters(self) -> dict[str, Any]:
         """The parameters that the CLI's JSON shows for this kind."""

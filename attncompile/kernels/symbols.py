@@ -20,7 +20,7 @@ from attncompile.core.kernel import STRIDE_UNIT, OpCall
 from attncompile.kernels.expressions import Binary, Expression, Literal, Symbol, evaluate, fold, product
 
 OPERANDS = ("query", "key", "value", "output")
-BROADCAST: Mapping[str, str] = {"bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": ""}
+BROADCAST: Mapping[str, str] = {"bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": "B"}
 """Axes of the optional inputs, to which they are broadcast from the right; ``-`` is of size 1."""
 
 Layout = str

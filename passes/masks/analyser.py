@@ -13,6 +13,7 @@ from math import isinf
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.grid import TokenGrid
@@ -166,7 +167,13 @@ class MaskAnalyser:
             return MaskPart("padding", Certificate("structure", detail, general=True), source=leaf.value,
                             additive=not leaf.visible)  # fmt: skip
         detail = f"depends on the data of input {inputs} and differs between queries or heads"
-        return MaskPart("opaque", Certificate("structure", detail), source=leaf.value, additive=not leaf.visible)
+        return MaskPart("opaque", Certificate("structure", detail), source=leaf.value, additive=not leaf.visible,
+                        as_input=self._plain(leaf))  # fmt: skip
+
+    def _plain(self, leaf: Leaf) -> bool:
+        """Whether an op can take the value as it is."""
+        is_bool = self.world.types.get(leaf.value) == TensorProto.BOOL
+        return leaf.visible == is_bool and not leaf.negated and leaf.factor == 1.0
 
     # Factors made of constants and shapes.
 
@@ -216,7 +223,8 @@ class MaskAnalyser:
         """What the leaves say together; ``named``: a part that is one leaf alone names it as its source."""
         source: dict[str, Any] = {}
         if len(leaves) == 1 and named:
-            source = {"source": leaves[0].value, "additive": not leaves[0].visible}
+            (leaf,) = leaves
+            source = {"source": leaf.value, "additive": not leaf.visible, "as_input": self._plain(leaf)}
         dynamic = self.at.driving_symbols(query)
         stored = not dynamic or all(leaf.value in self.index.initializers for leaf in leaves)
         try:

@@ -1,21 +1,26 @@
-"""``DenseAttention``: exact dense attention without the work that exporters leave in."""
+"""``DenseAttention``: exact dense attention as one op, without the work that exporters leave in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from attncompile.core.assumption import Assumption
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.attention.dense import OP_TYPE, Dense, function, node, register
+from attncompile.plugins.attention.dense import function
+from attncompile.plugins.attention.dense_site import Reading, read
+from attncompile.plugins.attention.op import OP_TYPE, Dense, node, register
 from attncompile.plugins.attention.reference import reference
 from attncompile.plugins.neighborhood.call import Call
-from attncompile.plugins.neighborhood.facts import check_padding, check_plain
+from attncompile.plugins.neighborhood.head_scale import scaled_query
 
 CHUNK = 128
 """Fewest queries in a chunk of a causal site: smaller products run slower than the saved scores are worth."""
@@ -27,21 +32,26 @@ DENSE_BELOW = 256
 
 
 class DenseAttention:
-    """Parameters: ``causal`` (bool), ``masked_rows`` (zero | uniform | nan), ``chunks`` (int; see ``dense.Dense``)."""
+    """Parameters: ``left`` and ``right`` (int, -1: unlimited), ``softcap`` (float, 0: none), ``masked_rows`` (zero |
+    uniform | nan), ``chunks`` (int); see ``op.Dense``.
+
+    Every site that the op can express is a candidate, also where its body saves nothing: then the predicted gain is 1,
+    and the site is kept on a CPU.
+    """
 
     name = "DenseAttention"
     skips_keys = False
-    understands: frozenset[Need] = frozenset({"body"})
+    understands: frozenset[Need] = frozenset({"body", "sinks", "head-scale", "key-ends"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
-        causal = site.mask.part("causal") is not None
-        padded = site.mask.part("padding") is not None
-        chunks = self._chunks(site) if causal else 1
-        guard = site.mask.guarded and site.form != "attention-op"
-        if chunks == 1 and not guard:
-            return (Verdict.no("nothing-to-skip", "dense attention without anything to leave out"),)
+        try:
+            found = read(site)
+        except Unsupported as error:
+            return (Verdict.of(error),)
+        chunks = self._chunks(site, found)
         parameters = {
-            "causal": causal, "masked_rows": site.mask.masked_rows if padded else "nan", "chunks": chunks,
+            "left": found.left, "right": found.right, "softcap": site.softcap, "masked_rows": found.masked_rows,
+            "chunks": chunks,
         }  # fmt: skip
         exact = self.is_exact_for(site, parameters)
         if not exact.ok:
@@ -49,17 +59,18 @@ class DenseAttention:
         words = []
         if chunks > 1:
             words.append(f"the causal half in {chunks} chunks")
-        if guard:
+        if _guard(site):
             words.append("no NaN guard over the weights")
-        return (Candidate(self.name, parameters, True, "dense, " + ", ".join(words)),)
+        reason = "dense, " + ", ".join(words) if words else "dense as it is: the body leaves nothing out"
+        return (Candidate(self.name, parameters, True, reason),)
 
     def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
         return ()
 
     def supports(self, site: AttentionSite, parameters: Parameters) -> Verdict:
         try:
-            form = _form(parameters)
-            self._check(site, form)
+            _form(parameters)
+            read(site)
         except Unsupported as error:
             return Verdict.of(error)
         return Verdict.yes("dense attention")
@@ -68,29 +79,36 @@ class DenseAttention:
         supported = self.supports(site, parameters)
         if not supported.ok:
             return supported
-        form = _form(parameters)
-        causal, padding = site.mask.part("causal"), site.mask.part("padding")
-        if (causal is not None) != form.causal:
+        form, found = _form(parameters), read(site)
+        if (form.left, form.right) != (found.left, found.right):
             return Verdict.no("other-mask", f"the site's mask is {site.mask.kind}")
+        if form.softcap != site.softcap:
+            return Verdict.no("softcap", f"the site's softcap is {site.softcap}")
         static = isinstance(site.query_length, int) and isinstance(site.key_length, int)
-        if causal is not None and not causal.certificate.general and not static:
-            return Verdict.no(
-                "certificate", "the causal mask was shown for some lengths only and the length is dynamic"
-            )
-        if padding is not None and form.masked_rows != site.mask.masked_rows:
-            return Verdict.no("masked-rows", f"fully masked rows give {site.mask.masked_rows} in the source")
-        if site.mask.guarded and site.form != "attention-op" and site.dtype != "float32":
+        for part in found.bounds:
+            if not part.certificate.general and not static:
+                return Verdict.no(
+                    "certificate", f"the {part.kind} mask was shown for some lengths only and the length is dynamic"
+                )
+        if form.masked_rows != found.masked_rows:
+            return Verdict.no("masked-rows", f"fully masked rows give {found.masked_rows} in the source")
+        if _guard(site) and site.dtype != "float32":
             return Verdict.no("guard", f"in {site.dtype} the NaN guard may catch scores that overflow")
         return Verdict.yes("every query sees a key, or gets what the source gives it")
 
     def cost(self, site: AttentionSite, parameters: Parameters, shape: Shape) -> Cost:
         """Scores that are computed; the dense branch of short sequences is counted where it is taken."""
-        chunks = _form(parameters).chunks
-        if not isinstance(site.query_length, int) and shape.query_length <= DENSE_BELOW:
+        form, queries, keys = _form(parameters), shape.query_length, shape.key_length
+        chunks = form.chunks
+        if not isinstance(site.query_length, int) and queries <= DENSE_BELOW:
             chunks = 1
-        share = (chunks + 1) / (2 * chunks)
-        elements = share * shape.batch * site.heads * shape.query_length * shape.key_length
-        return Cost(2 * elements * (site.head_dim + site.value_dim), share * shape.key_length, elements)
+        scores = 0
+        for first, last in pairwise(queries * t // chunks for t in range(chunks + 1)):
+            start = max(0, first + keys - queries - form.left) if form.left >= 0 and chunks > 1 else 0
+            end = min(keys, last + keys - queries + form.right) if form.right >= 0 and chunks > 1 else keys
+            scores += (last - first) * max(1, end - start)
+        elements = float(shape.batch * site.heads * scores)
+        return Cost(2 * elements * (site.head_dim + site.value_dim), scores / max(1, queries), elements)
 
     def reference(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, parameters: Parameters, **extra: Any
@@ -101,7 +119,7 @@ class DenseAttention:
         return parameters
 
     def assumptions(self, site: AttentionSite, parameters: Parameters) -> Sequence[Assumption]:
-        if not site.mask.guarded or site.form == "attention-op":
+        if not _guard(site):
             return ()
         return (Assumption("finite", "the NaN guard over the weights catches rows without a visible key and no others",
                            "scores of finite float32 operands are taken to stay finite"),)  # fmt: skip
@@ -109,39 +127,67 @@ class DenseAttention:
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` where ``supports`` says no, or for an opset without a body."""
         register()
-        form = _form(parameters)
-        self._check(site, form)
+        found = read(site)
+        form = replace(_form(parameters), inputs=tuple(found.values))
         call = Call.of(site, opset, CHUNK, 0 if isinstance(site.query_length, int) else DENSE_BELOW)
-        mask = check_padding(site.mask)
-        inputs = (site.query.value, site.key.value, site.value.value, *([mask] if mask else []))
+        scaled, query, stored = scaled_query(site)
+        before, values, more = _vectors(site, found)
+        names = {"query": query, "key": site.key.value, "value": site.value.value, **values}
+        inputs = tuple(names.get(name, "") for name in form.given)
         name = f"{OP_TYPE}/{site.id or site.output.value}"
-        made = node(form, call, inputs, site.output.value, name)
-        return Lowering((made,), (function(form, call),))
+        made = node(form, call, inputs, (site.output.value,), name)
+        return Lowering((*scaled, *before, made), (function(form, call),), (*stored, *more))
 
-    def _chunks(self, site: AttentionSite) -> int:
-        if site.mask.part("padding") is not None and site.mask.masked_rows == "uniform":
+    def _chunks(self, site: AttentionSite, found: Reading) -> int:
+        """Windows with a left bound are those of ``NeighborhoodAttention``, whose body skips more of their keys."""
+        if found.right < 0 or found.left >= 0:
             return 1
         if isinstance(site.query_length, int):
             return max(1, min(MAX_CHUNKS, site.query_length // CHUNK))
         return DYNAMIC_CHUNKS
 
-    def _check(self, site: AttentionSite, form: Dense) -> None:
-        """Raise ``Unsupported`` for a site that this op cannot express."""
-        check_plain(site)
-        for part in site.mask.parts:
-            if part.kind not in ("causal", "padding"):
-                raise Unsupported("mask", f"a mask of kind {part.kind} stays as it is")
-        padded = bool(check_padding(site.mask))
-        if padded and form.masked_rows == "uniform" and form.chunks > 1:
-            raise Unsupported("masked-rows", "chunks do not meet all values that such rows average")
-        if form.causal and site.query_length != site.key_length:
-            raise Unsupported("lengths", "causal needs as many queries as keys")
+
+def _guard(site: AttentionSite) -> bool:
+    """Whether the source has a NaN guard over its weights, which the op does without."""
+    return site.mask.guarded and site.form != "attention-op"
+
+
+def _vectors(
+    site: AttentionSite, found: Reading
+) -> tuple[list[NodeProto], dict[str, str], list[TensorProto]]:  # fmt: skip
+    """Nodes that give sinks and key lengths the one axis that the op wants, the values of all optional inputs, and the
+    initializers of those nodes.
+    """
+    values, nodes, stored = dict(found.values), [], []
+    prefix = f"dense/{site.id or site.output.value}"
+    for name in ("sinks", "key_lengths"):
+        if name not in values:
+            continue
+        shape = numpy_helper.from_array(np.array([-1], np.int64), f"{prefix}/{name}/shape")
+        stored.append(shape)
+        nodes.append(helper.make_node("Reshape", [values[name], shape.name], [f"{prefix}/{name}"]))
+        values[name] = f"{prefix}/{name}"
+    if found.plus:
+        plus = numpy_helper.from_array(np.array([found.plus], np.int64), f"{prefix}/plus")
+        stored.append(plus)
+        nodes.append(helper.make_node("Cast", [values["key_lengths"]], [f"{prefix}/ends"], to=TensorProto.INT64))
+        nodes.append(helper.make_node("Add", [f"{prefix}/ends", plus.name], [f"{prefix}/lengths"]))
+        values["key_lengths"] = f"{prefix}/lengths"
+    return nodes, values, stored
 
 
 def _form(parameters: Parameters) -> Dense:
-    chunks, rows = int(parameters.get("chunks", 1)), str(parameters.get("masked_rows", "nan"))
-    causal = bool(parameters.get("causal", False))
-    if chunks < 1 or (chunks > 1 and not causal) or rows not in ("zero", "uniform", "nan"):
-        raise Unsupported("parameters", f"chunks {chunks}, causal {causal}, masked_rows {rows}",
-                          "chunks >= 1 (1 without causal); masked_rows is zero, uniform or nan")  # fmt: skip
-    return Dense(causal, rows, chunks)
+    chunks, rows = int(parameters.get("chunks", 1)), str(parameters.get("masked_rows", "zero"))
+    left, right = int(parameters.get("left", -1)), int(parameters.get("right", -1))
+    softcap = float(parameters.get("softcap", 0.0))
+    unknown = sorted(set(parameters) - {"left", "right", "softcap", "masked_rows", "chunks"})
+    if unknown:
+        hint = "causal is right = 0" if "causal" in unknown else "left, right, softcap, masked_rows, chunks"
+        raise Unsupported("parameters", f"DenseAttention has no parameter {', '.join(unknown)}", hint)
+    if chunks < 1 or (chunks > 1 and right < 0 and left < 0) or rows not in ("zero", "uniform", "nan"):
+        raise Unsupported("parameters", f"chunks {chunks}, left {left}, right {right}, masked_rows {rows}",
+                          "chunks >= 1 (1 without a bound); masked_rows is zero, uniform or nan")  # fmt: skip
+    if min(left, right) < -1 or softcap < 0:
+        raise Unsupported("parameters", f"left {left}, right {right}, softcap {softcap}",
+                          "left and right are -1 or a number of keys, softcap is 0 or positive")  # fmt: skip
+    return Dense(left, right, softcap, rows, chunks)

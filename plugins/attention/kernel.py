@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.attention import dense
+from attncompile.plugins.attention.op import HIDING, OP_TYPE, OPTIONAL, register
 from attncompile.plugins.kernel_arguments import (
-    HALF,
     RULES,
     check_operands,
+    check_optional,
     inputs,
     int32,
     output,
@@ -26,10 +27,9 @@ from attncompile.plugins.kernel_arguments import (
 )
 from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, tactics
 
-OPTIONAL = ("key_mask", "bias", "sinks", "mask", "key_lengths")
-HIDING = frozenset(OPTIONAL) - {"sinks"}
-"""Optional inputs that may leave a query without a key."""
 PACKAGE = "attncompile.plugins.attention"
+ALIKE = "zero"
+"""``masked_rows`` of all calls in which every query sees a key: they share their programs."""
 
 
 class AttentionKernel:
@@ -37,23 +37,23 @@ class AttentionKernel:
     (windows are moved inward at both ends; as many queries as keys), ``softcap`` (0: none) and ``masked_rows``.
     """
 
-    op = dense.OP_TYPE
+    op = OP_TYPE
 
     def register(self) -> None:
-        dense.register()
+        register()
 
     def call(self, node: OpCall) -> OpCall:
-        given = node.attributes
-        if given["causal"] and node.query_length != node.key_length:
-            lengths = f"{node.query_length} queries, {node.key_length} keys"
-            raise Unsupported("lengths", f"causal attention with {lengths}: the op needs as many of both")
-        attributes = {"left": -1, "right": 0 if given["causal"] else -1}
-        return replace(node, attributes={**attributes, "scale": given["scale"], "masked_rows": given["masked_rows"]})
+        attributes = {name: node.attributes[name] for name in ("left", "right", "softcap", "masked_rows", "scale")}
+        queries, keys = node.query_length, node.key_length
+        inside = queries is not None and keys is not None and queries <= keys
+        if not HIDING & set(node.inputs) and (inside or not bounded(attributes)):
+            attributes["masked_rows"] = ALIKE
+        return replace(node, attributes=attributes)
 
     def general(self, call: OpCall) -> OpCall:
         given = call.attributes
-        # Without an input that hides keys every query sees at least the one where it stands.
-        rule = given.get("masked_rows", "zero") if HIDING & set(call.inputs) else "zero"
+        # Without an input that hides keys, or a window that may end before the first of them, every query sees one.
+        rule = given.get("masked_rows", ALIKE) if HIDING & set(call.inputs) or bounded(given) else ALIKE
         attributes = {
             "left": min(given.get("left", -1), 0), "right": min(given.get("right", -1), 0),
             "softcap": bool(given.get("softcap")), "masked_rows": rule, "clamp": bool(given.get("clamp")),
@@ -80,16 +80,12 @@ class AttentionKernel:
         unknown = set(call.inputs) - set(OPTIONAL)
         if unknown:
             raise Unsupported("inputs", f"there is no kernel with {', '.join(sorted(unknown))}")
-        for name, types in (("key_mask", ("bool",)), ("mask", ("bool",)), ("key_lengths", ("int32", "int64"))):
-            if name in call.inputs and call.inputs[name] not in types:
-                raise Unsupported("dtype", f"{name} is {call.inputs[name]}, not {' or '.join(types)}")
-        for name in ("bias", "sinks"):
-            if name in call.inputs and call.inputs[name] not in (*HALF, "float32"):
-                raise Unsupported("dtype", f"{name} is {call.inputs[name]}, not a float of at most 32 bits")
+        check_optional(call)
+        softcap = call.attributes.get("softcap", 0.0)
+        if softcap < 0:
+            raise Unsupported("softcap", f"softcap {softcap}: the kernels need a positive one, or 0 for none")
         if call.attributes.get("clamp") and call.query_length != call.key_length:
             raise Unsupported("lengths", f"clamped windows of {call.query_length} queries on {call.key_length} keys")
-        if not call.attributes.get("scale", 1.0) > 0:
-            raise Unsupported("scale", f"scale {call.attributes['scale']}: the kernels need a positive one")
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         self._check(call)
@@ -123,6 +119,11 @@ class AttentionKernel:
 
     def work(self, call: OpCall, program: Program) -> Work:
         return work(call, program)
+
+
+def bounded(attributes: Mapping[str, Any]) -> bool:
+    """Whether a query sees the keys around its place only."""
+    return int(attributes.get("left", -1)) >= 0 or int(attributes.get("right", -1)) >= 0
 
 
 def kind(call: OpCall) -> str:

@@ -177,7 +177,12 @@ def attention(
     )  # fmt: skip
 
     if sinks is not None:
-        l += tl.exp2(tl.load(sinks + h * sinks_h).to(tl.float32) * LOG2E - m)
+        # It may be far above all scores, and is all that a row without a key has.
+        sink = tl.load(sinks + h * sinks_h).to(tl.float32) * LOG2E
+        top = tl.maximum(m, sink)
+        alpha = tl.exp2(m - top)
+        l = l * alpha + tl.exp2(sink - top)
+        acc1, acc2, m = acc1 * alpha[:, None], acc2 * alpha[:, None], top
     mean1, mean2 = tl.zeros((V1,), tl.float32), tl.zeros((V2,), tl.float32)
     if RULE == 1:
         if tl.max(tl.where(real & (l == 0.0), 1, 0), 0) > 0:

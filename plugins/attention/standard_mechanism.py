@@ -74,7 +74,7 @@ class Attention:
     def reference(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, parameters: Parameters, **extra: Any
     ) -> np.ndarray:
-        return reference(q, k, v, parameters, **extra)
+        return reference(q, k, v, {"right": 0 if parameters.get("causal") else -1}, **extra)
 
     def without_branches(self, parameters: Parameters) -> Parameters:
         return parameters

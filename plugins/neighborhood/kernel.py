@@ -16,6 +16,7 @@ from attncompile.core.verdict import Verdict
 from attncompile.plugins.kernel_arguments import (
     RULES,
     check_operands,
+    check_optional,
     inputs,
     int32,
     output,
@@ -30,20 +31,27 @@ from attncompile.plugins.tactics import HOPPER, HOPPER_ROWS, HOPPER_SHARED, hopp
 PACKAGE = "attncompile.plugins.neighborhood"
 WINDOWS = "Attention"
 """The op whose kernel takes plain windows."""
-NARROW = 128
-"""Extents below this leave room for two axes in a word of bounds."""
+ALIKE = "zero"
+"""``masked_rows`` of its calls in which every query sees a key."""
+NARROW, WIDE = 1 << 7, 1 << 15
+"""Distances that the fields of 8 and of 16 bits hold, in which kernel_triton.py compares coordinates."""
+MOST_QUERIES = 256
+"""Queries of a tile are at most so many."""
 Three = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class AxisCut:
     """One axis cut into tiles of ``size`` queries: ``tiles``, the ``extent`` of the keys that the widest tile meets,
-    ``same``: every query of every tile sees all of its extent; ``clip``: an extent is longer than a dilation's line.
+    ``reach``: how far a bound of a query's window and a key of its tile may be apart (more than the extent where
+    windows are empty), ``same``: every query of every tile sees all of its extent; ``clip``: an extent is longer than a
+    dilation's line.
     """
 
     size: int
     tiles: int
     extent: int
+    reach: int
     same: bool
     clip: bool
 
@@ -90,7 +98,7 @@ class Cut:
         found: dict[str, int | bool] = {f"{k}{i}": v[i] for k, v in per_axis.items() for i in axes}
         found |= {
             "CLAMP": hood.border == "clamp", "BALL": hood.shape == "ball", "ALL_SEEN": self.all_seen,
-            "NARROW": max(a.extent for a in self.axes) < NARROW, "CLIP": any(a.clip for a in self.axes),
+            "NARROW": max(a.reach for a in self.axes) < NARROW, "CLIP": any(a.clip for a in self.axes),
             "PREFIX": hood.prefix, "SUFFIX": hood.suffix, "RULE": RULES[hood.masked_rows],
         }  # fmt: skip
         return found
@@ -118,10 +126,12 @@ def cut_axis(
             part = slice(first, min(first + size, length))
             spans.append((low[part], high[part], length))
             extent = max(extent, int(high[part].max()) - int(low[part].min()) + 1)
+    reach = extent
     for low, high, length in spans:
         corner = max(min(int(low.min()), length - extent), 0)
         same = same and bool((low == corner).all() and (high == corner + extent - 1).all())
-    return AxisCut(size, ceil(longest / size) * dilation, extent, same, extent > shortest)
+        reach = max(reach, int(low.max()) - corner, corner + extent - 1 - int(high.min()))
+    return AxisCut(size, ceil(longest / size) * dilation, extent, reach, same, extent > shortest)
 
 
 def windows(
@@ -174,12 +184,12 @@ class NeighborhoodKernel:
         """A plain window is a call of ``Attention``, whose kernel takes any lengths."""
         hood = Neighborhood.of(node.attributes)
         scale = {"scale": node.attributes["scale"]} if "scale" in node.attributes else {}
-        if hood.sliding and not hood.prefix and not hood.suffix:
-            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": hood.masked_rows}
-            return replace(node, op=WINDOWS, attributes={**window, **scale})
-        if slides_inward(hood):
-            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": hood.masked_rows, "clamp": True}
-            return replace(node, op=WINDOWS, attributes={**window, **scale})
+        plain = hood.sliding and not hood.prefix and not hood.suffix
+        if plain or slides_inward(hood):
+            # Queries are the last tokens: each sees itself, unless an input hides it.
+            rule = hood.masked_rows if set(node.inputs) else ALIKE
+            window = {"left": hood.left[0], "right": hood.right[0], "masked_rows": rule}
+            return replace(node, op=WINDOWS, attributes={**window, **({} if plain else {"clamp": True}), **scale})
         return replace(node, attributes={**hood.attributes(), **scale})
 
     def general(self, call: OpCall) -> OpCall:
@@ -201,7 +211,7 @@ class NeighborhoodKernel:
         if hood.tokens is None:
             raise Unsupported("grid", "a dynamic sequence has no grid kernel", "plain windows have that of Attention")
         if hood.circular:
-            raise Unsupported("ring", "windows on rings have no kernel on a grid")
+            raise Unsupported("ring", "windows on rings (border circular, shift, seam) have no kernel on a grid")
         if any(hood.causal) and hood.prefix:
             raise Unsupported("prefix", "prefix tokens before a causal axis of a static grid have no kernel")
         for length in (call.query_length, call.key_length):
@@ -210,8 +220,16 @@ class NeighborhoodKernel:
         unknown = set(call.inputs) - set(self.optional)
         if unknown:
             raise Unsupported("inputs", f"there is no kernel with {', '.join(sorted(unknown))} on a grid")
+        if set(call.outputs) - {"output"}:
+            raise Unsupported("outputs", f"there is no kernel that gives {', '.join(call.outputs[1:])} on a grid")
+        check_optional(call)
         if hood.tokens >= 1 << 31:
             raise Unsupported("size", f"{hood.tokens} tokens: token numbers are int32")
+        # A tile of one query has the least reach: where that does not fit no tile does.
+        if max(_axis(hood, a, 1).reach for a in range(3)) >= WIDE - MOST_QUERIES:
+            raise Unsupported(
+                "size", f"windows of more than {WIDE - MOST_QUERIES - 1} tokens on an axis have no kernel"
+            )
         return hood
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
@@ -261,7 +279,7 @@ def on_hopper(call: OpCall, hood: Neighborhood, tactic: Tactic) -> bool:
     keys, consumers = int(tactic.constants["BN"] or 0), int(tactic.constants["CONSUMERS"] or 0)
     made = cut(hood, HOPPER_ROWS * consumers, keys, True)
     plane = made.box if made.all_seen else made.axes[1].extent * made.axes[2].extent
-    wide = max(a.extent for a in made.axes) >= NARROW
+    wide = max(a.reach for a in made.axes) >= NARROW
     if any(a.clip for a in made.axes) or (wide and made.axes[1].extent > 1):
         return False
     tables = 2 * 4 * ceil(plane / keys) * keys

@@ -112,8 +112,8 @@ def dense(body: Body, call: Call, query: str, key: str, value: str, visible: str
     visible broadcastable to [B, 1, n, Nk] -> [B, H, n, Dv].
     """
     if call.group > 1:  # a product that broadcasts heads is not fused by TensorRT-RTX; copied keys are
-        key = _repeat_heads(body, call, key, call.head_dim)
-        value = _repeat_heads(body, call, value, call.value_dim)
+        key = repeat_heads(body, call, key, call.head_dim)
+        value = repeat_heads(body, call, value, call.value_dim)
     mask = additive(body, call, visible) if visible is not None else None
     if call.sinks and mask is not None:
         mask = body.op("Pad", mask, body.ints(*[0] * 7, 1))  # nothing hides the sink, the last key
@@ -121,7 +121,7 @@ def dense(body: Body, call: Call, query: str, key: str, value: str, visible: str
     return guarded(body, call, result, mask, masked_rows, lambda: body.op("ReduceMean", value, body.ints(-2)))
 
 
-def _repeat_heads(body: Body, call: Call, value: str, dim: int) -> str:
+def repeat_heads(body: Body, call: Call, value: str, dim: int) -> str:
     """[B, G, N, dim] -> [B, H, N, dim], each head g times in a row."""
     wide = body.op("Expand", body.op("Unsqueeze", value, body.ints(2)), body.ints(1, 1, call.group, 1, 1))
     return body.op("Reshape", wide, body.ints(0, call.heads, -1, dim))

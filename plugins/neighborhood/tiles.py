@@ -117,7 +117,7 @@ def _cut(hood: Neighborhood, axis: int, seen: np.ndarray, distance: np.ndarray, 
     met = [np.flatnonzero(seen[c].any(axis=0)) for c in chunks]
     width = max(len(m) for m in met)
     queries = np.stack([np.pad(c, (0, size - len(c)), mode="edge") for c in chunks])
-    keys = np.stack([np.pad(m, (0, width - len(m)), mode="edge") for m in met])
+    keys = np.stack([np.append(m, np.repeat(m[-1:] if len(m) else [0], width - len(m))) for m in met])
     real = np.stack([np.arange(width) < len(m) for m in met])  # a repeated key counts once
     seen_of = seen[queries[:, :, None], keys[:, None, :]] & real[:, None, :]
     distance_of = np.where(seen_of, distance[queries[:, :, None], keys[:, None, :]], 0)

@@ -56,7 +56,7 @@ def test_causal_sites_of_an_export() -> None:
         assert node.call is not None and node.symbols is not None
         call = node.call
         assert (call.op, call.dtype, call.heads, call.kv_heads, call.head_dim) == ("Attention", "float16", 4, 4, 16)
-        assert call.attributes == {"left": -1, "right": 0, "scale": 0.25, "masked_rows": "nan"}
+        assert call.attributes == {"left": -1, "right": 0, "softcap": 0.0, "scale": 0.25, "masked_rows": "zero"}
         assert (call.batch, call.query_length, call.key_length) == (1, 48, 48)
         assert node.symbols["scale_bits"] == str(symbols.bits(0.25)) and node.symbols["right"] == "0"
     assert len({key_of(build.general(kernels(), n.call)) for n in found if n.call}) == 1, "one kernel serves both"
@@ -89,7 +89,7 @@ def test_float32_is_taken_for_a_half() -> None:
 def test_defaults_come_from_the_schema() -> None:
     node = one(scale=0.5)
     assert node.call is not None
-    assert node.call.attributes == {"left": -1, "right": -1, "scale": 0.5, "masked_rows": "nan"}
+    assert node.call.attributes == {"left": -1, "right": -1, "softcap": 0.0, "scale": 0.5, "masked_rows": "zero"}
     grid = one("NeighborhoodAttention", shapes=dict.fromkeys(("query", "key", "value"), (1, 35, 6, 64)),
                kernel_size=[3, 3], grid=[5, 7], border="clamp", plugin_namespace="attncompile")  # fmt: skip
     assert grid.call is not None and grid.call.op == "NeighborhoodAttention"
@@ -111,7 +111,6 @@ def test_layouts_are_in_the_symbols() -> None:
     ("node", "code"),
     [
         (lambda: one(scale=0.5, kind=TensorProto.DOUBLE), None),
-        (lambda: one(scale=0.5, causal=1), "lengths"),
         (lambda: one(scale=0.5, shapes={"query": None}), "shapes"),
         (lambda: one(scale=0.5, shapes={"query": ("b", 5, "h", 64)}), "shapes"),
         (lambda: one(scale=0.5, shapes={"query": ("b", 5, 6, "d")}), "shapes"),
@@ -209,3 +208,34 @@ def test_standard_calls() -> None:
     ours = one(kind=TensorProto.BFLOAT16, scale=0.5).call
     assert ours is not None
     assert key_of(kernels()["Attention"].general(ours)) in {key_of(c) for c in found}, "a model finds them"
+
+
+def test_attention_says_all_that_its_kernel_does() -> None:
+    half, whole = TensorProto.FLOAT16, TensorProto.INT64
+    optional = [
+        ("key_mask", TensorProto.BOOL, ("b", 1, 1, "n")), ("bias", half, (6, 1, "n")), ("sinks", half, (6,)),
+        ("mask", TensorProto.BOOL, (5, "n")), ("key_lengths", whole, ("b",)),
+    ]  # fmt: skip
+    node = one(scale=0.5, inputs=optional, left=7, right=0, softcap=30.0, masked_rows="uniform")
+    assert node.call is not None and node.symbols is not None
+    assert node.call.attributes == {
+        "left": 7, "right": 0, "softcap": 30.0, "scale": 0.5, "masked_rows": "uniform",
+    }  # fmt: skip
+    (program, *_) = kernels()["Attention"].programs(build.general(kernels(), node.call), 80)
+    names = [a.name for a in program.arguments if a.kind == "input"]
+    assert names == ["query", "key", "value", "key_mask", "bias", "sinks", "mask", "key_lengths"]
+    assert all(a.expression in node.symbols for a in program.arguments if a.kind == "int32" and a.name != "group")
+
+
+def test_windows_that_may_end_before_the_first_key_keep_their_rule() -> None:
+    """Five queries on as many keys as there are: a query may stand before all of them."""
+    kernel = kernels()["Attention"]
+    rules = {}
+    for rule in ("zero", "nan"):
+        call = one(scale=0.5, right=0, masked_rows=rule).call
+        assert call is not None
+        rules[rule] = kernel.general(call).attributes["masked_rows"]
+    assert rules == {"zero": "zero", "nan": "nan"}
+    fixed = {"query": ("b", 5, 6, 64), "key": ("b", 9, 2, 64), "value": ("b", 9, 2, 64)}
+    inside = one(scale=0.5, right=0, masked_rows="nan", shapes=fixed).call
+    assert inside is not None and kernel.general(inside).attributes["masked_rows"] == "zero"

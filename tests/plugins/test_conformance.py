@@ -34,10 +34,10 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "Attention": {"none": {"causal": False}, "causal": {"causal": True}},
     "DenseAttention": {
-        "none": {"causal": False},
-        "causal": {"causal": True},
-        "causal, 3 chunks": {"causal": True, "chunks": 3},
-        "causal, 8 chunks": {"causal": True, "chunks": 8},
+        "none": {},
+        "causal": {"right": 0},
+        "causal, 3 chunks": {"right": 0, "chunks": 3},
+        "causal, 8 chunks": {"right": 0, "chunks": 8},
     },
 }
 GRIDS: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ def stored_mask(label: str, queries: int, keys: int) -> np.ndarray:
 
 def prepared(case: Any, name: str, parameters: dict[str, Any], **changes: Any) -> Any:
     """A case whose site has the mask that the mechanism's parameters speak of."""
-    causal = bool(parameters.get("causal")) if name != "NeighborhoodAttention" else False
+    causal = name != "NeighborhoodAttention" and (bool(parameters.get("causal")) or parameters.get("right") == 0)
     at = replace(case(opset=first_opset(name), causal=causal), **changes)
     if "pattern" not in parameters:
         return at
@@ -198,6 +198,7 @@ def test_key_masks(parameters, masked_rows, kind, case, error, tolerance) -> Non
         ("uniform", False, 1),
         ("nan", False, 1),
         ("uniform", True, 1),
+        ("uniform", True, 3),
         ("zero", True, 3),
         ("nan", True, 3),
     ],
@@ -207,7 +208,7 @@ def test_key_masks_of_dense_attention(masked_rows, causal, chunks, static, kind,
     keys = 300 if not static else 35  # a dynamic sequence is cut from 257 tokens on
     at = case(batch=2, queries=keys, heads=2, static=static, causal=causal, key_mask=masks(2, keys)[kind],
               masked_rows=masked_rows, fills=(-3e38,))  # fmt: skip
-    given = {"causal": causal, "masked_rows": masked_rows, "chunks": chunks}
+    given = {"right": 0 if causal else -1, "masked_rows": masked_rows, "chunks": chunks}
     assert error(at, mechanism("DenseAttention"), given) < tolerance["float32"]
 
 

@@ -183,19 +183,20 @@ def test_dense_attention_says_where_it_wins(case) -> None:
     def answer(facts, **changes):
         return only(subject.exact_candidates(case(queries=1024, static=True).site(mask=facts, **changes)))
 
-    assert answer(guarded(on=False)).code == "nothing-to-skip"
-    assert answer(guarded()).parameters["chunks"] == 1
-    assert answer(guarded(causal, on=False)).parameters == {"causal": True, "masked_rows": "nan", "chunks": 8}
+    plain = {"left": -1, "right": -1, "softcap": 0.0, "masked_rows": "zero", "chunks": 1}
+    assert answer(guarded(on=False)).parameters == answer(guarded()).parameters == plain
+    assert answer(guarded(causal, on=False)).parameters == {**plain, "right": 0, "chunks": 8}
     # A finite mask over two factors, or a small one, gives fully masked rows something that depends on the scores.
     assert answer(guarded(padding, fills=(-3e38,))).parameters["masked_rows"] == "uniform"
     for fills in ((), (-3e38, -3e38), (-1e4,)):
         assert answer(guarded(padding, fills=fills)).code == "masked-rows"
     assert answer(guarded(padding, replace(padding, source="other"), rows="zero")).code == "mask"
-    assert answer(guarded(replace(padding, additive=True), rows="zero")).code == "mask"
+    assert answer(guarded(replace(padding, additive=True))).parameters == plain
+    assert answer(guarded(replace(padding, additive=True), on=False)).parameters == {**plain, "masked_rows": "nan"}
     assert answer(guarded(causal, padding, rows="zero")).parameters["chunks"] == 8
-    assert answer(guarded(causal, padding, fills=(-3e38,))).parameters["chunks"] == 1
+    assert answer(guarded(causal, padding, fills=(-3e38,))).parameters["chunks"] == 8
     assert answer(guarded(), dtype="float16", softmax_dtype="float16").code == "guard"
-    assert answer(guarded(), form="attention-op").code == "nothing-to-skip"
+    assert "leaves nothing out" in answer(guarded(), form="attention-op").reason
     once = replace(causal, certificate=ONCE)
     assert only(subject.exact_candidates(case().site(mask=guarded(once)))).code == "certificate"
 

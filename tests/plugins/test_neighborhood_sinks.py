@@ -83,7 +83,9 @@ def test_it_is_taken_by_the_window_and_by_no_op_that_ignores_it(case) -> None:
     (found,) = exact_candidates(SUBJECT, site)
     assert isinstance(found, Candidate)
     assert SUBJECT.lower(site, found.parameters, 18).nodes[0].input[-1] == "sinks"
-    for name in ("BlockSparseAttention", "DenseAttention", "Attention"):
+    (dense,) = exact_candidates(mechanism("DenseAttention"), site)  # it reads them too, and skips nothing
+    assert isinstance(dense, Candidate) and (dense.parameters["left"], dense.parameters["chunks"]) == (127, 1)
+    for name in ("BlockSparseAttention", "Attention"):
         (refused,) = exact_candidates(mechanism(name), site)
         assert isinstance(refused, Verdict) and refused.code == "needs" and "sinks" in refused.reason
 

@@ -1,0 +1,123 @@
+"""Cases from a seed, of the sizes that models have as far as a float64 reference is affordable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from tests.conformance.case import Case
+from tests.conformance.cases import dense, grid
+
+MOST_SCORES = 1 << 24
+"""Score elements of a case, over all heads and batch entries: 0.1 s in float64 on a CPU core or two."""
+
+DIMS = (16, 24, 32, 40, 64, 64, 72, 80, 96, 120, 128, 128, 160, 192, 256)
+LENGTHS = (1, 2, 15, 17, 37, 50, 63, 65, 127, 129, 196, 197, 255, 257, 300, 577, 729, 1000, 1025, 1370)
+
+
+def random_cases(op: str, seed: int, count: int, most_scores: int = MOST_SCORES) -> Iterator[Case]:
+    """``count`` cases of ``op``; the n-th of a seed is always the same one."""
+    make = {"Attention": _dense, "NeighborhoodAttention": _grid}[op]
+    for n in range(count):
+        rng = np.random.default_rng([seed, n, len(op)])
+        while True:
+            case = make(f"{op} {seed}.{n}", rng)
+            batch, queries, keys = case.sizes
+            if batch * case.call.heads * queries * keys <= most_scores:
+                yield case
+                break
+
+
+def _pick(rng: np.random.Generator, *options: Any) -> Any:
+    return options[int(rng.integers(len(options)))]
+
+
+def _common(rng: np.random.Generator) -> dict[str, Any]:
+    kv_heads, dim = _pick(rng, 1, 1, 2, 3), _pick(rng, *DIMS)
+    return {
+        "batch": _pick(rng, 1, 1, 2, 3), "kv_heads": kv_heads, "heads": kv_heads * _pick(rng, 1, 1, 2, 3, 4),
+        "head_dim": dim, "value_dim": dim if rng.random() < 0.7 else _pick(rng, *DIMS),
+        "dtype": _pick(rng, "float16", "bfloat16"), "layouts": tuple(_pick(rng, "BNHD", "BHND") for _ in range(4)),
+        "values": _pick(rng, *["ordinary"] * 5, "large", "dominant", "equal"),
+        "hiding": _pick(rng, "scattered", "scattered", "left", "empty"), "seed": int(rng.integers(1 << 31)),
+        "masked_rows": _pick(rng, "zero", "uniform", "nan"),
+        "scale": dim**-0.5 if rng.random() < 0.7 else float(rng.uniform(0.01, 0.5)),
+    }  # fmt: skip
+
+
+def _broadcast(rng: np.random.Generator, *sizes: int) -> tuple[int, ...]:
+    """``sizes`` with some of them 1, and some leading ones left out."""
+    shape = [n if rng.random() < 0.6 else 1 for n in sizes]
+    shape[-1] = sizes[-1]
+    drop = 0
+    while drop < len(shape) - 1 and shape[drop] == 1 and rng.random() < 0.5:
+        drop += 1
+    return tuple(shape[drop:])
+
+
+def _dense(name: str, rng: np.random.Generator) -> Case:
+    common = _common(rng)
+    batch, heads = common["batch"], common["heads"]
+    keys = _pick(rng, *LENGTHS)
+    queries = keys if rng.random() < 0.6 else _pick(rng, *LENGTHS)
+    windows = (
+        (-1, -1),
+        (-1, 0),
+        (int(rng.integers(0, 200)), 0),
+        (int(rng.integers(0, 200)), int(rng.integers(0, 200))),
+    )
+    left, right = _pick(rng, *windows, windows[1], (int(rng.integers(0, 99)), -1), (-1, int(rng.integers(0, 99))))
+    floats = ("float32", common["dtype"])
+    shapes = {
+        "key_mask": ("bool", _pick(rng, (batch, 1, 1, keys), (1, 1, keys), (keys,))),
+        "bias": (_pick(rng, *floats), _broadcast(rng, batch, heads, queries, keys)),
+        "sinks": (_pick(rng, *floats), _pick(rng, (heads,), (1,))),
+        "mask": ("bool", _broadcast(rng, batch, heads, queries, keys)),
+        "key_lengths": (_pick(rng, "int32", "int64"), (batch,)),
+    }
+    chosen = {n: shapes[n] for n in shapes if rng.random() < 0.25}
+    softcap = _pick(rng, 0.0, 0.0, 0.0, 5.0, 30.0, 50.0)
+    return dense(
+        name, queries=queries, keys=keys, inputs=chosen, left=left, right=right, softcap=softcap,
+        lse=bool(rng.random() < 0.3), **common,
+    )  # fmt: skip
+
+
+def _grid(name: str, rng: np.random.Generator) -> Case:
+    common = _common(rng)
+    rank = _pick(rng, 1, 2, 2, 3)
+    most = {1: 900, 2: 40, 3: 13}[rank]
+    sides = [int(rng.integers(1, most)) for _ in range(rank)]
+    dilation = [_pick(rng, 1, 1, 1, 2, 3) for _ in sides]
+    border = _pick(rng, "clamp", "clamp", "truncate")
+    # A clamped window has to fit into the shortest line of a dilated axis.
+    dilation = [d if d <= side else 1 for d, side in zip(dilation, sides, strict=True)]
+    size = [
+        int(rng.integers(1, max(2, side // d + (border == "truncate") * 3)))
+        for side, d in zip(sides, dilation, strict=True)
+    ]
+    given: dict[str, Any] = {"grid": sides, "kernel_size": size, "border": border, "dilation": dilation}
+    given["stride"] = [_pick(rng, 1, 1, 1, int(rng.integers(1, k + 1)), k, k + 2) for k in size]
+    kind = _pick(rng, "plain", "plain", "left", "causal", "ball", "windows")
+    if kind == "left":
+        given["left"] = [int(rng.integers(0, k)) for k in size]
+    elif kind == "causal":
+        given["causal"] = [int(rng.random() < 0.5) for _ in sides]
+    elif kind == "ball":
+        given |= {"kernel_size": [k | 1 for k in size], "border": "truncate", "shape": "ball"}
+    elif kind == "windows":
+        given |= {"stride": size, "dilation": [1] * rank}
+    if not any(given.get("causal", [0])):
+        given |= {"prefix": _pick(rng, 0, 0, 1, 5), "suffix": _pick(rng, 0, 0, 0, 77)}
+    tokens = prod(sides) + given.get("prefix", 0) + given.get("suffix", 0)
+    shapes: dict[str, Any] = {
+        "key_mask": ("bool", _pick(rng, (common["batch"], 1, 1, tokens), (tokens,))),
+        "bias": (
+            _pick(rng, "float32", common["dtype"]),
+            _broadcast(rng, common["batch"], common["heads"], tokens, tokens),
+        ),
+    }
+    return grid(name, inputs={n: shapes[n] for n in shapes if rng.random() < 0.2}, **given, **common)

@@ -53,7 +53,7 @@ def _tactic(t: Mapping[str, Any]) -> Tactic:
         constants = {"TAKE": take, "GIVE": give, "TURNS": True, **constants}
     name = "-".join([HOPPER if hopper else "triton", *(f"{k.lower()}{v}" for k, v in constants.items())])
     name += f"-w{t.get('warps', 4)}-s{t['stages']}"
-    return Tactic(name, constants, t.get("warps", 4), t["stages"], t.get("registers"))
+    return Tactic(name, constants, t.get("warps", 4), t["stages"], t.get("registers"), t.get("ptxas", 12))
 
 
 def by_rule(call: OpCall, architecture: int) -> Tactic:

@@ -77,13 +77,16 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Tactic:
-    """How one program is tiled and scheduled. ``constants`` are compile-time values of the kernel."""
+    """How one program is tiled and scheduled. ``constants`` are compile-time values of the kernel. ``ptxas``: the major
+    version of the assembler, 12 or 13: drivers of CUDA 12 load what 12 makes, and either is faster for some kernels.
+    """
 
     name: str
     constants: Mapping[str, Constant]
     warps: int
     stages: int = 1
     registers: int | None = None
+    ptxas: int = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Program:
     head_dim: int
     stages: int = 1
     registers: int | None = None
+    ptxas: int = 12
     abi: Abi = "plain"
     rank: int = 0
     value_dim: int = 0

@@ -126,7 +126,7 @@ def _key(program: Program, source: Any, architecture: int, ptx_version: int, ver
 
     # ``hash`` covers the source text, signature, constants and alignments.
     return digest(canonical({
-        "source": source.hash(), "triton": version, "ptxas": _assembler(architecture).version,
+        "source": source.hash(), "triton": version, "ptxas": _assembler(program.ptxas).version,
         "ours": _sources_of_ours(), "arch": architecture, "options": _options(program, ptx_version),
         "program": describe(program),
         "ptxas_options": knobs.nvidia.ptxas_options or "",
@@ -152,11 +152,11 @@ def _sources_of_ours() -> str:
     return digest(b"".join((folder / name).read_bytes() for name in ("compiler.py", "entry.py", "ptx.py")))
 
 
-def _assembler(architecture: int) -> Any:
-    """Path and version of the ptxas that Triton brings along for ``architecture``."""
-    from triton.backends.nvidia.compiler import get_ptxas
+def _assembler(version: int) -> Any:
+    """Path and version of the ptxas of major version 12 or 13, both of which Triton brings along."""
+    from triton import knobs
 
-    return get_ptxas(architecture)
+    return knobs.nvidia.ptxas if version == 12 else knobs.nvidia.ptxas_blackwell
 
 
 def _compile(program: Program, source: Any, architecture: int, ptx_version: int) -> Compiled:
@@ -172,7 +172,7 @@ def _compile(program: Program, source: Any, architecture: int, ptx_version: int)
         hidden = _HIDDEN if scratch else 0
         made = text if hidden else ptx_text.without_hidden(text, len(program.arguments))
         ptx_text.check_parameters(made, program.arguments, hidden)
-        code, report = assemble_ptx(made, architecture)
+        code, report = assemble_ptx(made, architecture, program.ptxas)
         log.extend((made, report, str(hidden)))
         return code
 
@@ -207,15 +207,15 @@ def _compile(program: Program, source: Any, architecture: int, ptx_version: int)
     return Compiled(entry, made, built.asm["cubin"])
 
 
-def assemble_ptx(text: str, architecture: int) -> tuple[bytes, str]:
-    """The cubin of PTX ``text``, and what ptxas said. Raises ``KernelError``."""
+def assemble_ptx(text: str, architecture: int, ptxas: int = 12) -> tuple[bytes, str]:
+    """The cubin of PTX ``text``, and what ptxas of that major version said. Raises ``KernelError``."""
     name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
     with tempfile.TemporaryDirectory(prefix="attncompile-") as folder:
         (Path(folder) / "kernel.ptx").write_text(text, encoding="utf-8")
-        # --regAllocOptLevel: what Triton itself gives, around a fault of ptxas 13. Relative names: a path may end up
-        # in the cubin.
+        # What Triton itself gives, around a fault of ptxas 13. Relative names: a path may end up in the cubin.
+        level = ["--regAllocOptLevel=2"] if ptxas == 13 else []
         done = subprocess.run(
-            [_assembler(architecture).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", "kernel.ptx",
+            [_assembler(ptxas).path, "-v", *level, f"--gpu-name={name}", "kernel.ptx",
              "-o", "kernel.cubin"],
             cwd=folder, capture_output=True, text=True, check=False,
         )  # fmt: skip

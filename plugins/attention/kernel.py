@@ -113,7 +113,8 @@ class AttentionKernel:
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
             function=f"{PACKAGE}.{module}:attention", arguments=tuple(arguments(call, hopper)), constants=constants,
             grid=(items, "1", "1") if hopper else (tiles, "H", "B"), warps=tactic.warps, stages=tactic.stages,
-            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
+            registers=tactic.registers, ptxas=tactic.ptxas, dtype=call.dtype, head_dim=call.head_dim,
+            value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
     def work(self, call: OpCall, program: Program) -> Work:

@@ -247,6 +247,7 @@ class NeighborhoodKernel:
         constants: dict[str, Constant] = {**made.constants(), **widths(call), **tiling}
         if hopper:
             constants["STAGES"] = tactic.stages
+            del constants["BALL"], constants["CLIP"]  # see ``on_hopper``
         grid = (str(made.tiles + extra), "H", "B")
         if hopper:
             grid = (f"min({made.tiles + extra} * H * B, SMS)", "1", "1")
@@ -255,7 +256,8 @@ class NeighborhoodKernel:
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
             function=f"{PACKAGE}.{module}:neighborhood", arguments=tuple(arguments(call, self.optional, hopper)),
             constants=constants, grid=grid, warps=tactic.warps, stages=tactic.stages,
-            registers=tactic.registers, dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
+            registers=tactic.registers, ptxas=tactic.ptxas, dtype=call.dtype, head_dim=call.head_dim,
+            value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
     def work(self, call: OpCall, program: Program) -> Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from attncompile.kernels.entry import Compiled
 from attncompile.kernels.jobs import Job
 from attncompile.kernels.pool import compile_all
 from attncompile.plugins import kernels
+from tests.kernels import sass
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,26 +60,28 @@ def programs(call: OpCall, architecture: int) -> Sequence[Program]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_default_tactics(architecture: int) -> None:
-    """The best tactic of every kernel at head dims 64 and 128: no register spills on sm_80 and sm_90."""
+def test_default_tactics(architecture: int, tmp_path: Path) -> None:
+    """The best tactic of every kernel at head dims 64 and 128: no register spills on sm_80 and sm_90, but for numbers
+    that a window's Gluon kernel keeps from tile to tile, outside of its loops over keys.
+    """
     calls = [
         c
         for dim in (64, 128)
         for c in (attention(dim), attention(dim, -1, 0), attention(dim, 0, 0), neighborhood(dim, "clamped"))
     ]
     found = compiled([(c, architecture, programs(c, architecture)[0]) for c in calls])
-    owed = []
     for made in found:
         entry = made.entry
         ptx.check_parameters(made.ptx, entry.arguments)
         cubin.check(made.cubin)
         assert entry.hidden == 0 and not entry.serialized, entry.tactic
-        if architecture in (80, 90) and entry.spills:
-            said = f"{entry.op} {entry.head_dim} {entry.tactic}: {entry.spills} bytes"
-            assert entry.language == "gluon", said
-            owed.append(said)
-    if owed:
-        pytest.xfail("the Gluon kernel for sm_90 spills: " + "; ".join(owed))
+        if architecture in (80, 90):
+            windowed = entry.language == "gluon" and entry.constants.get("HAS_LEFT")
+            assert entry.spills <= (128 if windowed else 0), (entry.op, entry.head_dim, entry.tactic, entry.spills)
+            if windowed:
+                (tmp_path / "window.cubin").write_bytes(made.cubin)
+                loops = sass.loops_with_products(tmp_path / "window.cubin")
+                assert loops and not any(sass.local_memory(loop) for loop in loops), entry.tactic
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,0 +1,72 @@
+"""How long a launch takes, before it is made: from the work that it does and constants that were measured once.
+
+A GPU runs one block of the Gluon kernel a multiprocessor, so that blocks come in rounds; a block costs something to
+begin and end, then what its products, score elements and masked score elements cost:
+
+    ms = launch + rounds * (block + (flops * flop + scores * score + masked * mask) / blocks),
+
+and no less than the bytes take. The constants are fitted by ``tools/bench fit`` on every second configuration of a
+sweep; the others say how far off it is (``cost.toml``).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from math import ceil
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.kernel import Program, Work
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Constants of one language's kernels on one architecture, in nanoseconds: of a launch, of a block, of 10^9 flops
+    of one block, of a million score elements and of a million masked ones; ``multiprocessors`` and bytes a nanosecond
+    of the GPU that they were measured on. ``withheld``: the largest relative error on configurations not fitted.
+    """
+
+    launch: float
+    block: float
+    flop: float
+    score: float
+    mask: float
+    multiprocessors: int
+    bandwidth: float
+    withheld: float
+    measured_on: str
+
+    def features(self, work: Work) -> tuple[float, float, float, float, float]:
+        """What the constants are multiplied by, in their order."""
+        return features(work, self.multiprocessors)
+
+    def milliseconds(self, work: Work) -> float:
+        constants = (self.launch, self.block, self.flop, self.score, self.mask)
+        computed = sum(c * f for c, f in zip(constants, self.features(work), strict=True))
+        return max(computed, self.launch + work.bytes / self.bandwidth) * 1e-6
+
+
+def features(work: Work, multiprocessors: int) -> tuple[float, float, float, float, float]:
+    """Launches, blocks, 10^9 flops, 10^6 scores and 10^6 masked scores that one multiprocessor has to do."""
+    rounds = float(ceil(work.blocks / multiprocessors))
+    share = rounds / work.blocks
+    return 1.0, rounds, work.flops * share * 1e-9, work.scores * share * 1e-6, work.masked * share * 1e-6
+
+
+@cache
+def table() -> Mapping[str, CostModel]:
+    """By ``language-architecture``, such as ``gluon-90``."""
+    text = (files("attncompile.kernels") / "cost.toml").read_text(encoding="utf-8")
+    return {name: CostModel(**values) for name, values in tomllib.loads(text).items()}
+
+
+def milliseconds(work: Work, program: Program, architecture: int) -> float:
+    """Predicted time of a launch. Raises ``Unsupported`` where nothing was measured."""
+    name = f"{program.language}-{architecture}"
+    if name not in table():
+        known = ", ".join(sorted(table()))
+        raise Unsupported("cost", f"no cost was measured for {program.language} kernels on sm_{architecture} ({known})")
+    return table()[name].milliseconds(work)

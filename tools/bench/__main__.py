@@ -1,0 +1,64 @@
+"""Benchmarks on a GPU: ``python tools/bench prepare DIR`` compiles (no GPU needed), ``kernels DIR`` measures.
+
+``table FILE`` prints a result as Markdown, ``plot FILE OUT.svg`` draws it. Peers that are not installed are left out by
+name. PYTHONPATH must hold the checkout where the package is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cases import CASES
+from sweep import sweep
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    make = verbs.add_parser("prepare", help="compile the kernels of all cases into a bundle")
+    make.add_argument("out", type=Path)
+    make.add_argument("--arch", type=int, action="append", default=[])
+    make.add_argument("--sweep", type=int, default=0, help="this many configurations from a seed in place of the cases")
+    measure = verbs.add_parser("kernels", help="measure on this GPU; JSON to --out, the table to stdout")
+    measure.add_argument("bundle", type=Path)
+    measure.add_argument("--out", type=Path, default=Path("kernels.json"))
+    measure.add_argument("--only", nargs="*", default=[])
+    measure.add_argument("--rounds", type=int, default=25)
+    measure.add_argument("--no-peers", action="store_true")
+    measure.add_argument("--sweep", type=int, default=0, help="as it was prepared")
+    fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
+    fitted.add_argument("result", type=Path)
+    fitted.add_argument("--arch", type=int, default=90)
+    fitted.add_argument("--multiprocessors", type=int, default=132)
+    for verb, text in (("table", "print a result"), ("plot", "draw a result")):
+        show = verbs.add_parser(verb, help=text)
+        show.add_argument("result", type=Path)
+        if verb == "plot":
+            show.add_argument("out", type=Path)
+    given = parser.parse_args()
+    if given.verb == "prepare":
+        from kernels import prepare
+
+        prepare(given.out, given.arch, sweep(given.sweep) if given.sweep else CASES)
+    elif given.verb == "kernels":
+        from kernels import run
+        from report import table
+
+        cases = sweep(given.sweep) if given.sweep else CASES
+        result = run(given.bundle, given.only, given.rounds, not given.no_peers, cases)
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(table(result))
+    elif given.verb == "fit":
+        from fit import fit
+
+        print(fit(json.loads(given.result.read_text(encoding="utf-8")), given.arch, given.multiprocessors))
+    else:
+        from report import plot, table
+
+        result = json.loads(given.result.read_text(encoding="utf-8"))
+        print(table(result)) if given.verb == "table" else plot(result, given.out)
+
+
+main()

@@ -1,0 +1,48 @@
+"""Fit the cost model's constants to a sweep and say how far off they are where they were not fitted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attncompile.core.kernel import Work
+from attncompile.kernels.cost import CostModel, features
+
+NAMES = ("launch", "block", "flop", "score", "mask")
+
+
+def fit(result: dict[str, Any], architecture: int, multiprocessors: int) -> str:
+    """TOML of the constants, by language, and a table of errors as comments."""
+    lines = [f"# Fitted by `python tools/bench fit` to a sweep on one {result['gpu']}, {result['when']}; nanoseconds."]
+    for language in sorted({c["language"] for c in result["cases"]}):
+        cases = [c for c in result["cases"] if c["language"] == language]
+        used, withheld = cases[::2], cases[1::2]
+        matrix = np.array([features(Work(**c["work"]), multiprocessors) for c in used])
+        times = np.array([c["ms"]["ours"] * 1e6 for c in used])
+        constants = least_squares(matrix / times[:, None], np.ones(len(used)))
+        model = CostModel(
+            *constants, multiprocessors, result["copy_tbs"] * 1e3, 0.0, f"{result['gpu']}, {result['when']}"
+        )
+        errors = [model.milliseconds(Work(**c["work"])) / c["ms"]["ours"] - 1 for c in withheld]
+        for c, e in zip(withheld, errors, strict=True):
+            lines.append(f"# withheld {c['name']}: {c['ms']['ours']:.3f} ms, {e:+.0%}")
+        lines += [f"[{language}-{architecture}]", *(f"{n} = {v:.6g}" for n, v in zip(NAMES, constants, strict=True))]
+        lines += [
+            f"multiprocessors = {multiprocessors}", f"bandwidth = {model.bandwidth:.6g}",
+            f"withheld = {max(abs(e) for e in errors):.3f}", f'measured_on = "{model.measured_on}"', "",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def least_squares(matrix: np.ndarray, target: np.ndarray) -> list[float]:
+    """Constants that are not negative: those that would be are left out, the most negative first."""
+    active = list(range(matrix.shape[1]))
+    while True:
+        found, *_ = np.linalg.lstsq(matrix[:, active], target, rcond=None)
+        if min(found) >= 0:
+            constants = [0.0] * matrix.shape[1]
+            for i, value in zip(active, found, strict=True):
+                constants[i] = float(value)
+            return constants
+        active.pop(int(np.argmin(found)))

@@ -1,0 +1,136 @@
+"""Our kernels beside their peers: correctness first, in the same run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import peers as other
+import torch
+from cases import CASES, Case
+from measure import ceilings, times
+from truth import pairs, sample, truth
+
+from attncompile.core.kernel import ARCHITECTURES
+from attncompile.kernels.build import build, general
+from attncompile.kernels.bundle import Bundle, write
+from attncompile.kernels.cache import Cache
+from attncompile.kernels.launcher import run_program
+from attncompile.kernels.records import key_of
+from attncompile.plugins import kernels
+
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Half a unit in the last place, relative."""
+
+
+def prepare(out: Path, architectures: Sequence[int], cases: Sequence[Case] = CASES) -> None:
+    """Compile what the cases need, on a machine that needs no GPU."""
+    import triton
+
+    known = kernels()
+    calls = [known[c.op].call(c.call()) if c.op != "Attention" else c.call() for c in cases]
+    built = build([], calls, known, architectures or ARCHITECTURES, Cache.default())
+    write(out, built, triton.__version__)
+
+
+def run(
+    bundle: Path, names: Sequence[str], rounds: int, with_peers: bool, cases: Sequence[Case] = CASES
+) -> dict[str, Any]:
+    """Measure the cases called ``names`` (all without any) on this GPU. Refuses to time what is wrong."""
+    device = torch.cuda.get_device_properties(0)
+    capability = device.major * 10 + device.minor
+    opened = Bundle.open(bundle)
+    result: dict[str, Any] = {
+        "gpu": device.name, "torch": torch.__version__, "cuda": torch.version.cuda,
+        "when": time.strftime("%Y-%m-%d"), "rounds": rounds, **ceilings(), "cases": [],
+    }  # fmt: skip
+    for case in cases:
+        if not names or case.name in names:
+            result["cases"].append(one(case, opened, capability, rounds, with_peers, result))
+            print(json.dumps(result["cases"][-1]["summary"]), flush=True)
+            torch.cuda.empty_cache()
+    rates = [c["ours_touched_tflops"] for c in result["cases"] if c["name"] == "dense-d128-32760"]
+    for found, case in ((f, c) for f in result["cases"] for c in cases if c.name == f["name"]):
+        if case.bound is not None and rates:
+            at_rate = found["touched_flops"] / rates[0] * 1e-9
+            found["at_dense_rate"] = found["ms"]["ours"] / at_rate
+            found["met"]["bound"] = found["at_dense_rate"] <= case.bound
+    return result
+
+
+def one(
+    case: Case, bundle: Bundle, capability: int, rounds: int, with_peers: bool, ceiling: dict[str, Any]
+) -> dict[str, Any]:
+    """One case: ours, its peers, the limits."""
+    known = kernels()
+    call = known[case.op].call(case.call()) if case.op != "Attention" else case.call()
+    compiled = bundle.kernels(key_of(general(known, call)), capability)[0]
+    program = next(
+        p for p in known[call.op].programs(general(known, call), capability) if p.tactic == compiled.entry.tactic
+    )
+    torch.manual_seed(0)
+    kind = getattr(torch, case.dtype)
+    shapes = [(case.batch, case.tokens, h, case.dim) for h in (case.heads, case.kv_heads, case.kv_heads)]
+    q, k, v = (torch.randn(s, device="cuda", dtype=kind) for s in shapes)
+    out = torch.full_like(q, float("nan"))
+    stream = torch.cuda.current_stream().cuda_stream
+    launch = run_program(program, compiled, {"query": q, "key": k, "value": v, "output": out}, call.attributes, stream)
+    rows = sample(case.tokens)
+    want = truth(case, q, k, v, rows)
+
+    def error(found: torch.Tensor) -> float:
+        return float((found[:, rows].double() - want).norm() / want.norm())
+
+    low = want.to(kind).double()
+    budget = 3 * max(float((low - want).norm() / want.norm()), ROUNDING[case.dtype])
+    errors = {"ours": error(out)}
+    if not errors["ours"] <= budget or bool(torch.isnan(out).any()):
+        raise SystemExit(f"{case.name}: {compiled.entry.tactic} is wrong: {errors['ours']:.1e}, budget {budget:.1e}")
+    runs: dict[str, Any] = {"ours": lambda: launch(stream)}
+    left_out = {}
+    for name, make in other.peers(case, q, k, v) if with_peers else ():
+        try:
+            made = make()
+            if isinstance(made, str):
+                left_out[name] = made
+                continue
+            found = made()
+        except (RuntimeError, ValueError, NotImplementedError) as problem:
+            left_out[name] = str(problem).splitlines()[0][:200]
+            continue
+        found = getattr(made, "restore", lambda x: x)(found)
+        dense_only = case.grid is not None and name in ("cudnn", "flash")
+        if not dense_only:
+            errors[name] = error(found)
+            if not errors[name] <= 2 * budget:
+                left_out[name] = f"wrong: {errors[name]:.1e}"
+                continue
+        runs[name] = made
+    took = {name: median(t) for name, t in times(runs, rounds).items()}
+    return summary(case, call, program, compiled.entry.tactic, took, errors, left_out, ceiling)
+
+
+def summary(
+    case: Case, call: Any, program: Any, tactic: str, took: dict[str, float], errors: dict[str, float],
+    left_out: dict[str, str], ceiling: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    work = kernels()[call.op].work(call, program)
+    flops = 4.0 * case.batch * case.heads * case.dim * pairs(case)
+    limit = max(flops / ceiling["gemm_tflops"] * 1e-9, work.bytes / ceiling["copy_tbs"] * 1e-9)
+    flexes = [took[n] for n in ("flex", "flex-tiled+permute", "natten") if n in took]
+    against = {**took, **({"flex": min(flexes)} if flexes else {})}
+    ratios = {name: ms / took["ours"] for name, ms in against.items() if name != "ours"}
+    met = {name: ratios[name] >= least for name, least in case.wanted.items() if name in ratios}
+    return {
+        "name": case.name, "note": case.note, "tactic": tactic, "ms": took, "errors": errors, "left_out": left_out,
+        "ratios": ratios, "wanted": dict(case.wanted), "met": met, "flops": flops, "touched_flops": work.flops,
+        "limit_ms": limit, "ours_tflops": flops / took["ours"] * 1e-9,
+        "ours_touched_tflops": work.flops / took["ours"] * 1e-9,
+        "language": program.language, "work": asdict(work),
+        "summary": {"case": case.name, **{n: round(ms, 4) for n, ms in took.items()}, "left_out": left_out},
+    }  # fmt: skip

@@ -1,0 +1,64 @@
+"""A result as a table and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PEERS = ("cudnn", "flash", "flex", "flex-tiled", "flex-tiled+permute", "natten")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown. ``met`` says which of the wanted ratios were reached."""
+    lines = [
+        f"{result['gpu']}, torch {result['torch']}, {result['when']}: fp16 product {result['gemm_tflops']:.0f} TFLOP/s"
+        f", copy {result['copy_tbs']:.2f} TB/s; medians of {result['rounds']} alternating rounds, L2 flushed, ms",
+        "",
+        "| case | ours | TFLOP/s | limit | " + " | ".join(PEERS) + " | wanted | reached |",
+        "|---|---|---|---|" + "---|" * len(PEERS) + "---|---|",
+    ]
+    for case in result["cases"]:
+        ms = case["ms"]
+        wanted = [f"{n} / ours >= {w:g}" for n, w in case["wanted"].items()]
+        reached = [f"{case['ratios'][n]:.2f}" for n in case["wanted"] if n in case["ratios"]]
+        if "at_dense_rate" in case:
+            wanted.append("<= 1.15 of touched keys at the dense rate")
+            reached.append(f"{case['at_dense_rate']:.2f}")
+        cells = [f"{ms[p]:.3f}" if p in ms else "" for p in PEERS]
+        lines.append(
+            f"| {case['name']} | {ms['ours']:.3f} | {case['ours_tflops']:.0f} | {case['limit_ms']:.3f} | "
+            + " | ".join(cells) + f" | {'; '.join(wanted)} | {'; '.join(reached)}{_mark(case)} |"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _mark(case: dict[str, Any]) -> str:
+    if not case["met"]:
+        return ""
+    return "" if all(case["met"].values()) else " (missed)"
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Times over ours, a bar each; the limit as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = result["cases"]
+    figure, axes = plt.subplots(figsize=(10, 0.62 * len(cases) + 1.2))
+    names = [p for p in ("ours", *PEERS) if any(p in c["ms"] for c in cases)]
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        at = [n + i * height for n, c in enumerate(cases) if name in c["ms"]]
+        axes.barh(at, [c["ms"][name] / c["ms"]["ours"] for c in cases if name in c["ms"]], height, label=name)
+    for n, case in enumerate(cases):
+        limit = case["limit_ms"] / case["ms"]["ours"]
+        axes.plot([limit, limit], [n - height / 2, n + 0.8 - height / 2], color="black", linewidth=1)
+    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(cases))], [c["name"] for c in cases])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(f"time over ours (log), black: limit of the GPU; {result['gpu']}")
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(out)

@@ -77,7 +77,7 @@ _DENSE = {
 }  # fmt: skip
 _GRID = {
     "wider": ("2-D, clamp", {"constants": {"W2": 4, "E2": 5}}),
-    "a box one key short": ("1-D", {"constants": {"E2": 21}}),
+    "a box one key short": ("1-D", {"constants": {"E2": 13}}),
     "left": ("2-D, left", {"constants": {"L1": 2}}),
     "stride": ("2-D, groups", {"constants": {"S2": 2}}),
     "truncated": ("2-D, clamp, even, prefix, suffix", {"constants": {"CLAMP": False}}),

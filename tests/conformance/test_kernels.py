@@ -1,4 +1,4 @@
-"""Triton kernels in the interpreter, on poisoned outputs, within the budget of their type. Planted errors are noticed."""
+"""Triton kernels in the interpreter, on poisoned outputs, within their type's budget; planted errors are noticed."""
 
 from __future__ import annotations
 

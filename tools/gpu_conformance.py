@@ -12,10 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conformance.case import Case
-from tests.conformance.cases import CASES
-from tests.conformance.random_cases import random_cases
-
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import OpCall, Program
 from attncompile.kernels.build import build, general
@@ -23,6 +19,9 @@ from attncompile.kernels.bundle import Bundle, write
 from attncompile.kernels.cache import Cache
 from attncompile.kernels.records import key_of
 from attncompile.plugins import kernels
+from tests.conformance.case import Case
+from tests.conformance.cases import CASES
+from tests.conformance.random_cases import random_cases
 
 
 def cases(count: int, seed: int) -> Iterator[Case]:
@@ -78,11 +77,11 @@ def run(bundle: Path, count: int, seed: int, only: int | None) -> int:
     """The number of wrong cases. ``only``: every n-th case, for a slow tool around it."""
     import numpy as np
     import torch
+
+    from attncompile.kernels.launcher import launcher_for, run_program
     from tests.conformance.budget import wrong
     from tests.conformance.launch import tensors
     from tests.conformance.vectorised import expected
-
-    from attncompile.kernels.launcher import launcher_for, run_program
 
     opened, capability = Bundle.open(bundle), launcher_for().capability
     tally: Counter[str] = Counter()

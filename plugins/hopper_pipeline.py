@@ -4,7 +4,7 @@ arXiv:2407.08608).
 
 The producer copies by pointers (cp.async), not by tensor maps: launches stay plain, and rows may lie anywhere. A
 consumer starts the product with the next keys before it has multiplied the last values, so that the tensor cores work
-while exponentials are taken; two or three consumers fill one another's gaps.
+while exponentials are taken; two consumers fill one another's gaps.
 
 Scores are in units of log2; see ``tile_softmax.py``.
 """

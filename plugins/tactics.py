@@ -47,10 +47,8 @@ def _tactic(t: Mapping[str, Any]) -> Tactic:
     hopper = bool(t.get("hopper"))
     constants = {k: v for k, v in t.items() if k.isupper()}
     if hopper:
-        # Registers a thread of a consumer and of the producer; whether consumers take turns.
-        consumers = constants["CONSUMERS"]
-        take, give = (160, 32) if consumers == 3 else (232, 40)
-        constants = {"TAKE": take, "GIVE": give, "TURNS": True, **constants}
+        # Two consumers; registers a thread of theirs and of the producer's; whether consumers take turns.
+        constants = {"TAKE": 232, "GIVE": 40, "TURNS": True, "CONSUMERS": 2, **constants}
     name = "-".join([HOPPER if hopper else "triton", *(f"{k.lower()}{v}" for k, v in constants.items())])
     name += f"-w{t.get('warps', 4)}-s{t['stages']}"
     return Tactic(name, constants, t.get("warps", 4), t["stages"], t.get("registers"), t.get("ptxas", 12))

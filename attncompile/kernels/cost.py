@@ -6,7 +6,7 @@ begin and end, then what its products, score elements and masked score elements 
     ms = launch + rounds * (block + (flops * flop + scores * score + masked * mask) / blocks),
 
 and no less than the bytes take. The constants are fitted by ``tools/bench fit`` on every second configuration of a
-sweep; the others say how far off it is (``cost.toml``).
+sweep; the others say how far off it is (``cost.toml``): for windows of a sequence much further than for the rest.
 """
 
 from __future__ import annotations
@@ -58,14 +58,19 @@ def features(work: Work, multiprocessors: int) -> tuple[float, float, float, flo
 
 @cache
 def table() -> Mapping[str, CostModel]:
-    """By ``language-architecture``, such as ``gluon-90``."""
+    """By ``model_name``."""
     text = (files("attncompile.kernels") / "cost.toml").read_text(encoding="utf-8")
     return {name: CostModel(**values) for name, values in tomllib.loads(text).items()}
 
 
+def model_name(program: Program, architecture: int) -> str:
+    """Which constants hold: ``gluon-90``, and ``gluon-90-window`` for windows of a sequence, whose blocks are short."""
+    return f"{program.language}-{architecture}{'-window' if program.constants.get('HAS_LEFT') else ''}"
+
+
 def milliseconds(work: Work, program: Program, architecture: int) -> float:
     """Predicted time of a launch. Raises ``Unsupported`` where nothing was measured."""
-    name = f"{program.language}-{architecture}"
+    name = model_name(program, architecture)
     if name not in table():
         known = ", ".join(sorted(table()))
         raise Unsupported("cost", f"no cost was measured for {program.language} kernels on sm_{architecture} ({known})")

@@ -225,16 +225,9 @@ def attention(
     total = (NQ + CONSUMERS * ROWS - 1) // (CONSUMERS * ROWS) * H * B
     common = (rings, barriers, sizes, total, sinks_there, sinks_h, output, lse_there, (o_b, o_n, o_h), factor)
     operands = (rings, barriers, sizes, total, query, key, value, (q_b, q_n, q_h), (k_b, k_n, k_h), (v_b, v_n, v_h))
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (produce, (operands, CONSUMERS, FLAGS, DK, DV, BN, STAGES)),
-        ], [4, 4], [TAKE, GIVE])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (2, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (produce, (operands, CONSUMERS, FLAGS, DK, DV, BN, STAGES)),
-        ], [4, 4, 4], [TAKE, TAKE, GIVE])  # fmt: skip
+    gl.static_assert(CONSUMERS == 2)
+    gl.warp_specialize([
+        (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+        (consume, (common, FLAGS, HAS_SINKS, HAS_LSE, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+        (produce, (operands, CONSUMERS, FLAGS, DK, DV, BN, STAGES)),
+    ], [4, 4], [TAKE, GIVE])  # fmt: skip

@@ -377,16 +377,9 @@ def neighborhood(
     operands = (
         rings, barriers, places, total, H, group, query, key, value, (q_b, q_n, q_h), (k_b, k_n, k_h), (v_b, v_n, v_h),
     )  # fmt: skip
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (produce, (operands, SHAPE, PLANES, CONSUMERS, DK, DV, BN, STAGES)),
-        ], [4, 4], [TAKE, GIVE])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (2, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-            (produce, (operands, SHAPE, PLANES, CONSUMERS, DK, DV, BN, STAGES)),
-        ], [4, 4, 4], [TAKE, TAKE, GIVE])  # fmt: skip
+    gl.static_assert(CONSUMERS == 2)
+    gl.warp_specialize([
+        (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+        (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
+        (produce, (operands, SHAPE, PLANES, CONSUMERS, DK, DV, BN, STAGES)),
+    ], [4, 4], [TAKE, GIVE])  # fmt: skip

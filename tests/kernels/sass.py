@@ -10,8 +10,8 @@ LINE = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 BACK = re.compile(r"BRA.*?0x([0-9a-f]+)")
 
 
-def loops_with_products(cubin: Path) -> list[list[str]]:
-    """Instructions of every innermost loop that holds warpgroup products."""
+def loops_over_keys(cubin: Path) -> list[list[str]]:
+    """Instructions of every innermost loop that holds warpgroup products and writes no output."""
     import triton.backends.nvidia as nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -26,7 +26,8 @@ def loops_with_products(cubin: Path) -> list[list[str]]:
     inner = [
         s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] and _products(code, o) for o in spans)
     ]
-    return [[text for _, text in code[a : b + 1]] for a, b in inner if _products(code, (a, b))]
+    loops = [[text for _, text in code[a : b + 1]] for a, b in inner if _products(code, (a, b))]
+    return [loop for loop in loops if not any("STG" in text for text in loop)]
 
 
 def _products(code: list[tuple[int, str]], span: tuple[int, int]) -> int:

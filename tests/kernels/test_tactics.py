@@ -61,8 +61,8 @@ def programs(call: OpCall, architecture: int) -> Sequence[Program]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_default_tactics(architecture: int, tmp_path: Path) -> None:
-    """The best tactic of every kernel at head dims 64 and 128: no register spills on sm_80 and sm_90, but for numbers
-    that a window's Gluon kernel keeps from tile to tile, outside of its loops over keys.
+    """The best tactic of every kernel at head dims 64 and 128: no register spills on sm_80 and sm_90, but for a few
+    numbers that the Gluon kernel of a window at 128 keeps from tile to tile, outside of its loops over keys.
     """
     calls = [
         c
@@ -76,11 +76,11 @@ def test_default_tactics(architecture: int, tmp_path: Path) -> None:
         cubin.check(made.cubin)
         assert entry.hidden == 0 and not entry.serialized, entry.tactic
         if architecture in (80, 90):
-            windowed = entry.language == "gluon" and entry.constants.get("HAS_LEFT")
-            assert entry.spills <= (128 if windowed else 0), (entry.op, entry.head_dim, entry.tactic, entry.spills)
+            windowed = entry.language == "gluon" and entry.constants.get("HAS_LEFT") and entry.head_dim == 128
+            assert entry.spills <= (96 if windowed else 0), (entry.op, entry.head_dim, entry.tactic, entry.spills)
             if windowed:
                 (tmp_path / "window.cubin").write_bytes(made.cubin)
-                loops = sass.loops_with_products(tmp_path / "window.cubin")
+                loops = sass.loops_over_keys(tmp_path / "window.cubin")
                 assert loops and not any(sass.local_memory(loop) for loop in loops), entry.tactic
 
 

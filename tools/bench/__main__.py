@@ -30,7 +30,6 @@ def main() -> None:
     measure.add_argument("--sweep", type=int, default=0, help="as it was prepared")
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
-    fitted.add_argument("--arch", type=int, default=90)
     fitted.add_argument("--multiprocessors", type=int, default=132)
     for verb, text in (("table", "print a result"), ("plot", "draw a result")):
         show = verbs.add_parser(verb, help=text)
@@ -53,7 +52,7 @@ def main() -> None:
     elif given.verb == "fit":
         from fit import fit
 
-        print(fit(json.loads(given.result.read_text(encoding="utf-8")), given.arch, given.multiprocessors))
+        print(fit(json.loads(given.result.read_text(encoding="utf-8")), given.multiprocessors))
     else:
         from report import plot, table
 

@@ -12,9 +12,8 @@ from attncompile.core.kernel import OpCall
 
 @dataclass(frozen=True)
 class Case:
-    """One call at one size. ``wanted``: least time of a peer (cudnn, flex) over ours. ``flex`` is the best of the ways
-    in which FlexAttention gives the result: as it stands, in tiles with the permutation, through NATTEN. ``bound``: at
-    most this times the touched keys at our dense rate.
+    """One call at one size. ``wanted``: least time of a peer over ours; ``flex`` is FlexAttention on tokens as they
+    stand. ``bound``: at most this times the touched keys at our dense rate.
     """
 
     name: str

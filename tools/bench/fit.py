@@ -12,11 +12,11 @@ from attncompile.kernels.cost import CostModel, features
 NAMES = ("launch", "block", "flop", "score", "mask")
 
 
-def fit(result: dict[str, Any], architecture: int, multiprocessors: int) -> str:
-    """TOML of the constants, by language, and a table of errors as comments."""
+def fit(result: dict[str, Any], multiprocessors: int) -> str:
+    """TOML of the constants, by model, and a table of errors as comments."""
     lines = [f"# Fitted by `python tools/bench fit` to a sweep on one {result['gpu']}, {result['when']}; nanoseconds."]
-    for language in sorted({c["language"] for c in result["cases"]}):
-        cases = [c for c in result["cases"] if c["language"] == language]
+    for name in sorted({c["model"] for c in result["cases"]}):
+        cases = [c for c in result["cases"] if c["model"] == name]
         used, withheld = cases[::2], cases[1::2]
         matrix = np.array([features(Work(**c["work"]), multiprocessors) for c in used])
         times = np.array([c["ms"]["ours"] * 1e6 for c in used])
@@ -27,7 +27,7 @@ def fit(result: dict[str, Any], architecture: int, multiprocessors: int) -> str:
         errors = [model.milliseconds(Work(**c["work"])) / c["ms"]["ours"] - 1 for c in withheld]
         for c, e in zip(withheld, errors, strict=True):
             lines.append(f"# withheld {c['name']}: {c['ms']['ours']:.3f} ms, {e:+.0%}")
-        lines += [f"[{language}-{architecture}]", *(f"{n} = {v:.6g}" for n, v in zip(NAMES, constants, strict=True))]
+        lines += [f"[{name}]", *(f"{n} = {v:.6g}" for n, v in zip(NAMES, constants, strict=True))]
         lines += [
             f"multiprocessors = {multiprocessors}", f"bandwidth = {model.bandwidth:.6g}",
             f"withheld = {max(abs(e) for e in errors):.3f}", f'measured_on = "{model.measured_on}"', "",

@@ -20,6 +20,7 @@ from attncompile.core.kernel import ARCHITECTURES
 from attncompile.kernels.build import build, general
 from attncompile.kernels.bundle import Bundle, write
 from attncompile.kernels.cache import Cache
+from attncompile.kernels.cost import model_name
 from attncompile.kernels.launcher import run_program
 from attncompile.kernels.records import key_of
 from attncompile.plugins import kernels
@@ -112,25 +113,23 @@ def one(
                 continue
         runs[name] = made
     took = {name: median(t) for name, t in times(runs, rounds).items()}
-    return summary(case, call, program, compiled.entry.tactic, took, errors, left_out, ceiling)
+    return summary(case, call, program, compiled.entry.tactic, took, errors, left_out, ceiling, capability)
 
 
 def summary(
     case: Case, call: Any, program: Any, tactic: str, took: dict[str, float], errors: dict[str, float],
-    left_out: dict[str, str], ceiling: dict[str, Any],
+    left_out: dict[str, str], ceiling: dict[str, Any], capability: int,
 ) -> dict[str, Any]:  # fmt: skip
     work = kernels()[call.op].work(call, program)
     flops = 4.0 * case.batch * case.heads * case.dim * pairs(case)
     limit = max(flops / ceiling["gemm_tflops"] * 1e-9, work.bytes / ceiling["copy_tbs"] * 1e-9)
-    flexes = [took[n] for n in ("flex", "flex-tiled+permute", "natten") if n in took]
-    against = {**took, **({"flex": min(flexes)} if flexes else {})}
-    ratios = {name: ms / took["ours"] for name, ms in against.items() if name != "ours"}
+    ratios = {name: ms / took["ours"] for name, ms in took.items() if name != "ours"}
     met = {name: ratios[name] >= least for name, least in case.wanted.items() if name in ratios}
     return {
         "name": case.name, "note": case.note, "tactic": tactic, "ms": took, "errors": errors, "left_out": left_out,
         "ratios": ratios, "wanted": dict(case.wanted), "met": met, "flops": flops, "touched_flops": work.flops,
         "limit_ms": limit, "ours_tflops": flops / took["ours"] * 1e-9,
         "ours_touched_tflops": work.flops / took["ours"] * 1e-9,
-        "language": program.language, "work": asdict(work),
+        "model": model_name(program, capability), "work": asdict(work),
         "summary": {"case": case.name, **{n: round(ms, 4) for n, ms in took.items()}, "left_out": left_out},
     }  # fmt: skip

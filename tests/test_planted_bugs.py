@@ -31,9 +31,9 @@ Lower = Callable[[Any, AttentionSite, Parameters, int], Lowering]
 SLIDING, DENSE = NeighborhoodAttention.lower, DenseAttention.lower
 
 
-def changed(right: Lower, **changes: Callable[[Any], Any]) -> Lower:
-    """``right`` with other parameters than it was asked for."""
-    return lambda self, site, parameters, opset: right(
+def changed(good: Lower, /, **changes: Callable[[Any], Any]) -> Lower:
+    """``good`` with other parameters than it was asked for."""
+    return lambda self, site, parameters, opset: good(
         self, site, {**parameters, **{k: f(parameters[k]) for k, f in changes.items()}}, opset
     )
 
@@ -91,7 +91,7 @@ MISTAKES = {
     "padding mask one key off": (PADDED, rolled_operand(SLIDING, 3, lambda s: 3)),
     "masked rows give NaN": (PADDED, changed(SLIDING, masked_rows=lambda _: "nan")),
     "masked rows give the mean": (PADDED, changed(SLIDING, masked_rows=lambda _: "uniform")),
-    "causal dropped": (CAUSAL, changed(DENSE, causal=lambda _: False, chunks=lambda _: 1)),
+    "causal dropped": (CAUSAL, changed(DENSE, right=lambda _: -1, chunks=lambda _: 1)),
     "causal scale": (CAUSAL, other_site(DENSE, lambda s: dataclasses.replace(s, scale=-s.scale))),
 }  # fmt: skip
 
@@ -116,15 +116,15 @@ def red_gate(found: report.Report, path: Path, folder: Path) -> None:
 
 def test_a_causal_chunk_that_ends_one_key_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One query of each chunk loses its own key: 5 rows of 700."""
-    right = dense._lower_triangle
+    right = dense._seen
 
-    def short(body: Any, start: str, end: str) -> str:
-        visible = right(body, start, end)
-        last = body.op("Less", body.op("Range", body.scalar(0), body.op("Squeeze", end), body.scalar(1)),
-                       body.op("Sub", body.op("Squeeze", end), body.scalar(1)))  # fmt: skip
+    def short(body: Any, form: Any, call: Any, values: Any, met: Any) -> str:
+        visible = right(body, form, call, values, met)
+        last = body.op("Less", body.op("Range", body.scalar(0), body.op("Squeeze", met.last), body.scalar(1)),
+                       body.op("Sub", body.op("Squeeze", met.last), body.scalar(1)))  # fmt: skip
         return str(body.op("And", visible, body.op("Unsqueeze", last, body.ints(0, 1, 2))))
 
-    monkeypatch.setattr(dense, "_lower_triangle", short)
+    monkeypatch.setattr(dense, "_seen", short)
     path = save(build(CAUSAL), tmp_path)
     red_gate(run(path, tmp_path), path, tmp_path)
 

@@ -165,15 +165,18 @@ class MaskAnalyser:
         if broadcast and (query.query_length > 1 or self.at.one_query(query)) and not leaf.negated:
             detail = f"from input {inputs}; the same for every query and head, since those axes have size 1"
             return MaskPart("padding", Certificate("structure", detail, general=True), source=leaf.value,
-                            additive=not leaf.visible)  # fmt: skip
+                            additive=not leaf.visible, as_input=self._plain(leaf, query))  # fmt: skip
         detail = f"depends on the data of input {inputs} and differs between queries or heads"
         return MaskPart("opaque", Certificate("structure", detail), source=leaf.value, additive=not leaf.visible,
-                        as_input=self._plain(leaf))  # fmt: skip
+                        as_input=self._plain(leaf, query))  # fmt: skip
 
-    def _plain(self, leaf: Leaf) -> bool:
-        """Whether an op can take the value as it is."""
+    def _plain(self, leaf: Leaf, query: MaskQuery) -> bool:
+        """Whether an op can take the value as it is: an operator's mask may also end before the keys do."""
         is_bool = self.world.types.get(leaf.value) == TensorProto.BOOL
-        return leaf.visible == is_bool and not leaf.negated and leaf.factor == 1.0
+        shape = self.world.shapes.get(leaf.value, (0,))
+        sizes = zip(reversed(shape), (query.key_length, query.query_length), strict=False)
+        fits = len(shape) <= 4 and all(size in (1, whole) for size, whole in sizes)
+        return fits and leaf.visible == is_bool and not leaf.negated and leaf.factor == 1.0
 
     # Factors made of constants and shapes.
 
@@ -224,7 +227,7 @@ class MaskAnalyser:
         source: dict[str, Any] = {}
         if len(leaves) == 1 and named:
             (leaf,) = leaves
-            source = {"source": leaf.value, "additive": not leaf.visible, "as_input": self._plain(leaf)}
+            source = {"source": leaf.value, "additive": not leaf.visible, "as_input": self._plain(leaf, query)}
         dynamic = self.at.driving_symbols(query)
         stored = not dynamic or all(leaf.value in self.index.initializers for leaf in leaves)
         try:

@@ -89,7 +89,7 @@ def _check_part(part: MaskPart) -> None:
         if part.source is None or not part.additive or part.certificate.method == "structure":
             raise Unsupported("bias", "the bias is not one that is added to scores of [batch, heads, query, key]")
     elif part.kind == "padding":
-        if part.source is None or part.tokens:
+        if part.source is None or part.tokens or (part.additive and not part.as_input):
             raise Unsupported("mask", "padding that is not one bool or number for each key")
     elif part.source is None or not part.as_input:
         raise Unsupported("mask", f"a mask of kind {part.kind} has no value that could go into the op")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnx import FunctionProto, NodeProto, helper
 
+from attncompile.core.errors import Unsupported
 from attncompile.plugins.body import Body, attribute_names, overload_of
 from attncompile.plugins.neighborhood.cached import cached_body, cuts
 from attncompile.plugins.neighborhood.call import Call
@@ -16,6 +17,8 @@ from attncompile.plugins.neighborhood.sliding import sliding_body
 def function(hood: Neighborhood, call: Call) -> FunctionProto:
     """A body in standard ops of ``call.opset``. Raises ``Unsupported`` where there is none."""
     body = Body(call.opset)
+    if call.bias and (hood.prefix or hood.suffix):
+        raise Unsupported("bias", "the rows of prefix and suffix tokens take no bias")
     optional = {"key_mask": call.key_mask, "bias": call.bias, "sinks": call.sinks, "window_bias": call.window_bias}
     given = {name: name * there for name, there in optional.items()}
     if hood.circular:

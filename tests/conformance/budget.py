@@ -18,9 +18,17 @@ FLOOR, FLOOR_OF_ROWS = 2.0, 4.0
 """Rounding units of the output's RMS, and of its largest element for a single row, that are allowed beside."""
 
 
-def wrong(got: np.ndarray, want: np.ndarray, low: np.ndarray, dtype: str) -> str:
+def wrong_sums(got: np.ndarray, want: np.ndarray, low: np.ndarray, softcap: float) -> str:
+    """``wrong`` of log-sum-exps [.., Nq], which are float32. A score under a softcap is known to a rounding unit of the
+    softcap, however small it is.
+    """
+    return wrong(got[..., None], want[..., None], low[..., None], "float32", softcap)
+
+
+def wrong(got: np.ndarray, want: np.ndarray, low: np.ndarray, dtype: str, least: float = 0.0) -> str:
     """Why ``got`` [.., Dv] is not ``want`` (float64) up to rounding; empty if it is. ``low``: the low-precision
-    reference. Not-a-numbers and infinities must stand at the same places.
+    reference. Not-a-numbers and infinities must stand at the same places. ``least``: the output's size is taken for at
+    least that when rounding units are allowed.
     """
     if got.shape != want.shape or got.size == 0:
         return f"shape {list(got.shape)} instead of {list(want.shape)}"
@@ -36,8 +44,12 @@ def wrong(got: np.ndarray, want: np.ndarray, low: np.ndarray, dtype: str) -> str
     size = np.where(finite, want, 0.0)
     ours, best, unit = np.where(finite, got, 0.0) - size, np.where(finite, low, 0.0) - size, UNITS[dtype]
     limits = (
-        ("RMS", _rms(ours), TIMES * _rms(best) + FLOOR * unit * _rms(size)),
-        ("of the worst row", _worst(ours), TIMES * _worst(best) + FLOOR_OF_ROWS * unit * float(np.abs(size).max())),
+        ("RMS", _rms(ours), TIMES * _rms(best) + FLOOR * unit * max(_rms(size), least)),
+        (
+            "of the worst row",
+            _worst(ours),
+            TIMES * _worst(best) + FLOOR_OF_ROWS * unit * max(float(np.abs(size).max()), least),
+        ),
     )
     for name, error, limit in limits:
         if not error <= limit:

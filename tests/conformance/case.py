@@ -24,7 +24,8 @@ class Case:
 
     ``values``: standard normal operands; ``large``: scores of some hundreds; ``dominant``: one key a query scores far
     above the rest; ``equal``: all keys are the same. ``hiding``: what boolean inputs hide: single keys, the first half
-    of them in the first batch entry, or single keys and all that the last batch entry has.
+    of them in the first batch entry, or single keys and all that the last batch entry has. ``routed``: the call of
+    another op that a kernel is to take in place of ``call``, with the same inputs.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     values: Values = "ordinary"
     hiding: Hiding = "scattered"
     seed: int = 0
+    routed: OpCall | None = None
 
     def __str__(self) -> str:
         return self.name

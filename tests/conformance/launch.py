@@ -22,10 +22,11 @@ FULL = {"key_mask": "BHQK", "bias": "BHQK", "mask": "BHQK", "sinks": "H", "key_l
 
 def program(case: Case, queries: int, keys: int) -> Program:
     """The Triton kernel of the case with tiles of ``queries`` and ``keys``, so that small cases have several."""
-    kernel, module = KERNELS[case.call.op]
+    call = case.routed or case.call
+    kernel, module = KERNELS[call.op]
     tactic = Tactic(f"test-{queries}-{keys}", {"BM": queries, "BN": keys}, 4)
     with patch.object(module, "tactics", lambda *_: [tactic]):
-        (made,) = kernel.programs(case.call, 80)
+        (made,) = kernel.programs(call, 80)
     assert made.language == "triton"
     return made
 
@@ -63,7 +64,7 @@ def symbols(case: Case, at: Mapping[str, torch.Tensor]) -> dict[str, int]:
         "scale_bits": bits(call.attributes["scale"]), "softcap_bits": bits(call.attributes.get("softcap", 0.0)),
     }  # fmt: skip
     for side in ("left", "right"):
-        reach = call.attributes.get(side, -1)
+        reach = (case.routed or call).attributes.get(side, -1)
         if isinstance(reach, int) and reach >= 0:
             found[side] = reach
     for name in ("query", "key", "value", "output"):

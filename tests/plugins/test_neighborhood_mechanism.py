@@ -191,8 +191,12 @@ def test_dense_attention_says_where_it_wins(case) -> None:
     for fills in ((), (-3e38, -3e38), (-1e4,)):
         assert answer(guarded(padding, fills=fills)).code == "masked-rows"
     assert answer(guarded(padding, replace(padding, source="other"), rows="zero")).code == "mask"
-    assert answer(guarded(replace(padding, additive=True))).parameters == plain
-    assert answer(guarded(replace(padding, additive=True), on=False)).parameters == {**plain, "masked_rows": "nan"}
+    assert answer(guarded(replace(padding, additive=True), rows="zero")).code == "mask"
+    # What may hold any number is added as it is: rows of -inf alone give what the source gives them.
+    added = replace(padding, additive=True, as_input=True)
+    assert answer(guarded(added)).parameters == plain
+    assert answer(guarded(added, on=False)).parameters == {**plain, "masked_rows": "nan"}
+    assert answer(guarded(added, padding, fills=(-3e38,))).code == "masked-rows"
     assert answer(guarded(causal, padding, rows="zero")).parameters["chunks"] == 8
     assert answer(guarded(causal, padding, fills=(-3e38,))).parameters["chunks"] == 8
     assert answer(guarded(), dtype="float16", softmax_dtype="float16").code == "guard"

@@ -83,6 +83,7 @@ def _compile(
     keep_slower: opt.KeepSlower = False,
     fp16: opt.Fp16 = False,
     bf16: opt.Bf16 = False,
+    arch: opt.Arch = [],  # noqa: B006
     grid: opt.Grid = None,
     site: opt.Sites = [],  # noqa: B006
     threads: opt.Threads = None,
@@ -95,7 +96,7 @@ def _compile(
     options = _options(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
         plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
-        fp16=fp16, bf16=bf16, grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed,
+        fp16=fp16, bf16=bf16, arch=arch, grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed,
     )  # fmt: skip
     as_json = _as_json(format)
     if dry_run:
@@ -374,6 +375,10 @@ def _options(**given: Any) -> Options:
     known["profile"] = opt.parse_profile(known.get("profile", ()))
     if "fp16" in known:
         known["precision"] = opt.precision(known.pop("fp16"), known.pop("bf16"))
+    if "arch" in known:
+        known["architectures"] = opt.architectures(known.pop("arch"))
+        if known["architectures"] and known.get("target") != "onnxruntime-cuda":
+            raise BadArguments("--arch is for targets with kernels", "add --target onnxruntime-cuda")
     if "sites" in known:
         known["sites"] = tuple(known["sites"])
     return Options(**known)

@@ -34,11 +34,7 @@ def _build(
         typer.Option("--out", "-o", metavar="DIR", show_default=False,
                      help="The bundle. Default: MODEL.bundle here, or OUT/bundle."),
     ] = None,
-    arch: Annotated[
-        list[str],
-        typer.Option("--arch", metavar="CC", show_default=False,
-                     help="Compute capability, such as 90; repeat it. Default: 80, 86, 89, 90, 100, 120."),
-    ] = [],  # noqa: B006 - Typer makes a fresh list of each call's options
+    arch: opt.Arch = [],  # noqa: B006 - Typer makes a fresh list of each call's options
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", metavar="float16|bfloat16", show_default=False,
@@ -65,6 +61,7 @@ def _build(
 
     from attncompile import console, kernel_bundle, pipeline
     from attncompile.kernels import bundle
+    from attncompile.core.kernel import ARCHITECTURES
     from attncompile.kernels.calls import DTYPES
 
     if dtype is not None:
@@ -73,7 +70,9 @@ def _build(
     options = pipeline.Options(
         policy=policy, profile=opt.parse_profile(profile), grid=opt.check_grid(grid), plan=plan, target="onnx"
     )  # fmt: skip
-    request = kernel_bundle.Request(model, out, _architectures(arch), dtype, everything, options)
+    request = kernel_bundle.Request(
+        model, out, opt.architectures(arch) or ARCHITECTURES, dtype, everything, options
+    )
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         where, made = kernel_bundle.make(request, progress)
     opened = bundle.Bundle.open(where)
@@ -102,14 +101,6 @@ def _list(
     opened = bundle.Bundle.open(inside if (inside / bundle.INDEX).is_file() else path)
     _print(opened.index, opened.sizes(), as_json, console.data_console())
     return 0
-
-
-def _architectures(texts: list[str]) -> tuple[int, ...]:
-    from attncompile.core.kernel import ARCHITECTURES
-
-    names = {str(a): a for a in ARCHITECTURES}
-    found = {names[opt.choice(t.removeprefix("sm_").removesuffix("a"), tuple(names), "--arch")] for t in texts}
-    return tuple(sorted(found)) or ARCHITECTURES
 
 
 def _print(index: Any, sizes: Any, as_json: bool, console: Console) -> None:

@@ -21,7 +21,8 @@ Target = Annotated[
     str | None,
     typer.Option(
         "--target", metavar="T", show_default=False,
-        help="onnx or tensorrt-rtx. Default: tensorrt-rtx if it is installed, else onnx. onnx is always written.",
+        help="onnx, onnxruntime-cuda or tensorrt-rtx. Default: tensorrt-rtx if it is installed, else onnx. onnx is "
+        "always written.",
     ),
 ]  # fmt: skip
 Out = Annotated[
@@ -85,8 +86,8 @@ RequireSites = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if any replacement had to be rolled back.")]
 KeepSlower = Annotated[bool, typer.Option("--keep-slower", help="Keep replacements that are measured to be slower.")]
-Fp16 = Annotated[bool, typer.Option("--fp16", help="Build the engine in float16.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Build the engine in bfloat16.")]
+Fp16 = Annotated[bool, typer.Option("--fp16", help="Build the engine, or the model for onnxruntime-cuda, in float16.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="The same in bfloat16.")]
 Grid = Annotated[
     str | None,
     typer.Option(
@@ -108,10 +109,18 @@ Sites = Annotated[
         "--site", metavar="ID", show_default=False, help="Only this site; repeat it for more.",
     ),
 ]  # fmt: skip
+Arch = Annotated[
+    list[str],
+    typer.Option(
+        "--arch", metavar="CC", show_default=False,
+        help="Compile kernels for this compute capability, such as 90; repeat it. Default: the GPUs here, else (and for "
+        "`kernels build`) 80, 86, 89, 90, 100, 120.",
+    ),
+]  # fmt: skip
 Format = Annotated[str, typer.Option("--format", metavar="table|json", help="What goes to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
-TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+TARGETS = ("onnx", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt")
 METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement")
 
 _GRID = re.compile(r"[1-9]\d*(x[1-9]\d*){0,2}(\+\d+){0,2}")
@@ -150,6 +159,16 @@ def precision(fp16: bool, bf16: bool) -> str | None:
     if fp16 and bf16:
         raise BadArguments("--fp16 and --bf16 exclude each other", "choose one of them")
     return "fp16" if fp16 else "bf16" if bf16 else None
+
+
+def architectures(texts: Sequence[str]) -> tuple[int, ...]:
+    """``["90", "sm_80"]`` as (80, 90); empty for none."""
+    from attncompile.core.kernel import ARCHITECTURES
+
+    names = {str(a): a for a in ARCHITECTURES}
+    return tuple(
+        sorted({names[choice(t.removeprefix("sm_").removesuffix("a"), tuple(names), "--arch")] for t in texts})
+    )
 
 
 def check_grid(text: str | None) -> str | None:

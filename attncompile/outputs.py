@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from attncompile.core.folder import atomic_folder, check_replaceable
 from attncompile.core.plan import Plan
 from attncompile.env import default_target
 from attncompile.report import Report, TargetFile, TargetReport
+from attncompile.kernel_kit import Kit, default_architectures
 from attncompile.targets import base
+from attncompile.targets import onnx as onnx_target
 from attncompile.targets.base import BuildResult, Target
+from attncompile.targets.kernels import Launching
 
 if TYPE_CHECKING:
     from attncompile.console import Progress
@@ -52,8 +56,8 @@ def target(name: str | None, precision: str | None) -> Target:
     if name is not None:
         base.require(found)
     if precision is not None and chosen == "onnx":
-        raise BadArguments(f"--{precision} is for targets with engines; onnx keeps the model's own types",
-                           "add --target tensorrt-rtx")  # fmt: skip
+        raise BadArguments(f"--{precision} is for other targets; onnx keeps the model's own types",
+                           "add --target tensorrt-rtx or onnxruntime-cuda")  # fmt: skip
     return found
 
 
@@ -95,28 +99,37 @@ def build(
     progress.stage(f"build {target.name}")
     try:
         precision = cast("Precision | None", options.precision)
+        if isinstance(target, Launching):
+            target = target.equipped(Kit(options.architectures or default_architectures(), progress))
         lowered = target.lower(proto, found.model, precision)
         result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
-        notes = _precision_parity(found, result, evidence(), precision) if precision else ()
+        notes = _precision_parity(found, result, evidence(), precision, proto) if precision else ()
     except AttncompileError as error:
         # A half-made engine, or one that failed its parity, must not be deployed by mistake.
-        for left in folder.glob("model*engine*"):
+        for left in (*folder.glob("model*engine*"), *folder.glob("model.onnxruntime-cuda.*")):
             left.unlink()
         hint = f" ({error.hint})" if error.hint else ""
         return Built((portable,), (f"target {target.name}: {error.message}{hint}",))
     return Built((portable, _report(result, folder, notes)))
 
 
-def _precision_parity(found: Inspection, result: BuildResult, feeds: Sequence[Feed], precision: str) -> tuple[str, ...]:
+def _precision_parity(
+    found: Inspection, result: BuildResult, feeds: Sequence[Feed], precision: Precision, proto: ModelProto
+) -> tuple[str, ...]:
     """The converted model against the original in its own precision, both in ONNX Runtime: the engine cannot run here.
+    Where kernels are launched, ``proto`` is converted with the bodies of its ops in their place.
 
     Raises:
         GateFailed: it is further away than rounding to ``precision`` explains.
     """
     if precision == "bf16":
         return ("bf16 parity not measured: ONNX Runtime's CPU provider has no bfloat16 kernels",)
-    lowered = next(p for p in result.files if p.suffix == ".onnx")
-    compared = verify.compare_models(found.model.path, lowered, feeds, budget=FP16_BUDGET)
+    with tempfile.TemporaryDirectory(prefix="attncompile-parity-") as scratch:
+        lowered = next(p for p in result.files if p.suffix == ".onnx")
+        if result.launches:
+            twin = onnx_target.TARGET.lower(proto, found.model, precision)
+            lowered = onnx_target.write(twin, found.model, Path(scratch))
+        compared = verify.compare_models(found.model.path, lowered, feeds, budget=FP16_BUDGET)
     if not compared.passed:
         raise GateFailed(
             f"the {precision} model is too far from the original: {compared.verdict.reason}",

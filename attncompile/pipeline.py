@@ -43,7 +43,8 @@ from attncompile.shaped import sizes_of
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the command line can say. ``profile`` holds only the ranges that the user gave; ``sites`` limits the run to
-    these ids; ``precision`` is that of the engine (``fp16`` or ``bf16``), None for the model's own.
+    these ids; ``precision`` is that of the engine (``fp16`` or ``bf16``), None for the model's own; ``architectures``
+    those that kernels are compiled for, empty for the GPUs of this machine, or all where it has none.
     """
 
     policy: str = "exact"
@@ -64,6 +65,7 @@ class Options:
     hash_weights: bool = False
     seed: int = 0
     sites: tuple[str, ...] = ()
+    architectures: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def _with_kernel(node: NodeCall, kernels: Mapping[str, Kernel], architectures: S
     verdicts = [kernels[call.op].supports(call, architecture) for architecture in architectures]
     if any(v.ok for v in verdicts):
         return node
-    return replace(node, verdict=verdicts[0], call=None, symbols=None)
+    return replace(node, verdict=verdicts[0], call=None, symbols=None, tensors=None)
 
 
 def general(kernels: Mapping[str, Kernel], call: OpCall) -> OpCall:

@@ -11,7 +11,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from attncompile.core.errors import BadModel, Unsupported
 from attncompile.core.kernel import Kernel, OpCall
 from attncompile.core.verdict import Verdict
-from attncompile.kernels import symbols
+from attncompile.kernels import node_tensors, symbols
 from attncompile.kernels.expressions import text
 from attncompile.kernels.records import NodeCall
 from attncompile.kernels.symbols import OPERANDS, Sizes
@@ -39,9 +39,10 @@ def find(model: ModelProto, kernels: Mapping[str, Kernel], dtype: str = "float16
     found: list[NodeCall] = []
     if any(node.domain == DOMAIN for node, _, _ in _nodes(model.graph, "", {})):
         inferred = _inferred(model)
+        opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         for node, scope, types in _nodes(inferred.graph, "", {}):
             if node.domain == DOMAIN:
-                found.append(_call(node, scope, types, kernels, dtype))
+                found.append(_call(node, scope, types, kernels, dtype, opset))
     reason = Verdict.no("function", "nodes inside of functions have no known shapes", "inline the model's functions")
     for function in model.functions:
         if function.domain != DOMAIN:
@@ -88,24 +89,30 @@ def _types(graph: GraphProto) -> dict[str, tuple[int, Sizes | None]]:
     return found
 
 
-def _call(node: NodeProto, scope: str, types: _Types, kernels: Mapping[str, Kernel], dtype: str) -> NodeCall:
+def _call(
+    node: NodeProto, scope: str, types: _Types, kernels: Mapping[str, Kernel], dtype: str, opset: int
+) -> NodeCall:
     try:
         if node.op_type not in kernels:
             raise Unsupported("no-kernel", f"there is no GPU kernel for {node.op_type}", "it runs through its body")
-        given, shapes, layouts = _given(node, types, dtype)
+        schema = defs.get_schema(node.op_type, 1, DOMAIN)
+        given, shapes, layouts = _given(node, schema, types, dtype)
         call = kernels[node.op_type].call(given)
         if call.op not in kernels:
             raise Unsupported("no-kernel", f"there is no GPU kernel for {call.op}")
         table = symbols.table(call, shapes, layouts)
+        kinds = {schema.inputs[i].name: types[value][0] for i, value in enumerate(node.input) if value}
+        tensors = node_tensors.of_node(node, schema, kinds, shapes, layouts, opset)
     except Unsupported as error:
         return NodeCall(node.name, scope, node.op_type, Verdict.of(error))
     written = {name: text(expression) for name, expression in table.items()}
-    return NodeCall(node.name, scope, node.op_type, Verdict.yes(f"kernels of {call.op}"), call, written)
+    return NodeCall(node.name, scope, node.op_type, Verdict.yes(f"kernels of {call.op}"), call, written, tensors)
 
 
-def _given(node: NodeProto, types: _Types, dtype: str) -> tuple[OpCall, dict[str, Sizes], dict[str, str]]:
+def _given(
+    node: NodeProto, schema: defs.OpSchema, types: _Types, dtype: str
+) -> tuple[OpCall, dict[str, Sizes], dict[str, str]]:
     """The node as its schema says it, with the sizes of its inputs and the layouts of its operands."""
-    schema = defs.get_schema(node.op_type, 1, DOMAIN)
     attributes = _attributes(node, schema)
     layouts = {name: str(attributes.pop(f"{name[0]}_layout", "BNHD")) for name in OPERANDS}
     names = [p.name for p in schema.inputs]

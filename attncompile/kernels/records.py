@@ -9,13 +9,15 @@ from typing import Any
 from attncompile.core.kernel import OpCall
 from attncompile.core.verdict import Verdict
 from attncompile.kernels.entry import Compiled, canonical, digest
+from attncompile.kernels.node_tensors import NodeTensors
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCall:
     """One node. ``scope`` names the nodes and branches whose body it is in, from the outside, or the function.
 
-    ``call`` and ``symbols`` (as expressions over the sizes of the node's inputs) are there where ``verdict`` is ok.
+    ``call``, ``symbols`` (as expressions over the sizes of the node's inputs) and ``tensors`` are there where
+    ``verdict`` is ok.
     """
 
     name: str
@@ -24,6 +26,7 @@ class NodeCall:
     verdict: Verdict
     call: OpCall | None = None
     symbols: Mapping[str, str] | None = None
+    tensors: NodeTensors | None = None
 
 
 @dataclass(frozen=True, slots=True)

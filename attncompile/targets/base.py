@@ -61,6 +61,8 @@ class BuildResult:
     ran: bool = False
     reason: str = ""
     notes: tuple[str, ...] = ()
+    launches: bool = False
+    """Whether the model in ``files`` launches our kernels, and so does not run without a GPU."""
 
     @property
     def attention_layers(self) -> int | None:
@@ -110,6 +112,7 @@ class Target(Protocol):
 
 REGISTRY: tuple[tuple[str, str], ...] = (
     ("onnx", "attncompile.targets.onnx:TARGET"),
+    ("onnxruntime-cuda", "attncompile.targets.onnxruntime_cuda:TARGET"),
     ("tensorrt-rtx", "attncompile.targets.tensorrt_rtx:TARGET"),
 )
 """Name and ``module:object`` of every target, imported only when it is asked for."""

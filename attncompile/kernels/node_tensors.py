@@ -1,0 +1,106 @@
+"""The tensors of one node as a runtime sees them: which there are, what sizes outputs get, what sizes inputs must have.
+
+Output sizes come from the op's own shape inference: every size that is not known is given a name such as ``query[1]``,
+and the inference carries it to the output. So a new op needs nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import NodeProto, ValueInfoProto, defs, helper
+
+from attncompile.core.errors import Unsupported
+from attncompile.kernels.expressions import BadExpression, parse, symbols_of
+from attncompile.kernels.symbols import BROADCAST, OPERANDS, Layout, Sizes
+
+_OF_OPERANDS: Mapping[str, Mapping[str, str]] = {
+    "query": {"B": "B", "N": "NQ", "H": "H", "D": "D"}, "key": {"B": "B", "N": "NK", "H": "HKV", "D": "D"},
+    "value": {"B": "B", "N": "NK", "H": "HKV", "D": "DV"},
+}  # fmt: skip
+_OF_BROADCAST = {"B": "B?", "H": "H?", "Q": "NQ?", "K": "NK?", "-": "1"}
+MAY_BE_ONE = "?"
+"""Behind a size that may also be 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTensors:
+    """``inputs`` and ``outputs``: formal names by position, empty where the node has none. ``output_sizes`` are
+    expressions over sizes of inputs, ``input_sizes`` over the node's symbols; inputs that are not in there are not
+    checked.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    output_sizes: Mapping[str, tuple[str, ...]]
+    input_sizes: Mapping[str, tuple[str, ...]]
+
+
+def of_node(
+    node: NodeProto, schema: defs.OpSchema, types: Mapping[str, int], shapes: Mapping[str, Sizes],
+    layouts: Mapping[str, Layout], opset: int,
+) -> NodeTensors:  # fmt: skip
+    """``types`` (ONNX's numbers) and ``shapes`` of the inputs that are there, by formal name.
+
+    Raises:
+        Unsupported: the op's inference does not say the sizes of an output.
+    """
+    inputs = tuple(schema.inputs[i].name if value else "" for i, value in enumerate(node.input))
+    outputs = tuple(schema.outputs[i].name if value else "" for i, value in enumerate(node.output))
+    sizes = _inferred(node, inputs, outputs, types, shapes, opset)
+    return NodeTensors(inputs, outputs, sizes, _expected(shapes, layouts))
+
+
+def _inferred(
+    node: NodeProto, inputs: Sequence[str], outputs: Sequence[str], types: Mapping[str, int],
+    shapes: Mapping[str, Sizes], opset: int,
+) -> dict[str, tuple[str, ...]]:  # fmt: skip
+    alone = NodeProto()
+    alone.CopyFrom(node)
+    alone.overload = ""
+    del alone.input[:], alone.output[:]
+    alone.input.extend(inputs)
+    alone.output.extend(outputs)
+    values = [
+        helper.make_tensor_value_info(
+            name, types[name], [f"{name}[{i}]" if size is None else size for i, size in enumerate(shapes[name])]
+        )
+        for name in inputs if name
+    ]  # fmt: skip
+    graph = helper.make_graph([alone], "node", values, [ValueInfoProto(name=name) for name in outputs if name])
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(node.domain, 1)]
+    model = onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=imports))
+    known = {f"{name}[{i}]" for name in inputs if name for i in range(len(shapes[name]))}
+    return {value.name: _sizes(value, known) for value in model.graph.output}
+
+
+def _sizes(value: ValueInfoProto, known: set[str]) -> tuple[str, ...]:
+    tensor = value.type.tensor_type
+    found = []
+    for dim in tensor.shape.dim if tensor.HasField("shape") else ():
+        said = str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param
+        try:
+            fine = bool(said) and set(symbols_of(parse(said))) <= known
+        except BadExpression:
+            fine = False
+        if not fine:
+            break
+        found.append(said)
+    else:
+        if tensor.HasField("shape"):
+            return tuple(found)
+    raise Unsupported("output-sizes", f"the sizes of {value.name} do not follow from those of the inputs")
+
+
+def _expected(shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for name in OPERANDS[:3]:
+        axes = _OF_OPERANDS[name]
+        if set(layouts[name]) <= set(axes):
+            found[name] = tuple(axes[axis] for axis in layouts[name])
+    for name, axes_of in BROADCAST.items():
+        if name in shapes:
+            found[name] = tuple(_OF_BROADCAST[axis] for axis in axes_of[len(axes_of) - len(shapes[name]) :])
+    return found

@@ -1,0 +1,229 @@
+"""ONNX Runtime's CUDA provider with our kernels: a model whose nodes name them, their bundle, and the library that
+launches them (``attncompile/runtime``). Nodes without a kernel are written out as standard ops.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, shape_inference
+
+from attncompile.core.errors import TargetError
+from attncompile.core.folder import copy_file
+from attncompile.core.model import Model
+from attncompile.core.profile import ShapeProfile
+from attncompile.core.site import AttentionSite
+from attncompile.core.verdict import Verdict
+from attncompile.runtime import layout
+from attncompile.runtime.library import library
+from attncompile.targets import graph as g
+from attncompile.targets import precision as conversion
+from attncompile.targets.base import BuildResult, Precision
+from attncompile.targets.kernels import KernelKit, NodeKernel, by_name
+from attncompile.targets.tensorrt_rtx import save
+
+OURS = "attncompile"
+"""Domain of our ops."""
+
+_ASIDE = "kept:"
+"""Before the overload of a node that inlining is to leave alone."""
+
+_INSTALL = "pip install 'attncompile[gpu]'"
+_DTYPES: dict[Precision | None, str] = {"fp16": "float16", "bf16": "bfloat16", None: "float16"}
+
+
+class OnnxRuntimeCuda:
+    """The target ``onnxruntime-cuda``. Building needs Triton and no GPU."""
+
+    name = "onnxruntime-cuda"
+    fuses_dense = False
+
+    def __init__(self, kit: KernelKit | None = None) -> None:
+        self._kit = kit
+        self._notes: list[str] = []
+
+    def equipped(self, kit: KernelKit) -> OnnxRuntimeCuda:
+        return OnnxRuntimeCuda(kit)
+
+    def available(self) -> Verdict:
+        """Judged without importing anything."""
+        if not sys.platform.startswith("linux"):
+            return Verdict.no("platform", f"there are no kernels on {sys.platform}", "use Linux")
+        if importlib.util.find_spec("triton") is None:
+            return Verdict.no("not_installed", "triton, which compiles the kernels, is not installed", _INSTALL)
+        return Verdict.yes("kernels are compiled without a GPU")
+
+    def supports(self, proto: ModelProto) -> Verdict:
+        return Verdict.yes("what has no kernel is written out in standard ops")
+
+    def lower(self, proto: ModelProto, model: Model, precision: Precision | None = None) -> ModelProto:
+        """Kernels compiled, nodes that have one turned into launches, all else inlined; in ``precision`` if given.
+
+        The external tensors of the result are still those of ``model`` unless it was converted.
+
+        Raises:
+            TargetError: no node has a kernel, or the model is in float32.
+        """
+        kit = self._equipment()
+        aside = _set_aside(proto)
+        left_out: dict[str, NodeKernel] = {}
+        while True:
+            lowered = self._converted(aside, proto, left_out, kit, model, precision)
+            made = by_name(kit.compile(lowered))
+            failed = {name: kernel for name, kernel in made.items() if kernel.reason}
+            if not failed:
+                break
+            if failed.keys() <= left_out.keys():
+                raise TargetError(f"node '{min(failed)}' cannot be written out in standard ops", "report this model")
+            left_out |= failed
+        self._notes = _notes(made, left_out, kit)
+        return _launching(lowered, made)
+
+    def _equipment(self) -> KernelKit:
+        if self._kit is None:
+            raise TargetError(f"target {self.name} was given no kernels", "build it through attncompile.pipeline")
+        return self._kit
+
+    def _converted(
+        self, aside: ModelProto, proto: ModelProto, left_out: dict[str, NodeKernel], kit: KernelKit, model: Model,
+        precision: Precision | None,
+    ) -> ModelProto:  # fmt: skip
+        """Everything inlined but the nodes that may have kernels."""
+        found = kit.candidates(aside, _DTYPES[precision])
+        if not found:
+            raise TargetError(
+                "nothing was replaced by an op of ours, so there is no kernel to launch",
+                "model.onnx runs in ONNX Runtime as it is; --policy sparse or --keep-slower replace more",
+            )
+        left_out |= {kernel.name: kernel for kernel in found if kernel.reason}
+        if len(left_out) == len(found):
+            first = next(iter(left_out.values()))
+            raise TargetError(f"no node has a kernel: {first.name}: {first.reason}", first.hint)
+        lowered = _inlined_but(aside, proto, set(left_out))
+        if precision is not None:
+            lowered = conversion.convert(lowered, model.path.resolve().parent, precision)
+        _refuse_float32(lowered)
+        return lowered
+
+    def build(
+        self, lowered: ModelProto, model: Model, profile: ShapeProfile, folder: Path,
+        sites: Sequence[AttentionSite] = (),
+    ) -> BuildResult:  # fmt: skip
+        """Write the model, ``bundle/`` and the library into ``folder``; external data of ``model`` must lie there.
+
+        Raises:
+            MissingDependency: the library is not there and cannot be compiled.
+        """
+        start = time.perf_counter()
+        place = folder / layout.LIBRARY
+        copy_file(library(), place)  # not a link: the process loads one library a file
+        files = save(lowered, folder / layout.MODEL)
+        bundle = folder / layout.BUNDLE
+        self._equipment().write(bundle)
+        written = sorted(path for path in bundle.rglob("*") if path.is_file())
+        return BuildResult(
+            self.name, (*files, place, *written), time.perf_counter() - start,
+            reason="not executed: building needs no GPU", notes=tuple(self._notes), launches=True,
+        )  # fmt: skip
+
+    def open(self, folder: Path) -> Any:
+        """A session on the first CUDA device. Raises ``TargetError`` or ``MissingDependency`` where it cannot run."""
+        from attncompile.runtime.session import InferenceSession
+
+        return InferenceSession(folder)
+
+
+def _ours(proto: ModelProto) -> list[NodeProto]:
+    inside = [n for graph in g.graphs(proto.graph) for n in graph.node]
+    return [n for n in inside if n.domain == OURS]
+
+
+def _set_aside(proto: ModelProto) -> ModelProto:
+    """``proto`` with all functions inlined but ours: their nodes carry an overload that no function has."""
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    bodies = [n for f in copy.functions if f.domain != OURS for n in f.node if n.domain == OURS]
+    for node in [*_ours(copy), *bodies]:
+        node.overload = _ASIDE + node.overload
+    result = g.inlined(copy)
+    g.name_nodes(result)
+    return result
+
+
+def _inlined_but(aside: ModelProto, proto: ModelProto, names: set[str]) -> ModelProto:
+    """``aside`` with the bodies of the nodes called ``names``; the others keep no overload and no body."""
+    copy = ModelProto()
+    copy.CopyFrom(aside)
+    for node in _ours(copy):
+        if node.name in names:
+            node.overload = node.overload.removeprefix(_ASIDE)
+    copy.functions.extend(f for f in proto.functions if f.domain == OURS)
+    result = g.inlined(copy)
+    del result.functions[:]
+    for node in _ours(result):
+        node.overload = ""
+    g.name_nodes(result)
+    return result
+
+
+def _refuse_float32(lowered: ModelProto) -> None:
+    kinds = _value_types(lowered)
+    for node in _ours(lowered):
+        if kinds.get(node.input[0], (TensorProto.UNDEFINED, None))[0] == TensorProto.FLOAT:
+            raise TargetError(
+                f"node '{node.name}' is in float32: kernels take float16 and bfloat16", "add --fp16 or --bf16"
+            )
+
+
+def _value_types(proto: ModelProto) -> dict[str, tuple[int, ValueInfoProto]]:
+    """Element type and description of every value, inferred."""
+    inferred = shape_inference.infer_shapes(proto)
+    return {
+        value.name: (value.type.tensor_type.elem_type, value)
+        for graph in g.graphs(inferred.graph)
+        for value in (*graph.input, *graph.output, *graph.value_info)
+    }
+
+
+def _launching(lowered: ModelProto, kernels: Mapping[str, NodeKernel]) -> ModelProto:
+    """Our nodes as launches; their outputs' types are written down, since nobody else knows these ops."""
+    result = ModelProto()
+    result.CopyFrom(lowered)
+    described = _value_types(lowered)
+    for graph in g.graphs(result.graph):
+        known = {value.name for value in (*graph.output, *graph.value_info)}
+        for node in graph.node:
+            if node.domain != OURS:
+                continue
+            kernel = kernels[node.name]
+            inputs, outputs = [node.input[i] for i in kernel.inputs], [node.output[i] for i in kernel.outputs]
+            graph.value_info.extend(described[o][1] for o in outputs if o not in known)
+            launch = helper.make_node(
+                kernel.op_type, inputs, outputs, node.name, node.doc_string, layout.DOMAIN,
+                **{layout.RECORD: kernel.record},
+            )  # fmt: skip
+            node.CopyFrom(launch)
+    kept = [o for o in result.opset_import if o.domain not in (OURS, layout.DOMAIN)]
+    del result.opset_import[:]
+    result.opset_import.extend([*kept, helper.make_opsetid(layout.DOMAIN, 1)])
+    return result
+
+
+def _notes(made: Mapping[str, NodeKernel], left_out: dict[str, NodeKernel], kit: KernelKit) -> list[str]:
+    names = ", ".join(f"sm_{a}" for a in kit.architectures)
+    notes = [f"{len(made)} nodes are launched as kernels, compiled for {names}"]
+    reasons: dict[str, list[str]] = {}
+    for kernel in left_out.values():
+        reasons.setdefault(kernel.reason, []).append(kernel.name)
+    for reason, nodes in reasons.items():
+        shown = nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
+        notes.append(f"{shown} run in standard ops: {reason}")
+    return notes
+
+
+TARGET = OnnxRuntimeCuda()

@@ -81,7 +81,7 @@ def test_what_is_wrong_is_replaced_nowhere(
     lower = NeighborhoodAttention.lower
     monkeypatch.setattr(
         NeighborhoodAttention, "lower",
-        lambda self, site, parameters, opset: lower(self, site, {**parameters, "left": [62]}, opset),
+        lambda self, site, parameters, opset: lower(self, site, {**parameters, "kernel_size": [63], "left": [62]}, opset),
     )  # fmt: skip
     path = save(build(WINDOWED), tmp_path, "windowed.onnx")
     policy = tmp_path / "policy.toml"

@@ -79,9 +79,10 @@ def test_what_is_wrong_is_replaced_nowhere(
     from attncompile.plugins.neighborhood.mechanism import NeighborhoodAttention
 
     lower = NeighborhoodAttention.lower
+    wrong = {"kernel_size": [63], "left": [62]}
     monkeypatch.setattr(
         NeighborhoodAttention, "lower",
-        lambda self, site, parameters, opset: lower(self, site, {**parameters, "kernel_size": [63], "left": [62]}, opset),
+        lambda self, site, parameters, opset: lower(self, site, {**parameters, **wrong}, opset),
     )  # fmt: skip
     path = save(build(WINDOWED), tmp_path, "windowed.onnx")
     policy = tmp_path / "policy.toml"

@@ -45,11 +45,14 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class SiteResult:
-    """What the gates found. ``rolled_back`` is the reason for not replacing the site, or empty."""
+    """What the gates found. ``rolled_back`` is the reason for not replacing the site, or empty; ``slower``: the reason
+    is its speed on this CPU alone, which says nothing about a target that is judged by its GPU.
+    """
 
     exactness: Exactness | None = None
     timings: tuple[ShapeTiming, ...] = ()
     rolled_back: str = ""
+    slower: bool = False
 
 
 Bindings = Sequence[tuple[str, Mapping[str, int]]]
@@ -118,7 +121,7 @@ class SiteGate:
             return SiteResult(exactness, rolled_back=f"could not be timed: {error.message}")
         if not self._keep_slower and not any(t.timing.faster for t in timings):
             gains = ", ".join(f"{t.timing.gain:.2f}x ({_interval(t)}) at {t.label}" for t in timings)
-            return SiteResult(exactness, timings, f"not faster with 95% confidence: gain {gains}")
+            return SiteResult(exactness, timings, f"not faster with 95% confidence: gain {gains}", slower=True)
         return SiteResult(exactness, timings)
 
     def _exactness(

@@ -20,10 +20,12 @@ from attncompile.core.plan import Decision, Plan
 from attncompile.core.policy import Policy
 from attncompile.core.profile import Range, ShapeProfile
 from attncompile.core.site import AttentionSite, Detection
+from attncompile.core.verdict import Verdict
 from attncompile.cost import predicted_gain, shape_of
 from attncompile.edges import edges
 from attncompile.env import environment
 from attncompile.gate import Edit, SiteGate, SiteResult
+from attncompile.gpu_cost import GpuCost, gpu_cost
 from attncompile.ledger import Ledger
 from attncompile.passes.detect import detect
 from attncompile.passes.equal_lengths import with_sums
@@ -34,10 +36,12 @@ from attncompile.passes.normalise import normalise
 from attncompile.passes.separate import HELPED, separate
 from attncompile.passes.symbols import profile_for
 from attncompile.passes.whole_grid import whole_grid
-from attncompile.plugins import mechanisms
+from attncompile.plugins import kernels, mechanisms
 from attncompile.policy import decide, load_policy
 from attncompile.report import Report, SiteReport, TargetReport, model_info
 from attncompile.shaped import sizes_of
+from attncompile.targets import base
+from attncompile.targets.base import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +152,8 @@ def widened(profile: ShapeProfile, model: Model, feeds: Sequence[Mapping[str, np
 
 def plan(found: Inspection, options: Options) -> Plan:
     """One decision a site, by the policy; nothing is measured."""
-    return _plan(found, options, mechanisms())
+    target = base.get(options.target or "onnx")
+    return _plan(found, options, mechanisms(), target, Worlds(found.index))
 
 
 def compile(path: Path, options: Options, progress: Progress | None = None) -> Report:  # noqa: A001
@@ -169,14 +174,14 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     clock.lap("detect")
 
     progress.stage("plan")
-    chosen = _read_plan(options.plan, found) if options.plan else _plan(found, options, registry)
+    worlds = Worlds(found.index)
+    chosen = _read_plan(options.plan, found) if options.plan else _plan(found, options, registry, target, worlds)
     warnings = [*found.model.notes, *chosen.notes]
     clock.lap("plan")
 
     edits = _edits(found, chosen, registry)
     in_force = {e.site.id: e.decision for e in edits}  # exactness and assumptions are never a plan file's to say
     chosen = replace(chosen, decisions=tuple(in_force.get(d.site, d) for d in chosen.decisions))
-    worlds = Worlds(found.index)
     checker = SiteGate(
         worlds, list(found.profile.bindings()), threads=options.threads, seed=options.seed,
         keep_slower=options.keep_slower, edges=found.ledger.edges,
@@ -188,29 +193,37 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
         progress.advance()
     clock.lap("check sites")
 
-    kept = [e for e in edits if not results[e.site.id].rolled_back]
+    kept = [e for e in edits if _stays(results[e.site.id], target)]
     with outputs.staged(out) as folder:
         run = whole.Run(found, options, found.feeds, kept, results, registry, worlds, checker, progress, folder)
         outcome = run.finish(chosen)
         clock.lap("verify the model")
-        built = outputs.build(found, options, target, run.proto_for(target.fuses_dense), folder, run.evidence, progress)
+        built = outputs.build(found, options, target, run.proto_for(target), folder, run.evidence, progress)
         # A target that was asked for and cannot be had is a failure; one that was tried by default is a warning.
         failures, warned = (built.problems, ()) if options.target else ((), built.problems)
         clock.lap("build")
-        report = _report(found, options, outcome, built.reports, [*warnings, *warned], failures, clock, out)
+        report = _report(found, options, target, outcome, built.reports, [*warnings, *warned], failures, clock, out)
         outputs.write(folder, report, outcome.plan)
     return report
 
 
-def _plan(found: Inspection, options: Options, registry: Sequence[Mechanism]) -> Plan:
+def _stays(result: SiteResult, target: Target) -> bool:
+    """Whether a replacement comes into the whole model. What is slow on this CPU may still be for the target's GPU."""
+    return not result.rolled_back or (result.slower and target.runs_kernels)
+
+
+def _plan(
+    found: Inspection, options: Options, registry: Sequence[Mechanism], target: Target, worlds: Worlds
+) -> Plan:  # fmt: skip
     policy = load_policy(options.policy, registry)
     if options.max_error is None and options.metric not in (None, policy.metric):
         raise BadArguments(f"--metric {options.metric} has no default budget", "give one with --max-error")
     unknown = [s for s in options.sites if s not in {site.id for site in found.detection.sites}]
     if unknown:
         raise BadArguments(f"--site: the model has no site '{unknown[0]}'", "list its sites: attncompile inspect MODEL")
-    decisions = tuple(_decide(found, policy, site, registry, options.sites) for site in found.detection.sites)
-    notes = []
+    gpu = gpu_cost(worlds, kernels(), options.precision, target) if target.runs_kernels else None
+    decisions = tuple(_decide(found, policy, site, registry, options.sites, gpu) for site in found.detection.sites)
+    notes = [f"gains are predicted {gpu.said}, not measured"] if gpu else []
     if isinstance(found.normal, Unsupported):
         notes.append(f"nothing is replaced: {found.normal.message}")
     elif found.normal.notes:
@@ -228,20 +241,29 @@ def _plan(found: Inspection, options: Options, registry: Sequence[Mechanism]) ->
 
 
 def _decide(
-    found: Inspection, policy: Policy, site: AttentionSite, registry: Sequence[Mechanism], only: tuple[str, ...]
-) -> Decision:
+    found: Inspection, policy: Policy, site: AttentionSite, registry: Sequence[Mechanism], only: tuple[str, ...],
+    gpu: GpuCost | None,
+) -> Decision:  # fmt: skip
     if isinstance(found.normal, Unsupported):
         return Decision(site.id, "keep", found.normal.message)
     if only and site.id not in only:
         return Decision(site.id, "keep", "not among the sites given by --site")
     by_name = {m.name: m for m in registry}
 
-    def gain_of(candidate: Candidate) -> float:
-        shapes = [shape_of(site, binding) for _, binding in found.profile.bindings()]
+    opset, bindings = found.normal.opset, [binding for _, binding in found.profile.bindings()]
+
+    def gain_of(candidate: Candidate) -> float | Verdict:
+        if gpu is not None:  # nothing will be measured: the replacement has to win at every shape
+            lowering = by_name[candidate.mechanism].lower(site, candidate.parameters, opset)
+            try:
+                return min(gpu.gain(site, lowering, binding) for binding in bindings)
+            except Unsupported as error:
+                return Verdict.of(error)
+        shapes = [shape_of(site, binding) for binding in bindings]
         costs = [by_name[candidate.mechanism].cost(site, candidate.parameters, s) for s in shapes]
         return max(predicted_gain(site, c, s) for c, s in zip(costs, shapes, strict=True))
 
-    decision = decide(policy, site, registry, found.normal.opset, gain_of)
+    decision = decide(policy, site, registry, opset, gain_of, gpu.least_gain if gpu else 0.0)
     if decision.kept:
         return decision
     chosen = by_name[decision.mechanism]
@@ -300,12 +322,12 @@ def edits(found: Inspection, options: Options) -> list[Edit]:
         BadArguments: as ``compile``.
     """
     registry = mechanisms()
-    chosen = _read_plan(options.plan, found) if options.plan else _plan(found, options, registry)
+    chosen = _read_plan(options.plan, found) if options.plan else plan(found, options)
     return _edits(found, chosen, registry)
 
 
 def _report(
-    found: Inspection, options: Options, outcome: whole.Outcome, targets: Sequence[TargetReport],
+    found: Inspection, options: Options, target: Target, outcome: whole.Outcome, targets: Sequence[TargetReport],
     warnings: list[str], problems: Sequence[str], clock: _Clock, out: Path,
 ) -> Report:  # fmt: skip
     decisions = {d.site: d for d in outcome.plan.decisions}
@@ -318,20 +340,27 @@ def _report(
     failures = [*outcome.failures, *problems]
     if options.require_sites is not None and len(sites) < options.require_sites:
         failures.append(f"{len(sites)} attention sites were found, --require-sites asks for {options.require_sites}")
-    rolled = [s for s in sites if s.rolled_back]
+    elsewhere = {s.id for s in found.detection.sites if s.id in outcome.on_gpu} if target.runs_kernels else set()
+    rolled = [s for s in sites if s.rolled_back and s.site.id not in elsewhere]
     for s in rolled:
         warnings.append(f"{s.site.id} was rolled back: {s.rolled_back}")
+    for s in sites:
+        if s.rolled_back and s.site.id in elsewhere:
+            warnings.append(f"{s.site.id} is replaced for {target.name} only; in model.onnx it is {s.rolled_back}")
+    if elsewhere and outcome.parity and outcome.on_gpu_error is not None:
+        said = f"through their bodies here, {outcome.parity.metric} {outcome.on_gpu_error:.1e}"
+        warnings.append(f"{target.name}: {len(elsewhere)} of {len(sites)} sites replaced; {said}")
     if options.strict and rolled:
         failures.append(f"{len(rolled)} replacements were rolled back (--strict)")
     replaced = any(s.replaced for s in sites)
-    if not replaced and isinstance(found.normal, Model):
+    if not replaced and not elsewhere and isinstance(found.normal, Model):
         # What was done to the model in memory says nothing about a file that is the input.
         warnings = [w for w in warnings if w in found.model.notes or w not in found.normal.notes]
     return Report(
         environment=environment(options.threads), model=model_info(found.model), policy=outcome.plan.policy,
         options=outcome.plan.options, profile=found.profile.ranges, sites=tuple(sites),
         near_misses=found.detection.near_misses,
-        outcome="replaced" if replaced else "rolled_back" if rolled else "unchanged",
+        outcome="replaced" if replaced or elsewhere else "rolled_back" if rolled else "unchanged",
         parity=outcome.parity, timings=outcome.timings, targets=tuple(targets),
         warnings=(*warnings, *outcome.warnings), failures=tuple(failures), seconds=clock.laps, out=str(out),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), exit_code=1 if failures else 0,

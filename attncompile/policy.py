@@ -108,15 +108,20 @@ def candidates(
 
 def decide(
     policy: Policy, site: AttentionSite, mechanisms: Sequence[Mechanism], opset: int,
-    gain_of: Callable[[Candidate], float],
+    gain_of: Callable[[Candidate], float | Verdict], least_gain: float = 0.0,
 ) -> Decision:  # fmt: skip
-    """The exact candidate with the largest predicted gain (the policy's order breaks ties) if it is worth it."""
+    """The exact candidate with the largest predicted gain (the policy's order breaks ties) if it is worth it: at least
+    the policy's ``min_gain``, and ``least_gain``. A candidate whose gain is a verdict is refused with it.
+    """
     found, refusals = candidates(policy, site, mechanisms, opset)
-    ranked = sorted(((gain_of(c), c) for c in found), key=lambda x: -x[0])
-    best = ranked[0] if ranked and ranked[0][0] >= policy.min_gain else None
+    gains = [(gain_of(c), c) for c in found]
+    refusals += [Refusal(c.mechanism, g.code, g.reason) for g, c in gains if isinstance(g, Verdict)]
+    ranked = sorted(((g, c) for g, c in gains if not isinstance(g, Verdict)), key=lambda x: -x[0])
+    wanted = max(policy.min_gain, least_gain)
+    best = ranked[0] if ranked and ranked[0][0] >= wanted else None
     for gain, candidate in ranked:
         if best is None or candidate is not best[1]:
-            bound = f"below {policy.min_gain:g}" if best is None else f"that of {best[1].mechanism} {best[0]:.2f}"
+            bound = f"below {wanted:g}" if best is None else f"that of {best[1].mechanism} {best[0]:.2f}"
             refusals.append(Refusal(candidate.mechanism, "gain", f"predicted gain {gain:.2f}, {bound}"))
     if best is None:
         reason = _why_kept(refusals)

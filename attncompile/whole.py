@@ -24,6 +24,7 @@ from attncompile.policy import load_policy
 from attncompile.report import Bisection, OutputComparison, Parity, ShapeTiming, SiteFidelity
 from attncompile.shaped import Shaped, binding_of, shaped_inputs
 from attncompile.targets import onnx as onnx_target
+from attncompile.targets.base import Target
 
 if TYPE_CHECKING:
     from attncompile.console import Progress
@@ -49,6 +50,10 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
     bisection: Bisection | None = None
+    on_gpu: tuple[str, ...] = ()
+    """Sites that are replaced for a target which runs GPU kernels."""
+    on_gpu_error: float | None = None
+    """How far the outputs are from the original's with all of these, run through their bodies here."""
 
 
 class Run:
@@ -63,6 +68,7 @@ class Run:
         self._options = options
         self._feeds = feeds
         self._edits = list(edits)
+        self._on_gpu: list[Edit] = []
         self._results = results
         self._registry = registry
         self._worlds = worlds
@@ -100,7 +106,13 @@ class Run:
         self._undo([e for e in self._edits if e.site.scope and not branches.reached(usual, e.site, seen)],
                    "the body that holds it was not run by any inputs")  # fmt: skip
         parity = self._parity(shaped)
+        self._on_gpu = list(self._edits) if parity.passed else []
+        error = parity.value
         timings: tuple[ShapeTiming, ...] = ()
+        slow = [e for e in self._edits if self._results[e.site.id].slower]
+        if slow:  # right, and for another target
+            self._edits = [e for e in self._edits if e not in slow]
+            self._write(self._edits)
         if self._edits:
             timings = self._never_slower(shaped)
         if not self._edits:
@@ -113,8 +125,9 @@ class Run:
         failures = () if parity.passed else (f"parity: {parity.reason}",)
         if self._bisection is not None:
             self._warnings.append(self._bisection.text)
+        on_gpu = tuple(e.site.id for e in self._on_gpu)
         return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures,
-                       self._bisection)  # fmt: skip
+                       self._bisection, on_gpu, error if on_gpu else None)  # fmt: skip
 
     def _broken_assumptions(self) -> tuple[str, ...]:
         """What the user's inputs break; then nothing stays replaced, and the run fails."""
@@ -135,11 +148,14 @@ class Run:
         """The user's inputs, or seeded ones at the shapes at which the original runs."""
         return list(self._feeds) or [s.feed for s in self._shaped() if s.timed]
 
-    def proto_for(self, fuses_dense: bool) -> ModelProto:
-        """The model for one target, from the decisions in force. One that fuses dense attention keeps its dense sites
-        and gets the others without run-time branches.
+    def proto_for(self, target: Target) -> ModelProto:
+        """The model for one target, from the decisions in force. One that runs kernels gets what was predicted to be
+        faster on its GPU, though it be slow here. Another that fuses dense attention keeps its dense sites and gets the
+        others without run-time branches.
         """
-        if not fuses_dense:
+        if target.runs_kernels:
+            return self._proto(self._on_gpu) if self._on_gpu else self._found.model.proto
+        if not target.fuses_dense:
             return self._proto(self._edits) if self._edits else self._found.model.proto
         by_name = {m.name: m for m in self._registry}
         opset = self._found.index.model.opset

@@ -9,7 +9,8 @@ Ratios are from paired rounds against the input file with ONNX Runtime's full op
 memory is that of a process that loads the file and runs it three times, over one that only imports. A target is met
 where the gain is reached (or the ratio's 95% interval is not above 1.02), peak memory is at most half of the input
 file's where there is a gain to reach, and the relative L2 is at most 1e-5. Run it on an idle machine.
-`--linear` prints time and memory of windowed attention at growing lengths instead.
+`--linear` prints time and memory of windowed attention at growing lengths instead; `--rtx` builds the replaced models
+as TensorRT-RTX engines in fp16 and says how much of their attention is fused.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Candidate, Mechanism
 from attncompile.core.pattern import BlockSparse, GridWindow
 from attncompile.core.site import AttentionSite, Operand
+from attncompile.passes.load import load
+from attncompile.passes.replace import apply
+from attncompile.passes.symbols import profile_for
 from attncompile.pipeline import Options
 from attncompile.plugins import mechanisms
+from attncompile.targets import base
 
 HEAD_DIM = 64
 ERROR = 1e-5
@@ -357,12 +362,45 @@ def linear(folder: Path) -> Table:
     return table
 
 
+def engines(labels: list[str], folder: Path) -> tuple[Table, int]:
+    """The replaced models as engines, and how many of them are not built or not fused. Whole models are not replaced
+    here: their first exact plan is taken, without checks.
+    """
+    table = Table("model", "engine MiB", "attention fused", "s", "built", box=SIMPLE, title="TensorRT-RTX, fp16")
+    target, failed = base.get("tensorrt-rtx"), 0
+    base.require(target)
+    for label in labels:
+        print(f"{label} ...", file=sys.stderr, flush=True)
+        spec, here = SPECS[label], Path(tempfile.mkdtemp(dir=folder))
+        path = here / "model.onnx"
+        if spec.torch:
+            spec.torch(path)
+            found = pipeline.inspect(path, Options())
+            edits = pipeline.edits(found, Options())
+            proto = apply(found.index.model, [(e.site, e.lowering) for e in edits])
+        else:
+            proto, _ = direct(spec, spec.part(spec.visible()))
+            onnx.save(proto, path)
+        try:
+            model = load(path)
+            result = target.build(target.lower(proto, model, "fp16"), model, profile_for(model, {}), here)
+        except AttncompileError as error:
+            table.add_row(label, "", "", "", f"NO: {error.message}")
+            failed += 1
+            continue
+        fused = f"{result.attention_fused} of {result.attention_layers}"
+        failed += result.attention_fused != result.attention_layers
+        table.add_row(label, f"{(result.engine_size or 0) / 2**20:.0f}", fused, f"{result.seconds:.1f}", "yes")
+    return table, failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these (optional ones too)")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--direct", action="store_true", help="leave detection, policy and gates out")
     parser.add_argument("--linear", action="store_true", help="time and memory at growing lengths")
+    parser.add_argument("--rtx", action="store_true", help="engines of TensorRT-RTX instead of times")
     parser.add_argument("--rounds", type=int, help="paired rounds (default: until the interval is decisive, or 20 s)")
     parser.add_argument("--peak-of", nargs=2, metavar=("FILE", "INPUTS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -374,6 +412,11 @@ def main() -> int:
         if given.linear:
             Console(width=100).print(linear(Path(name)))
             return 0
+        if given.rtx:
+            chosen = [s for s in SPECS if not given.only or any(x in s for x in given.only)]
+            made, failed = engines(chosen, Path(name))
+            Console(width=100).print(made)
+            return 1 if not chosen or (failed and given.check) else 0
         table = Table("model", "ms", "gain (95%)", "target", "rel. L2", "peak MiB", "met", box=SIMPLE)
         notes = []
         chosen = [s for s in SPECS if (any(x in s for x in given.only) if given.only else not SPECS[s].optional)]

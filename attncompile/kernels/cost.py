@@ -70,8 +70,13 @@ def model_name(program: Program, architecture: int) -> str:
 
 def milliseconds(work: Work, program: Program, architecture: int) -> float:
     """Predicted time of a launch. Raises ``Unsupported`` where nothing was measured."""
-    name = model_name(program, architecture)
+    return constants(model_name(program, architecture)).milliseconds(work)
+
+
+def constants(name: str) -> CostModel:
+    """Those of ``model_name``. Raises ``Unsupported`` where nothing was measured."""
     if name not in table():
+        language, _, architecture = name.partition("-")
         known = ", ".join(sorted(table()))
-        raise Unsupported("cost", f"no cost was measured for {program.language} kernels on sm_{architecture} ({known})")
-    return table()[name].milliseconds(work)
+        raise Unsupported("cost", f"no cost was measured for {language} kernels on sm_{architecture} (only {known})")
+    return table()[name]

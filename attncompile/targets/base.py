@@ -83,6 +83,10 @@ class Target(Protocol):
     name: str
     fuses_dense: bool
     """Whether it fuses dense attention itself, so that only replacements which skip keys may be faster there."""
+    runs_kernels: bool
+    """Whether it runs the GPU kernels of our ops. Then it is judged by their cost model, not by times on this CPU."""
+    least_gain: float
+    """Predicted gain of a site below which an op of ours is not worth what it breaks around it; 0 for none."""
 
     def available(self) -> Verdict:
         """Whether this target can be built here; the hint says what to install."""

@@ -66,6 +66,8 @@ class Onnx:
 
     name = "onnx"
     fuses_dense = False
+    runs_kernels = False
+    least_gain = 0.0
 
     def available(self) -> Verdict:
         return Verdict.yes("always written; needs nothing")

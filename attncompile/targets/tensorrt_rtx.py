@@ -47,6 +47,8 @@ class TensorRTRTX:
 
     name = "tensorrt-rtx"
     fuses_dense = True
+    runs_kernels = False
+    least_gain = 0.0
 
     def available(self) -> Verdict:
         """Judged without importing it."""

@@ -1,0 +1,105 @@
+"""Predicted gain of a replacement on a GPU that is not at hand: what its kernels take, by the cost model of launches,
+against the attention as the target would run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.kernel import Kernel, OpCall
+from attncompile.core.mechanism import Lowering, Shape
+from attncompile.core.site import AttentionSite
+from attncompile.cost import shape_of
+from attncompile.kernels import calls, cost
+from attncompile.passes.evaluate import World
+from attncompile.passes.extract import extract_site
+from attncompile.targets.base import Target
+
+PRODUCTS = 766e9
+"""Half-precision flops a millisecond of large products on the GPU of the cost model (docs/bench/kernels-h100.json)."""
+MEASURED = 90
+"""The compute capability whose launches the cost model knows; others are judged by it too."""
+SCORE_BYTES = 8
+"""Bytes that unfused attention moves a score element: written by the first product, read and written by the softmax,
+read by the second product, two bytes each. ONNX Runtime moves no less."""
+MASK_BYTES = 4
+"""What a mask or bias adds: scores are read and written once more."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuCost:
+    """``world_at`` evaluates the model at given sizes; ``dtype`` is what float32 sites are converted to, None if
+    they are not; ``fuses_dense``: the target's own attention keeps no scores.
+    """
+
+    world_at: Callable[[Mapping[str, int]], World]
+    kernels: Mapping[str, Kernel]
+    architecture: int
+    dtype: str | None
+    fuses_dense: bool
+    least_gain: float = 0.0
+
+    @property
+    def said(self) -> str:
+        """What the predictions are for, in words."""
+        return f"for kernels on sm_{self.architecture} ({cost.constants(f'gluon-{self.architecture}').measured_on})"
+
+    def gain(self, site: AttentionSite, lowering: Lowering, binding: Mapping[str, int]) -> float:
+        """Time of ``site`` at these sizes over that of the kernels of ``lowering``.
+
+        Raises:
+            Unsupported: a node has no kernel, the site stays in float32, or no cost was measured for such kernels.
+        """
+        ours = self.milliseconds(site, lowering, binding)
+        return self.before(site, shape_of(site, binding)) / ours
+
+    def milliseconds(self, site: AttentionSite, lowering: Lowering, binding: Mapping[str, int]) -> float:
+        """Predicted time of the launches of ``lowering``. Raises ``Unsupported`` as ``gain``."""
+        model = extract_site(self.world_at(binding), site, lowering).replaced
+        nodes = calls.find(model, self.kernels, self._dtype(site))
+        if not nodes:
+            raise Unsupported("no-kernel", "it is done by standard ops, which have no kernel of ours")
+        total = 0.0
+        for node in nodes:
+            if node.call is None:
+                raise Unsupported(node.verdict.code, node.verdict.reason, node.verdict.hint)
+            total += self._launch(node.call)
+        return total
+
+    def before(self, site: AttentionSite, shape: Shape) -> float:
+        """Milliseconds of the site as it is: as one dense kernel of ours where the target fuses it, else as two
+        products and a softmax, by what these must move and multiply.
+        """
+        dense = OpCall(
+            "Attention", self._dtype(site), site.heads, site.kv_heads, site.head_dim, site.value_dim,
+            attributes={"left": -1, "right": -1}, batch=shape.batch, query_length=shape.query_length,
+            key_length=shape.key_length,
+        )  # fmt: skip
+        if self.fuses_dense or site.form == "attention-op":
+            return self._launch(dense)
+        scores = float(shape.batch * site.heads * shape.query_length * shape.key_length)
+        bandwidth = cost.constants(f"gluon-{self.architecture}").bandwidth  # bytes a nanosecond
+        moved = scores * (SCORE_BYTES + MASK_BYTES * bool(site.mask.parts))
+        return moved / bandwidth * 1e-6 + 2.0 * scores * (site.head_dim + site.value_dim) / PRODUCTS
+
+    def _launch(self, call: OpCall) -> float:
+        kernel = self.kernels[call.op]
+        program = kernel.programs(kernel.general(call), self.architecture)[0]
+        return cost.milliseconds(kernel.work(call, program), program, self.architecture)
+
+    def _dtype(self, site: AttentionSite) -> str:
+        if site.dtype in calls.DTYPES:
+            return site.dtype
+        if self.dtype is None:
+            raise Unsupported("dtype", f"the kernels take {' and '.join(calls.DTYPES)}", "add --fp16 or --bf16")
+        return self.dtype
+
+
+def gpu_cost(
+    world_at: Callable[[Mapping[str, int]], World], kernels: Mapping[str, Kernel], precision: str | None, target: Target
+) -> GpuCost:
+    """The cost that ``target`` is judged by. ``precision`` (``fp16``, ``bf16``, None) is what it converts to."""
+    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(precision or "")
+    return GpuCost(world_at, kernels, MEASURED, dtype, target.fuses_dense, target.least_gain)

@@ -1,0 +1,163 @@
+"""Plans for a GPU that is not at hand: decided by the cost model of launches, however slow the CPU is with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from attncompile import outputs, pipeline
+from attncompile.core.errors import Unsupported
+from attncompile.core.kernel import OpCall
+from attncompile.core.mechanism import Shape
+from attncompile.core.verdict import Verdict
+from attncompile.gpu_cost import GpuCost, gpu_cost
+from attncompile.kernels import cost
+from attncompile.pipeline import Options
+from attncompile.plugins import kernels
+from attncompile.targets import base
+from attncompile.targets.onnx import Onnx
+from tests.passes.attention_graphs import Spec, build, save
+
+CAUSAL = Spec(batch=1, heads=4, kv_heads=4, length=1100, head_dim=64, mask="causal", scale=0.125)
+WINDOWED = replace(CAUSAL, mask="window", left=63, right=0)
+
+
+class OnGpu(Onnx):
+    """Takes what the portable file is, and is judged as something that runs our kernels."""
+
+    name = "on-gpu"
+    runs_kernels = True
+
+    def lower(self, proto, model, precision=None):  # type: ignore[no-untyped-def]
+        return proto
+
+    def build(self, lowered, model, profile, folder, sites=()):  # type: ignore[no-untyped-def]
+        path = folder / "gpu.onnx"
+        onnx.save(lowered, path)
+        return base.BuildResult(self.name, (path,), 0.0)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> OnGpu:
+    target = OnGpu()
+    monkeypatch.setattr(base, "get", lambda name: target)
+    monkeypatch.setattr(outputs, "target", lambda name, precision: target)
+    return target
+
+
+def ops(path: Path) -> list[str]:
+    return [n.op_type for n in onnx.load(path).graph.node if n.domain == "attncompile"]
+
+
+def options(tmp_path: Path, **more: object) -> Options:
+    return Options(target="on-gpu", precision="fp16", out=tmp_path / "out", **more)  # type: ignore[arg-type]
+
+
+def test_what_is_slow_here_is_replaced_there(
+    tmp_path: Path, on_gpu: OnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """The CPU's verdict keeps model.onnx as it was; the GPU's model has the op; nothing is called rolled back."""
+    monkeypatch.setattr("attncompile.measure.Timing.faster", property(lambda self: False))
+    path = save(build(WINDOWED), tmp_path, "windowed.onnx")
+    result = pipeline.compile(path, options(tmp_path, strict=True))
+    (site,) = result.sites
+    assert result.exit_code == 0 and result.outcome == "replaced" and not site.replaced
+    assert site.exactness is not None and site.exactness.passed and "not faster" in site.rolled_back
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == path.read_bytes()
+    assert ops(tmp_path / "out" / "gpu.onnx") == ["NeighborhoodAttention"]
+    said = "\n".join(result.warnings)
+    assert "relative_l2" in said and "through their bodies" in said
+    assert "site0 is replaced for on-gpu only" in said and "not measured" in said and "rolled back" not in said
+
+
+def test_what_is_wrong_is_replaced_nowhere(
+    tmp_path: Path, on_gpu: OnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    from attncompile.plugins.neighborhood.mechanism import NeighborhoodAttention
+
+    lower = NeighborhoodAttention.lower
+    wrong = {"kernel_size": [63], "left": [62]}
+    monkeypatch.setattr(
+        NeighborhoodAttention, "lower",
+        lambda self, site, parameters, opset: lower(self, site, {**parameters, **wrong}, opset),
+    )  # fmt: skip
+    path = save(build(WINDOWED), tmp_path, "windowed.onnx")
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[exact]\nmechanisms = ["NeighborhoodAttention"]\nmin_gain = 1.0\n')
+    result = pipeline.compile(path, options(tmp_path, policy=str(policy)))
+    assert result.outcome == "rolled_back" and "not exact" in result.sites[0].rolled_back
+    assert ops(tmp_path / "out" / "gpu.onnx") == []
+
+
+def test_a_model_that_stays_in_float32_has_no_kernels(tmp_path: Path, on_gpu: OnGpu) -> None:
+    path = save(build(WINDOWED), tmp_path, "windowed.onnx")
+    made = pipeline.plan(pipeline.inspect(path, Options()), replace(options(tmp_path), precision=None))
+    (decision,) = made.decisions
+    assert decision.kept and {r.code for r in decision.refusals if r.mechanism == "NeighborhoodAttention"} == {"dtype"}
+
+
+def test_a_target_wants_more_than_the_policy(tmp_path: Path, on_gpu: OnGpu) -> None:
+    path = save(build(WINDOWED), tmp_path, "windowed.onnx")
+    found = pipeline.inspect(path, Options())
+    (decision,) = pipeline.plan(found, options(tmp_path)).decisions
+    assert decision.mechanism == "NeighborhoodAttention"
+    on_gpu.least_gain = decision.predicted_gain * 1.01
+    (kept,) = pipeline.plan(found, options(tmp_path)).decisions
+    assert kept.kept
+    assert any(f"below {on_gpu.least_gain:g}" in r.reason for r in kept.refusals if r.mechanism == decision.mechanism)
+
+
+def test_the_plan_says_what_it_was_made_for(tmp_path: Path, on_gpu: OnGpu) -> None:
+    path = save(build(CAUSAL), tmp_path, "causal.onnx")
+    made = pipeline.plan(pipeline.inspect(path, Options()), options(tmp_path))
+    assert any("sm_90" in n and "H100" in n for n in made.notes)
+
+
+def model(fuses_dense: bool) -> GpuCost:
+    target = OnGpu()
+    target.fuses_dense = fuses_dense
+    return gpu_cost(lambda binding: pytest.fail("not needed"), kernels(), "fp16", target)
+
+
+def test_dense_attention_as_the_target_runs_it(tmp_path: Path) -> None:
+    """Unfused it moves all scores, masks once more; fused it is our dense kernel, which no mask makes slower."""
+    sites = {
+        name: pipeline.inspect(save(build(spec), tmp_path, f"{name}.onnx"), Options()).detection.sites[0]
+        for name, spec in {"none": replace(CAUSAL, mask="none"), "causal": CAUSAL}.items()
+    }
+    shape = Shape(1, 4096, 4096)
+    scores, bandwidth = 4 * 4096.0**2, cost.table()["gluon-90"].bandwidth
+    unfused = {name: model(False).before(site, shape) for name, site in sites.items()}
+    assert unfused["none"] == pytest.approx(scores * 8 / bandwidth * 1e-6 + scores * 256 / 766e9)
+    assert unfused["causal"] - unfused["none"] == pytest.approx(scores * 4 / bandwidth * 1e-6)
+    fused = {name: model(True).before(site, shape) for name, site in sites.items()}
+    assert fused["none"] == fused["causal"] < unfused["none"]
+
+
+def test_a_call_without_a_measured_cost_is_refused() -> None:
+    call = OpCall("Attention", "float16", 4, 4, 64, 64, attributes={"left": -1, "right": -1, "softcap": 30.0},
+                  batch=1, query_length=512, key_length=512)  # fmt: skip
+    with pytest.raises(Unsupported, match="no cost was measured for triton kernels on sm_90"):
+        model(True)._launch(call)
+
+
+def test_predicted_times_are_those_of_the_benchmark(tmp_path: Path) -> None:
+    """Dense, head dim 128, 24 heads of 4,608 tokens: 0.439 ms were measured (docs/bench/kernels-h100.json)."""
+    call = OpCall("Attention", "float16", 24, 24, 128, 128, attributes={"left": -1, "right": -1},
+                  batch=1, query_length=4608, key_length=4608)  # fmt: skip
+    assert model(True)._launch(call) == pytest.approx(0.439, rel=0.25)
+
+
+def test_verdicts_become_refusals() -> None:
+    from attncompile.core.policy import Policy
+    from attncompile.policy import decide
+    from tests.test_policy import SITE, Fake
+
+    made = decide(
+        Policy("p", exact=("A",), min_gain=1.15), SITE, [Fake("A")], 18,  # type: ignore[list-item]
+        lambda c: Verdict.no("no-kernel", "there is none"),
+    )  # fmt: skip
+    assert made.kept and made.reason == "there is none" and made.refusals[0].code == "no-kernel"

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 NAME = "libattncompile_ort.so"
+STAMP = ".sources"
+"""Suffix of the file beside the wheel's library that names the sources it was made from."""
+
 SOURCES = Path(__file__).parent / "csrc"
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow")
 _FLAGS = ("-std=c++17", "-O2", "-s")

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -17,7 +18,7 @@ HERE = Path(__file__).parent
 RUNTIME = Path("attncompile") / "runtime"
 
 
-def _build():
+def _build() -> ModuleType:
     """``attncompile/runtime/build.py`` as a module of its own: the package's requirements are not there yet."""
     spec = importlib.util.spec_from_file_location("attncompile_runtime_build", HERE / RUNTIME / "build.py")
     module = importlib.util.module_from_spec(spec)
@@ -31,13 +32,15 @@ COMPILES = WANTED and BUILD.compiler() is not None
 
 
 class BuildPy(build_py):
-    def run(self):
+    def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
         if not COMPILES:
-            print("warning: there is no C++ compiler: the wheel is without the library for ONNX Runtime, which is "
-                  "compiled when it is first needed", file=sys.stderr)  # fmt: skip
+            sys.stderr.write(
+                "warning: there is no C++ compiler: the wheel is without the library for ONNX Runtime, which is "
+                "compiled when it is first needed\n"
+            )
             return
         out = Path(self.build_lib) / RUNTIME / BUILD.NAME
         BUILD.compile_library(out)
@@ -45,13 +48,13 @@ class BuildPy(build_py):
 
 
 class BdistWheel(bdist_wheel):
-    def get_tag(self):
+    def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
         return "py3", "none", platform  # the library knows nothing of Python
 
 
 class BinaryDistribution(Distribution):
-    def has_ext_modules(self):
+    def has_ext_modules(self) -> bool:
         return COMPILES
 
 

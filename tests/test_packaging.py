@@ -98,7 +98,12 @@ def test_wheel_holds_the_library_for_onnx_runtime(wheel: zipfile.ZipFile, tmp_pa
     assert wheel.read(library)[:4] == b"\x7fELF"
     # Unpacked, it is the one that is found, and nothing is compiled.
     wheel.extractall(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CXX": "no-such-compiler", "ATTNCOMPILE_CACHE": "/nowhere"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "CXX": "no-such-compiler",
+        "ATTNCOMPILE_CACHE": "/nowhere",
+    }
     code = "from attncompile.runtime import library; print(library())"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path

@@ -11,6 +11,7 @@ from pathlib import Path
 from attncompile.core.errors import MissingDependency
 from attncompile.runtime import build
 
+
 def library() -> Path:
     """The library, for ``SessionOptions.register_custom_ops_library``.
 

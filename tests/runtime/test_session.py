@@ -37,13 +37,13 @@ def out(make: Maker, double: Double) -> Made:
 
 
 def test_no_provider(out: Made) -> None:
-    with pytest.raises(MissingDependency, match="this onnxruntime has no CUDA provider") as caught:
+    with pytest.raises(MissingDependency, match=r"this onnxruntime has no CUDA provider") as caught:
         InferenceSession(out.folder)
     assert "attncompile[cuda]" in caught.value.hint
 
 
 def test_the_cpu_where_it_is_allowed(out: Made) -> None:
-    with pytest.warns(RuntimeWarning, match="no CUDA provider: model.onnx runs on the CPU, through function bodies"):
+    with pytest.warns(RuntimeWarning, match=r"no CUDA provider: model.onnx runs on the CPU, through function bodies"):
         session = InferenceSession(out.folder, allow_cpu=True)
     assert session.get_providers() == ["CPUExecutionProvider"]
     (y,) = session.run(None, {"x": np.ones(3, np.float32)})
@@ -95,7 +95,7 @@ def test_bad_folders(out: Made, tmp_path: Path) -> None:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(out.folder, copy)
         (copy / name).unlink()
-        with pytest.raises(TargetError, match=f"holds no {name}"):
+        with pytest.raises(TargetError, match=rf"holds no {name}"):
             InferenceSession(copy)
     shutil.copytree(out.folder, copy, dirs_exist_ok=True)
     index = copy / layout.BUNDLE / layout.INDEX
@@ -105,19 +105,23 @@ def test_bad_folders(out: Made, tmp_path: Path) -> None:
         InferenceSession(copy)
     key = next(iter(out.bundle.index["calls"]))["key"]
     index.write_text(whole.replace(key, "0" * 16), encoding="utf-8")
-    with pytest.raises(TargetError, match="node 'site' of .* needs kernels that .*bundle does not have"):
+    with pytest.raises(TargetError, match=r"node 'site' of .* needs kernels that .*bundle does not have"):
         InferenceSession(copy)
     index.write_text(whole.replace('"threads": 128', '"threads": 64'), encoding="utf-8")
-    with pytest.raises(TargetError, match="the kernels cannot be registered: .*was changed"):
+    with pytest.raises(TargetError, match=r"the kernels cannot be registered: .*was changed"):
         sessions.register(sessions.onnxruntime.SessionOptions(), copy)
     (copy / layout.MODEL).write_bytes(b"no model")
-    with pytest.raises(TargetError, match="model.onnxruntime-cuda.onnx cannot be read"):
+    with pytest.raises(TargetError, match=r"model.onnxruntime-cuda.onnx cannot be read"):
         InferenceSession(copy)
 
 
 def test_importing_the_runtime_imports_nothing_else() -> None:
-    code = "import sys, attncompile.runtime as r; assert 'onnxruntime' not in sys.modules; r.InferenceSession; " \
-           "assert 'onnxruntime' in sys.modules and 'triton' not in sys.modules and 'torch' not in sys.modules"  # fmt: skip
+    code = (
+        "import sys, attncompile.runtime as runtime\n"
+        "assert 'onnxruntime' not in sys.modules\n"
+        "runtime.InferenceSession\n"
+        "assert 'onnxruntime' in sys.modules and not {'triton', 'torch'} & set(sys.modules)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +109,7 @@ def test_a_kernel_that_does_not_compile(rewritten: Any, no_triton: None, monkeyp
         return [bad if j.architecture == 90 and j.program.dtype == "float16" else uncompiled(j) for j in jobs]
 
     monkeypatch.setattr(build_kernels, "compile_all", partly)
-    with pytest.raises(TargetError, match="no node has a kernel: .* has no kernel on sm_90: it does not fit"):
+    with pytest.raises(TargetError, match=r"no node has a kernel: .* has no kernel on sm_90: it does not fit"):
         TARGET.equipped(kit(80, 90)).lower(proto, model, "fp16")
     assert len(launches(TARGET.equipped(kit(80, 90)).lower(proto, model, "bf16"))) == 1
     assert len(launches(TARGET.equipped(kit(80)).lower(proto, model, "fp16"))) == 1
@@ -120,9 +117,9 @@ def test_a_kernel_that_does_not_compile(rewritten: Any, no_triton: None, monkeyp
 
 def test_nothing_to_launch(rewritten: Any, no_triton: None) -> None:
     _, model = rewritten
-    with pytest.raises(TargetError, match="nothing was replaced by an op of ours"):
+    with pytest.raises(TargetError, match=r"nothing was replaced by an op of ours"):
         TARGET.equipped(kit()).lower(model.proto, model, "fp16")
-    with pytest.raises(TargetError, match="was given no kernels"):
+    with pytest.raises(TargetError, match=r"was given no kernels"):
         TARGET.lower(*rewritten, "fp16")
 
 
@@ -202,7 +199,7 @@ def test_the_default_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match="triton, which compiles the kernels, is not installed") as caught:
+    with pytest.raises(MissingDependency, match=r"triton, which compiles the kernels, is not installed") as caught:
         outputs.target("onnxruntime-cuda", "fp16")
     assert caught.value.hint == "pip install 'attncompile[gpu]'"
 
@@ -216,8 +213,8 @@ def test_the_command_line(tmp_path: Path) -> None:
     from attncompile.cli import _options
 
     assert _options(target="onnxruntime-cuda", arch=["sm_90a", "80"]).architectures == (80, 90)
-    with pytest.raises(BadArguments, match="--arch is for targets with kernels"):
+    with pytest.raises(BadArguments, match=r"--arch is for targets with kernels"):
         _options(target="onnx", arch=["90"])
-    with pytest.raises(BadArguments, match="--arch does not know '91'"):
+    with pytest.raises(BadArguments, match=r"--arch does not know '91'"):
         _options(target="onnxruntime-cuda", arch=["91"])
     assert replace(Options(), architectures=(80,)).architectures == (80,)

@@ -60,8 +60,8 @@ def _build(
         raise BadArguments(f"{model} does not exist", "check the path")
 
     from attncompile import console, kernel_bundle, pipeline
-    from attncompile.kernels import bundle
     from attncompile.core.kernel import ARCHITECTURES
+    from attncompile.kernels import bundle
     from attncompile.kernels.calls import DTYPES
 
     if dtype is not None:
@@ -70,9 +70,7 @@ def _build(
     options = pipeline.Options(
         policy=policy, profile=opt.parse_profile(profile), grid=opt.check_grid(grid), plan=plan, target="onnx"
     )  # fmt: skip
-    request = kernel_bundle.Request(
-        model, out, opt.architectures(arch) or ARCHITECTURES, dtype, everything, options
-    )
+    request = kernel_bundle.Request(model, out, opt.architectures(arch) or ARCHITECTURES, dtype, everything, options)
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         where, made = kernel_bundle.make(request, progress)
     opened = bundle.Bundle.open(where)

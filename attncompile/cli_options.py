@@ -113,8 +113,8 @@ Arch = Annotated[
     list[str],
     typer.Option(
         "--arch", metavar="CC", show_default=False,
-        help="Compile kernels for this compute capability, such as 90; repeat it. Default: the GPUs here, else (and for "
-        "`kernels build`) 80, 86, 89, 90, 100, 120.",
+        help="Compile kernels for this compute capability, such as 90; repeat it. Default: the GPUs here, else (and "
+        "for `kernels build`) 80, 86, 89, 90, 100, 120.",
     ),
 ]  # fmt: skip
 Format = Annotated[str, typer.Option("--format", metavar="table|json", help="What goes to stdout.")]

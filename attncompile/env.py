@@ -162,6 +162,12 @@ def target_verdicts() -> dict[str, Verdict]:
         )
     else:
         verdicts["tensorrt-rtx"] = Verdict.yes("engines are built on the CPU and run on RTX GPUs")
+    if not installed("triton"):
+        verdicts["onnxruntime-cuda"] = Verdict.no(
+            "not_installed", "triton, which compiles the kernels, is not installed", "pip install 'attncompile[gpu]'"
+        )
+    else:
+        verdicts["onnxruntime-cuda"] = Verdict.yes("kernels are compiled without a GPU, and run with onnxruntime-gpu")
     if not installed("tensorrt"):
         verdicts["tensorrt"] = Verdict.no(
             "not_installed", "tensorrt is not installed", "pip install 'attncompile[tensorrt]'"

@@ -20,8 +20,8 @@ from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
 from attncompile.core.folder import atomic_folder, check_replaceable
 from attncompile.core.plan import Plan
 from attncompile.env import default_target
-from attncompile.report import Report, TargetFile, TargetReport
 from attncompile.kernel_kit import Kit, default_architectures
+from attncompile.report import Report, TargetFile, TargetReport
 from attncompile.targets import base
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.base import BuildResult, Target

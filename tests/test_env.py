@@ -136,5 +136,5 @@ def test_this_machine() -> None:
     assert "numpy" in found.packages
     assert 1 <= found.threads <= found.cores
     assert found.cpu
-    assert set(found.to_json()["targets"]) == {"onnx", "tensorrt-rtx", "tensorrt"}
+    assert set(found.to_json()["targets"]) == {"onnx", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"}
     assert env.environment(threads=3).threads == 3

@@ -12,7 +12,8 @@ ALLOWED = {
     "attncompile/core": {"core"},
     "passes": {"core", "passes"},
     "plugins": {"core", "plugins"},
-    "attncompile/targets": {"core", "targets"},
+    "attncompile/runtime": {"core", "runtime"},
+    "attncompile/targets": {"core", "targets", "runtime"},  # what they write is what it reads
     "attncompile/kernels": {"core", "kernels", "__version__"},  # mechanisms' kernels come in as values
     "models": {"core", "models", "passes"},  # the zoo compares its truth with detection
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -83,6 +85,51 @@ def test_wheel_holds_the_data(wheel: zipfile.ZipFile) -> None:
     assert "attncompile/policies/sparse.toml" in names
 
 
+def test_wheel_holds_the_library_for_onnx_runtime(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    names = set(wheel.namelist())
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "attncompile/runtime/csrc").iterdir()}
+    assert sources and sources <= names
+    library = "attncompile/runtime/libattncompile_ort.so"
+    if shutil.which("g++") is None:
+        assert library not in names
+        return
+    (path,) = [name for name in names if name.endswith(".dist-info/WHEEL")]
+    assert "Tag: py3-none-linux" in wheel.read(path).decode()
+    assert wheel.read(library)[:4] == b"\x7fELF"
+    # Unpacked, it is the one that is found, and nothing is compiled.
+    wheel.extractall(tmp_path)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "CXX": "no-such-compiler",
+        "ATTNCOMPILE_CACHE": "/nowhere",
+    }
+    code = "from attncompile.runtime import library; print(library())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.stdout.strip() == str(tmp_path / library), done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_without_a_compiler(built: Path, tmp_path: Path) -> None:
+    """Is pure Python, and says so when the library is needed."""
+    (source,) = built.glob("*.tar.gz")
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.endswith("py3-none-any.whl")
+    wheel = zipfile.ZipFile(path)
+    assert not [name for name in wheel.namelist() if name.endswith(".so")]
+    wheel.extractall(tmp_path / "installed")
+    environment |= {"PYTHONPATH": str(tmp_path / "installed"), "ATTNCOMPILE_CACHE": str(tmp_path / "cache")}
+    code = "from attncompile.runtime import library; library()"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
+    assert "MissingDependency: the library for ONNX Runtime cannot be compiled: there is no C++ compiler" in done.stderr
+
+
 def test_wheel_leaves_out_the_zoos_graphs(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     assert "attncompile/models/zoo/graphs.py" in names
@@ -147,6 +194,8 @@ def test_bare_imports_are_banned_by_lint(tmp_path: Path) -> None:
         "attncompile.pipeline",
         "attncompile.kernel_bundle",
         "attncompile.kernels.launcher",
+        "attncompile.runtime.session",
+        "attncompile.targets.onnxruntime_cuda",
     ],
 )
 def test_import_needs_no_heavy_package(module: str) -> None:

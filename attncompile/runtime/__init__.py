@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attncompile.runtime.library import library
+from attncompile.runtime.locate import library
 
 if TYPE_CHECKING:
     from attncompile.runtime.session import InferenceSession

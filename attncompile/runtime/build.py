@@ -9,10 +9,12 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 NAME = "libattncompile_ort.so"
+STAMP = ".sources"
+"""Suffix of the file beside the wheel's library that names the sources it was made from."""
+
 SOURCES = Path(__file__).parent / "csrc"
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow")
 _FLAGS = ("-std=c++17", "-O2", "-s")
@@ -39,7 +41,7 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_library(out: Path, flags: Sequence[str] = _FLAGS, own: Sequence[str] = _OWN) -> Path:
+def compile_library(out: Path) -> Path:
     """Compile to ``out``, which appears whole or not at all.
 
     Raises:
@@ -53,7 +55,7 @@ def compile_library(out: Path, flags: Sequence[str] = _FLAGS, own: Sequence[str]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         made = Path(scratch) / NAME
-        command = [cxx, *flags, *_SHARED, *own, exports, f"-I{SOURCES}", "-x", "c++", "-", "-ldl", "-o", str(made)]
+        command = [cxx, *_FLAGS, *_SHARED, *_OWN, exports, f"-I{SOURCES}", "-x", "c++", "-", "-ldl", "-o", str(made)]
         done = subprocess.run(command, input=unit, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode != 0:
             said = (done.stderr.strip() or "it said nothing").splitlines()

@@ -20,7 +20,7 @@ from attncompile.core.profile import ShapeProfile
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
 from attncompile.runtime import layout
-from attncompile.runtime.library import library
+from attncompile.runtime.locate import library
 from attncompile.targets import graph as g
 from attncompile.targets import precision as conversion
 from attncompile.targets.base import BuildResult, Precision

@@ -11,9 +11,6 @@ from pathlib import Path
 from attncompile.core.errors import MissingDependency
 from attncompile.runtime import build
 
-STAMP = ".sources"
-"""Suffix of the file beside the wheel's library that names the sources it was made from."""
-
 
 def library() -> Path:
     """The library, for ``SessionOptions.register_custom_ops_library``.
@@ -25,7 +22,7 @@ def library() -> Path:
         raise MissingDependency(f"there are no kernels for ONNX Runtime on {sys.platform}", "use Linux")
     wanted = build.source_hash()
     packaged = Path(__file__).parent / build.NAME
-    stamp = packaged.with_name(packaged.name + STAMP)
+    stamp = packaged.with_name(packaged.name + build.STAMP)
     if packaged.is_file() and stamp.is_file() and stamp.read_text(encoding="ascii").strip() == wanted:
         return packaged
     cached = _cache() / wanted / build.NAME

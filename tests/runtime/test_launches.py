@@ -1,0 +1,207 @@
+"""From a node to the arguments of its launch, through ONNX Runtime and the library, against what Python computes."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from attncompile.kernels import symbols
+from attncompile.kernels.launcher import Function
+from attncompile.plugins.attention.op import OPTIONAL
+from attncompile.runtime import layout
+from tests.runtime.conftest import TYPES, Double, Launch, Made, Maker, needs_compiler, node_model
+
+pytestmark = needs_compiler
+
+SMS = 108
+ATTENTION = ("query", "key", "value", *OPTIONAL)
+NEIGHBORHOOD = ("query", "key", "value", "key_mask", "bias", "sinks")
+GRID = {"grid": [5, 7], "kernel_size": [3, 3], "border": "clamp", "scale": 0.25}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One node: names of dynamic sizes stand in ``shapes``, the sizes of its runs in ``runs``."""
+
+    op: str
+    dtype: str
+    shapes: Mapping[str, Sequence[int | str]]
+    runs: Sequence[Mapping[str, int]]
+    attributes: Mapping[str, Any] = field(default_factory=lambda: {"scale": 0.125})
+    types: Mapping[str, str] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("output",)
+
+    def model(self) -> Any:
+        order = ATTENTION if self.op == "Attention" else NEIGHBORHOOD
+        return node_model(self.op, self.shapes, self.all_types(), self.outputs, order, **self.attributes)
+
+    def all_types(self) -> dict[str, str]:
+        found = {name: self.types.get(name, self.dtype) for name in self.shapes}
+        return found | {o: self.types[o] for o in self.outputs if o in self.types}
+
+
+def operands(layouts: str, n: Any = "n", m: Any = "m", heads: int = 6, kv: int = 2, dim: int = 64, vdim: int = 64,
+             batch: Any = "b") -> dict[str, Sequence[int | str]]:  # fmt: skip
+    """Shapes of query, key and value, whose layouts the three words of ``layouts`` say."""
+    sizes = (
+        {"B": batch, "N": n, "H": heads, "D": dim}, {"B": batch, "N": m, "H": kv, "D": dim},
+        {"B": batch, "N": m, "H": kv, "D": vdim},
+    )  # fmt: skip
+    words = zip(("query", "key", "value"), sizes, layouts.split(), strict=True)
+    return {name: [size[axis] for axis in word] for name, size, word in words}
+
+
+RUNS = ({"b": 1, "n": 1, "m": 1}, {"b": 2, "n": 37, "m": 53}, {"b": 3, "n": 200, "m": 301})
+SAME = ({"b": 1, "n": 35}, {"b": 2, "n": 35})
+
+
+def layouts(words: str) -> dict[str, str]:
+    return {f"{x}_layout": w for x, w in zip("qkvo", words.split(), strict=True)}
+
+
+CASES = [
+    *(
+        Case("Attention", dtype, operands(" ".join(words[:3])), RUNS, {"scale": 0.1, **layouts(" ".join(words))})
+        for dtype in ("float16", "bfloat16")
+        for words in itertools.product(("BNHD", "BHND"), repeat=4)
+    ),
+    *(
+        Case("Attention", "float16", operands("BNHD BNHD BNHD", dim=dim, vdim=vdim), RUNS[1:], {"scale": 0.5, **more})
+        for dim, vdim in ((72, 72), (128, 64), (256, 256))
+        for more in ({"right": 0}, {"left": 99, "right": 0}, {"left": 40, "right": 30, "softcap": 20.0})
+    ),
+    Case("Attention", "float16", operands("BNHD BNHD BNHD", n=64, m=96, batch=2), ({},)),
+    *(
+        Case("Attention", "bfloat16", {**operands("BNHD BHND BNHD"), "bias": bias, "key_mask": seen, "sinks": sinks},
+             RUNS[1:], {"scale": 0.125, "masked_rows": "zero", **layouts("BNHD BHND BNHD BHND")},
+             {"bias": kind, "key_mask": "bool", "sinks": "float32"})
+        for bias, seen, sinks, kind in (
+            (["b", 6, "n", "m"], ["b", 1, 1, "m"], [6], "float32"), ([6, "n", "m"], ["m"], [1], "bfloat16"),
+            ([1, 1, "n", "m"], [1, 1, 1, "m"], [6], "bfloat16"), (["x", 6, "y", "m"], ["b", 1, 1, 1], [6], "float32"),
+            ([1], [1, "m"], [6], "bfloat16"),
+        )
+    ),
+    Case("Attention", "float16", {**operands("BHND BHND BHND"), "mask": ["b", 1, "n", "m"], "key_lengths": ["b"]}, RUNS,
+         {"scale": 0.125, "masked_rows": "uniform", **layouts("BHND BHND BHND BNHD")},
+         {"mask": "bool", "key_lengths": "int64"}),
+    Case("Attention", "float16", operands("BNHD BNHD BNHD"), RUNS, {"scale": 0.125, "right": 0, "masked_rows": "zero"},
+         {"log_sum_exp": "float32"}, ("output", "log_sum_exp")),
+    *(
+        Case("NeighborhoodAttention", dtype, operands(f"{word} {word} {word}", n=35, m=35), SAME, {**GRID, **more})
+        for dtype in ("float16", "bfloat16")
+        for word, more in (("BNHD", {}), ("BHND", layouts("BHND BHND BHND BHND")), ("BNHD", {"stride": [3, 3]}))
+    ),
+    Case("NeighborhoodAttention", "float16", {**operands("BNHD BNHD BNHD", n=35, m=35), "bias": ["x", 6, 35, 35]},
+         SAME, GRID, {"bias": "float16"}),
+    Case("NeighborhoodAttention", "float16", operands("BNHD BNHD BNHD", m="n"), ({"b": 2, "n": 70}, {"b": 1, "n": 9}),
+         {"kernel_size": [33], "grid": [-1], "causal": [1], "scale": 0.5}),
+]  # fmt: skip
+DEVICES = (80, 86, 89, 90, 100, 120, 87, 121, 103)
+
+
+def sizes_of(shape: Sequence[int | str], run: Mapping[str, int]) -> Shape:
+    known = {"x": 1, "y": 1, **run}
+    return tuple(known[s] if isinstance(s, str) else s for s in shape)
+
+
+def value(shape: Shape, kind: str) -> Any:
+    """An ``OrtValue`` of ONNX Runtime's own memory."""
+    import onnxruntime
+
+    numpy_type = {"bfloat16": ml_dtypes.bfloat16}.get(kind, kind)
+    data = np.ones(shape, numpy_type)
+    if kind != "bfloat16":
+        return onnxruntime.OrtValue.ortvalue_from_numpy(data)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(data.view(np.uint16), TYPES[kind])
+
+
+def wanted(made: Made, case: Case, shapes: Mapping[str, Shape], pointers: Mapping[str, int], capability: int) -> Any:
+    """(entry, grid, values) of the launch, by the launcher in Python."""
+    compiled = made.bundle.kernels(made.bundle.call_of("site"), capability)[0]
+    numbers = symbols.values(made.bundle.symbols_of("site"), shapes)
+    function = Function(compiled.entry, "", None, 0, 0, {"SMS": SMS})  # type: ignore[arg-type]
+    bound = function.bind(numbers, pointers, "site")
+    return compiled.entry, bound.grid, [s.value or 0 for s in bound._storage]
+
+
+def noted(launch: Launch) -> list[int]:
+    return [ctypes.c_int64(v).value for v in launch.values[: launch.count]]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_a_launch_is_what_python_computes(number: int, make: Maker, double: Double) -> None:
+    case = CASES[number]
+    made = make(case.model())
+    session_devices = DEVICES if number % 8 == 0 else DEVICES[number % len(DEVICES) :][:1]
+    double.expect(list(made.bundle.entries.values()))
+    for capability in session_devices:
+        double.device(capability, sms=SMS)
+        session = made.session()
+        for run in case.runs:
+            shapes = {name: sizes_of(shape, run) for name, shape in case.shapes.items()}
+            feeds = {name: value(shape, case.all_types()[name]) for name, shape in shapes.items()}
+            before = double.count("launched")
+            results = session.run_with_ort_values(list(case.outputs), feeds)
+            assert double.count("launched") == before + 1
+            pointers = {name: v.data_ptr() for name, v in feeds.items()}
+            pointers |= {name: v.data_ptr() for name, v in zip(case.outputs, results, strict=True)}
+            entry, grid, values = wanted(made, case, shapes, pointers, capability)
+            launch = double.last()
+            assert launch.name.decode() == entry.name
+            assert (*launch.grid,) == grid
+            assert (*launch.block, launch.shared) == (entry.threads, 1, 1, entry.shared)
+            assert noted(launch) == values
+            check_results(case, shapes, results)
+        del session
+    assert double.count("unloaded") == double.count("loaded") == len(session_devices)
+
+
+def check_results(case: Case, shapes: Mapping[str, Shape], results: Sequence[Any]) -> None:
+    """Sizes and types of the outputs, from the definitions."""
+    axes = {x: str(case.attributes.get(f"{x}_layout", "BNHD")) for x in "qvo"}
+    query, v = dict(zip(axes["q"], shapes["query"], strict=True)), dict(zip(axes["v"], shapes["value"], strict=True))
+    query["D"] = v["D"]
+    assert results[0].shape() == [query[a] for a in axes["o"]]
+    assert results[0].element_type() == TYPES[case.dtype]
+    if len(results) > 1:
+        assert results[1].shape() == [query[a] for a in "BHN"]
+        assert results[1].element_type() == TYPES["float32"]
+
+
+def test_several_nodes_in_one_model_and_an_if(make: Maker, double: Double) -> None:
+    """A node in a branch, and two of one call: the bundle's op serves both."""
+    from onnx import TensorProto, helper
+
+    shapes = operands("BNHD BNHD BNHD")
+    first, second = (node_model("Attention", shapes, dict.fromkeys(shapes, "float16"), scale=s) for s in (0.125, 0.25))
+    inner = second.graph.node[0]
+    inner.name, inner.output[0] = "inside", "z"
+    result = helper.make_tensor_value_info("z", TensorProto.FLOAT16, None)
+    branches = {
+        "then_branch": helper.make_graph([inner], "then", [], [result]),
+        "else_branch": helper.make_graph([helper.make_node("Identity", ["value"], ["z"])], "else", [], [result]),
+    }
+    model = first
+    model.graph.node.append(helper.make_node("If", ["yes"], ["chosen"], "choice", **branches))
+    model.graph.input.append(helper.make_tensor_value_info("yes", TensorProto.BOOL, []))
+    model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT16, None))
+    made = make(model)
+    assert {n.op_type for n in made.model.graph.node if n.domain == layout.DOMAIN} == {
+        next(a.g for a in made.model.graph.node[1].attribute if a.name == "then_branch").node[0].op_type
+    }
+    double.expect(list(made.bundle.entries.values()))
+    session = made.session()
+    feeds = {name: np.zeros(sizes_of(shape, RUNS[1]), np.float16) for name, shape in shapes.items()}
+    for yes, launches in ((True, 2), (False, 1)):
+        before = double.count("launched")
+        session.run(None, {**feeds, "yes": np.array(yes)})
+        assert double.count("launched") - before == launches
+    assert double.count("loaded") == 1

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attncompile.core.mechanism import Cost, Shape
+from attncompile.core.mechanism import FLOPS_PER_GUARD, Cost, Shape
 from attncompile.core.site import AttentionSite, Dim
 
 FLOPS_PER_ELEMENT = 40.0
 """A score element costs about as much as this many flops of a matrix product: it is written and read by the mask, by
 the softmax and by the second product. Set by hand from ONNX Runtime profiles of a few sites on 2 CPU cores: good
 enough to rank candidates, not to promise a time."""
-
-FLOPS_PER_GUARD = 260.0
-"""What a NaN guard (IsNaN, Where) costs a score element, set likewise; ONNX Runtime's CPU kernels of both are slow."""
 
 
 def dense_cost(site: AttentionSite, shape: Shape) -> Cost:

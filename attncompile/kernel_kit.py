@@ -13,7 +13,7 @@ from attncompile.core.kernel import ARCHITECTURES
 from attncompile.env import cuda
 from attncompile.kernels import build, bundle, calls, compiler, launch_record
 from attncompile.kernels.cache import Cache
-from attncompile.kernels.records import Built
+from attncompile.kernels.records import Built, NodeCall
 from attncompile.plugins import kernels
 from attncompile.targets.kernels import NodeKernel
 
@@ -47,12 +47,7 @@ class Kit:
 
     def compile(self, proto: ModelProto) -> list[NodeKernel]:
         """Raises ``MissingDependency`` without Triton."""
-        self._triton = compiler.require_triton()
-        nodes = calls.find(proto, kernels())
-        self._built = built = build.build(
-            nodes, (), kernels(), self._architectures, Cache.default(),
-            lambda total: self._progress.stage("compile kernels", total), self._progress.advance,
-        )  # fmt: skip
+        self._built = built = self.build(calls.find(proto, kernels()))
         found = []
         for node, key in built.nodes:
             try:
@@ -65,6 +60,14 @@ class Kit:
                 continue
             found.append(NodeKernel(node.name, "", "", made.op_type, made.inputs, made.outputs, made.text))
         return found
+
+    def build(self, nodes: Sequence[NodeCall]) -> Built:
+        """The kernels of ``nodes``. Raises ``MissingDependency`` without Triton."""
+        self._triton = compiler.require_triton()
+        return build.build(
+            nodes, (), kernels(), self._architectures, Cache.default(),
+            lambda total: self._progress.stage("compile kernels", total), self._progress.advance,
+        )  # fmt: skip
 
     def _complete(self, built: Built, key: str) -> None:
         call = next(c for c in built.calls if c.key == key)

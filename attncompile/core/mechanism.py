@@ -15,6 +15,10 @@ from attncompile.core.verdict import Verdict
 Parameters = Mapping[str, Any]
 """A mechanism's parameters: TOML-representable values only (int, float, bool, str, lists of them)."""
 
+FLOPS_PER_GUARD = 260.0
+"""What a NaN guard (IsNaN, Where) costs a score element, in flops of a product; ONNX Runtime's CPU kernels of both are
+slow. Set by hand from profiles of a few sites on 2 CPU cores."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

@@ -42,6 +42,8 @@ class OnnxRuntimeCuda:
 
     name = "onnxruntime-cuda"
     fuses_dense = False
+    runs_kernels = True
+    least_gain = 0.0
 
     def __init__(self, kit: KernelKit | None = None) -> None:
         self._kit = kit

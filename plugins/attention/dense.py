@@ -154,6 +154,8 @@ def _rows(body: Body, form: Dense, call: Call, values: _Values, start: str, end:
     if added:
         scores = body.op("Add", scores, added)
     weights = body.op("Softmax", scores, axis=-1)
+    if form.guard:
+        weights = body.op("Where", body.op("IsNaN", weights), body.constant(np.array(0.0, numpy_type)), weights)
     if element != own_element:
         weights = body.op("Cast", weights, to=own_element)
     rows = body.op("MatMul", weights, value)

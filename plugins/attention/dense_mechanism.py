@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from attncompile.core.assumption import Assumption
 from attncompile.core.errors import Unsupported
-from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Shape
+from attncompile.core.mechanism import FLOPS_PER_GUARD, Candidate, Cost, Lowering, Parameters, Shape
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.attention.dense import function
@@ -33,7 +33,7 @@ DENSE_BELOW = 256
 
 class DenseAttention:
     """Parameters: ``left`` and ``right`` (int, -1: unlimited), ``softcap`` (float, 0: none), ``masked_rows`` (zero |
-    uniform | nan), ``chunks`` (int); see ``op.Dense``.
+    uniform | nan), ``chunks`` (int), ``guard`` (bool); see ``op.Dense``.
 
     Every site that the op can express is a candidate, also where its body saves nothing: then the predicted gain is 1,
     and the site is kept on a CPU.
@@ -51,7 +51,7 @@ class DenseAttention:
         chunks = self._chunks(site, found)
         parameters = {
             "left": found.left, "right": found.right, "softcap": site.softcap, "masked_rows": found.masked_rows,
-            "chunks": chunks,
+            "chunks": chunks, **({"guard": True} if _guard(site) and site.dtype != "float32" else {}),
         }  # fmt: skip
         exact = self.is_exact_for(site, parameters)
         if not exact.ok:
@@ -59,7 +59,7 @@ class DenseAttention:
         words = []
         if chunks > 1:
             words.append(f"the causal half in {chunks} chunks")
-        if _guard(site):
+        if _guard(site) and "guard" not in parameters:
             words.append("no NaN guard over the weights")
         reason = "dense, " + ", ".join(words) if words else "dense as it is: the body leaves nothing out"
         return (Candidate(self.name, parameters, True, reason),)
@@ -92,7 +92,7 @@ class DenseAttention:
                 )
         if form.masked_rows != found.masked_rows:
             return Verdict.no("masked-rows", f"fully masked rows give {found.masked_rows} in the source")
-        if _guard(site) and site.dtype != "float32":
+        if _guard(site) and site.dtype != "float32" and not form.guard:
             return Verdict.no("guard", f"in {site.dtype} the NaN guard may catch scores that overflow")
         return Verdict.yes("every query sees a key, or gets what the source gives it")
 
@@ -108,7 +108,8 @@ class DenseAttention:
             end = min(keys, last + keys - queries + form.right) if form.right >= 0 and chunks > 1 else keys
             scores += (last - first) * max(1, end - start)
         elements = float(shape.batch * site.heads * scores)
-        return Cost(2 * elements * (site.head_dim + site.value_dim), scores / max(1, queries), elements)
+        guard = FLOPS_PER_GUARD * elements if form.guard else 0.0
+        return Cost(2 * elements * (site.head_dim + site.value_dim) + guard, scores / max(1, queries), elements)
 
     def reference(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, parameters: Parameters, **extra: Any
@@ -121,6 +122,10 @@ class DenseAttention:
     def assumptions(self, site: AttentionSite, parameters: Parameters) -> Sequence[Assumption]:
         if not _guard(site):
             return ()
+        if site.dtype != "float32":
+            return (Assumption("finite", f"no score of finite operands overflows {site.dtype}",
+                               "taken to be so: else the source's NaN guard gives 0, as the op's body does, but a "
+                               "kernel, whose scores are float32, the exact value"),)  # fmt: skip
         return (Assumption("finite", "the NaN guard over the weights catches rows without a visible key and no others",
                            "scores of finite float32 operands are taken to stay finite"),)  # fmt: skip
 
@@ -180,9 +185,9 @@ def _form(parameters: Parameters) -> Dense:
     chunks, rows = int(parameters.get("chunks", 1)), str(parameters.get("masked_rows", "zero"))
     left, right = int(parameters.get("left", -1)), int(parameters.get("right", -1))
     softcap = float(parameters.get("softcap", 0.0))
-    unknown = sorted(set(parameters) - {"left", "right", "softcap", "masked_rows", "chunks"})
+    unknown = sorted(set(parameters) - {"left", "right", "softcap", "masked_rows", "chunks", "guard"})
     if unknown:
-        hint = "causal is right = 0" if "causal" in unknown else "left, right, softcap, masked_rows, chunks"
+        hint = "causal is right = 0" if "causal" in unknown else "left, right, softcap, masked_rows, chunks, guard"
         raise Unsupported("parameters", f"DenseAttention has no parameter {', '.join(unknown)}", hint)
     if chunks < 1 or (chunks > 1 and right < 0 and left < 0) or rows not in ("zero", "uniform", "nan"):
         raise Unsupported("parameters", f"chunks {chunks}, left {left}, right {right}, masked_rows {rows}",
@@ -190,4 +195,4 @@ def _form(parameters: Parameters) -> Dense:
     if min(left, right) < -1 or softcap < 0:
         raise Unsupported("parameters", f"left {left}, right {right}, softcap {softcap}",
                           "left and right are -1 or a number of keys, softcap is 0 or positive")  # fmt: skip
-    return Dense(left, right, softcap, rows, chunks)
+    return Dense(left, right, softcap, rows, chunks, bool(parameters.get("guard", False)))

@@ -44,6 +44,8 @@ _FLOATS = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")]
 class Dense:
     """``inputs``: those of ``OPTIONAL`` that the node has, in order; ``log_sum_exp``: whether it has that output.
     ``chunks``: into how many pieces the body cuts the queries (1: none), each of which meets what is in its reach.
+    ``guard``: whether the body turns weights that are NaN into 0, as sources in half precision do whose scores
+    overflow; kernels have scores in float32, and nothing to turn.
     """
 
     left: int = -1
@@ -51,11 +53,12 @@ class Dense:
     softcap: float = 0.0
     masked_rows: str = "zero"
     chunks: int = 1
+    guard: bool = False
     inputs: tuple[str, ...] = ()
     log_sum_exp: bool = False
 
     def attributes(self) -> dict[str, Any]:
-        """What the op says; the number of chunks is the body's own affair."""
+        """What the op says; chunks and guard are the body's own affair."""
         return {"left": self.left, "right": self.right, "softcap": self.softcap, "masked_rows": self.masked_rows}
 
     @property
@@ -123,6 +126,6 @@ def node(form: Dense, call: Call, inputs: tuple[str, ...], outputs: tuple[str, .
     made = helper.make_node(
         OP_TYPE, list(inputs), list(outputs), name=name, domain=DOMAIN, scale=call.scale, **form.attributes(), **layouts
     )
-    given = {"chunks": form.chunks, "inputs": list(form.inputs), "log_sum_exp": form.log_sum_exp}
+    given = {"chunks": form.chunks, "guard": form.guard, "inputs": list(form.inputs), "log_sum_exp": form.log_sum_exp}
     made.overload = overload_of({"op": OP_TYPE, **given, **form.attributes(), **call.configuration()})
     return made

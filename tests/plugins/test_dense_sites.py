@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import ModelProto, TensorProto
+from onnx.reference import ReferenceEvaluator
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.mask import Certificate, KeyEnds, MaskFacts, MaskPart
@@ -15,6 +17,8 @@ from attncompile.core.site import AttentionSite
 from attncompile.cost import predicted_gain
 from attncompile.passes.replace import apply
 from attncompile.plugins import mechanism
+from attncompile.verification.retype import retype
+from tests.passes.attention_graphs import Spec, build
 from tests.passes.operator_graphs import one_node, only_site, run
 
 RNG = np.random.default_rng(5)
@@ -149,3 +153,35 @@ def test_parameters_of_another_site_are_not_exact(case) -> None:
         assert not SUBJECT.is_exact_for(site, {**right, name: value}).ok, name
     old = SUBJECT.supports(site, {"causal": True, "chunks": 1})
     assert not old.ok and old.code == "parameters" and "right = 0" in old.hint
+
+
+def strict(proto: ModelProto, values: dict[str, np.ndarray]) -> np.ndarray:
+    """Every value in its own type, as on a GPU; ONNX Runtime's CPU provider keeps scores in float32."""
+    with np.errstate(all="ignore"):
+        (got,) = ReferenceEvaluator(proto).run(None, values)
+    return np.asarray(got)
+
+
+def test_half_precision_keeps_its_guard() -> None:
+    """Scores that overflow float16 are NaN and then 0 in the source, and so they are in the body; without the guard
+    the replacement is not exact. On a CPU nothing is gained with it.
+    """
+    spec = Spec(batch=1, heads=2, kv_heads=2, length=70, head_dim=16, mask="none", guard=True, scale_at="query")
+    proto = retype(build(spec), {TensorProto.FLOAT: TensorProto.FLOAT16})
+    found, site = only_site(proto)
+    assert site.dtype == "float16" and site.mask.guarded
+    (answer,) = exact_candidates(SUBJECT, site)
+    assert isinstance(answer, Candidate) and answer.parameters["guard"] is True
+    bare = {n: v for n, v in answer.parameters.items() if n != "guard"}
+    assert SUBJECT.is_exact_for(site, bare).code == "guard"
+    shape = Shape(1, 70, 70)
+    assert predicted_gain(site, SUBJECT.cost(site, answer.parameters, shape), shape) == pytest.approx(1.0)
+    assert "float16" in SUBJECT.assumptions(site, answer.parameters)[0].statement  # type: ignore[attr-defined]
+    width = proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    for size, zeros in ((1.0, False), (3000.0, True)):
+        values = {"x": (RNG.standard_normal((1, 70, width)) * size).astype(np.float16)}
+        want = strict(found.proto, values)
+        assert bool((want == 0).any()) == zeros and not np.isnan(want).any()
+        for parameters, same in ((answer.parameters, True), (bare, not zeros)):
+            replaced = apply(found, [(site, SUBJECT.lower(site, parameters, 18))])
+            assert np.allclose(strict(replaced, values), want, rtol=2e-2, atol=2e-2 * size) == same

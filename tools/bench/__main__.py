@@ -28,6 +28,15 @@ def main() -> None:
     measure.add_argument("--rounds", type=int, default=25)
     measure.add_argument("--no-peers", action="store_true")
     measure.add_argument("--sweep", type=int, default=0, help="as it was prepared")
+    whole = verbs.add_parser("e2e", help="whole models: prepare compiles (no GPU), run measures, table prints")
+    whole.add_argument("step", choices=("prepare", "run", "table"))
+    whole.add_argument("folder", type=Path, help="what prepare writes; of table the result")
+    whole.add_argument("--work", type=Path, default=Path("e2e-work"), help="exports and models, gigabytes of them")
+    whole.add_argument("--out", type=Path, default=Path("e2e.json"))
+    whole.add_argument("--only", nargs="*", default=[])
+    whole.add_argument("--arch", type=int, action="append", default=[])
+    whole.add_argument("--rounds", type=int, default=25)
+    whole.add_argument("--tiny", action="store_true", help="the same structure, small")
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
     fitted.add_argument("--multiprocessors", type=int, default=132)
@@ -49,6 +58,18 @@ def main() -> None:
         result = run(given.bundle, given.only, given.rounds, not given.no_peers, cases)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(result))
+    elif given.verb == "e2e":
+        import e2e
+
+        if given.step == "prepare":
+            e2e.prepare(given.folder, given.only, given.arch, given.tiny)
+        else:
+            if given.step == "run":
+                result = e2e.run(given.folder, given.work, given.only, given.rounds, given.tiny)
+                given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            else:
+                result = json.loads(given.folder.read_text(encoding="utf-8"))
+            print(e2e.table(result))
     elif given.verb == "fit":
         from fit import fit
 

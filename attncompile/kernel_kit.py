@@ -10,11 +10,13 @@ from onnx import ModelProto
 
 from attncompile.core.errors import TargetError, Unsupported
 from attncompile.core.kernel import ARCHITECTURES
+from attncompile.core.site import AttentionSite
 from attncompile.env import cuda
 from attncompile.kernels import build, bundle, calls, compiler, launch_record
 from attncompile.kernels.cache import Cache
 from attncompile.kernels.records import Built, NodeCall
 from attncompile.plugins import kernels
+from attncompile.site_sizes import with_site_sizes
 from attncompile.targets.kernels import NodeKernel
 
 if TYPE_CHECKING:
@@ -22,10 +24,13 @@ if TYPE_CHECKING:
 
 
 class Kit:
-    """A ``KernelKit`` for ``architectures``; a node has a kernel if it has one on each of them."""
+    """A ``KernelKit`` for ``architectures``; a node has a kernel if it has one on each of them. What is known of
+    ``sites`` helps where the file does not say a size.
+    """
 
-    def __init__(self, architectures: Sequence[int], progress: Progress) -> None:
+    def __init__(self, architectures: Sequence[int], progress: Progress, sites: Sequence[AttentionSite] = ()) -> None:
         self._architectures = tuple(architectures)
+        self._sites = sites
         self._progress = progress
         self._built: Built | None = None
         self._triton = ""
@@ -34,9 +39,14 @@ class Kit:
     def architectures(self) -> tuple[int, ...]:
         return self._architectures
 
+    def _calls(self, proto: ModelProto, dtype: str) -> list[NodeCall]:
+        for kernel in kernels().values():
+            kernel.register()
+        return calls.find(with_site_sizes(proto, self._sites) if self._sites else proto, kernels(), dtype)
+
     def candidates(self, proto: ModelProto, dtype: str) -> list[NodeKernel]:
         found = []
-        for node in calls.find(proto, kernels(), dtype):
+        for node in self._calls(proto, dtype):
             verdict = node.verdict
             if node.call is not None:
                 verdicts = [kernels()[node.call.op].supports(node.call, a) for a in self._architectures]
@@ -47,7 +57,7 @@ class Kit:
 
     def compile(self, proto: ModelProto) -> list[NodeKernel]:
         """Raises ``MissingDependency`` without Triton."""
-        self._built = built = self.build(calls.find(proto, kernels()))
+        self._built = built = self.build(self._calls(proto, calls.DTYPES[0]))
         found = []
         for node, key in built.nodes:
             try:

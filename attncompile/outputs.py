@@ -100,7 +100,8 @@ def build(
     try:
         precision = cast("Precision | None", options.precision)
         if isinstance(target, Launching):
-            target = target.equipped(Kit(options.architectures or default_architectures(), progress))
+            architectures = options.architectures or default_architectures()
+            target = target.equipped(Kit(architectures, progress, found.detection.sites))
         lowered = target.lower(proto, found.model, precision)
         result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
         notes = _precision_parity(found, result, evidence(), precision, proto) if precision else ()

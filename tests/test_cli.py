@@ -68,7 +68,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         ("policy", "exact"), ("target", None), ("out", None), ("inputs", None), ("profile", {}), ("max_error", None),
         ("metric", "relative_l2"), ("dry_run", False), ("plan", None), ("require_sites", None), ("strict", False),
         ("keep_slower", False), ("precision", None), ("grid", None), ("threads", None), ("hash_weights", False),
-        ("seed", 0), ("sites", ()),
+        ("seed", 0), ("sites", ()), ("architectures", ()),
     )  # fmt: skip
     made = [(name, Any, dataclasses.field(default_factory=lambda value=value: value)) for name, value in fields]
     module.Options = dataclasses.make_dataclass("Options", made, frozen=True)  # type: ignore[attr-defined]
@@ -105,17 +105,17 @@ def test_every_option_arrives(fake: Fake, tmp_path: Path) -> None:
     (tmp_path / "in.npz").touch()
     (tmp_path / "p.toml").touch()
     arguments = (
-        f"m.onnx --policy sparse --target onnx -o out --inputs {tmp_path}/in.npz --profile seq=1:512:4096 "
+        f"m.onnx --policy sparse --target onnxruntime-cuda -o out --inputs {tmp_path}/in.npz --profile seq=1:512:4096 "
         f"--shapes batch=2,x=1:1:3 --max-error 0.02 --metric kl --plan {tmp_path}/p.toml --require-sites 3 --strict "
-        "--keep-slower --bf16 --grid 14x14+1 --threads 4 --hash-weights --seed 7 --site a --site b --quiet"
+        "--keep-slower --bf16 --grid 14x14+1 --threads 4 --hash-weights --seed 7 --site a --site b --arch 90 --quiet"
     )
     assert main(arguments.split()) == 0
     assert {f.name: getattr(fake.options, f.name) for f in dataclasses.fields(fake.options)} == {
-        "policy": "sparse", "target": "onnx", "out": Path("out"), "inputs": tmp_path / "in.npz",
+        "policy": "sparse", "target": "onnxruntime-cuda", "out": Path("out"), "inputs": tmp_path / "in.npz",
         "profile": {"seq": Range(1, 512, 4096), "batch": Range(2, 2, 2), "x": Range(1, 1, 3)}, "max_error": 0.02,
         "metric": "kl", "dry_run": False, "plan": tmp_path / "p.toml", "require_sites": 3, "strict": True,
         "keep_slower": True, "precision": "bf16", "grid": "14x14+1", "threads": 4, "hash_weights": True, "seed": 7,
-        "sites": ("a", "b"),
+        "sites": ("a", "b"), "architectures": (90,),
     }  # fmt: skip
 
 

@@ -38,9 +38,9 @@ def find(model: ModelProto, kernels: Mapping[str, Kernel], dtype: str = "float16
         kernel.register()
     found: list[NodeCall] = []
     if any(node.domain == DOMAIN for node, _, _ in _nodes(model.graph, "", {})):
-        inferred = _inferred(model)
+        described = inferred(model)
         opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-        for node, scope, types in _nodes(inferred.graph, "", {}):
+        for node, scope, types in _nodes(described.graph, "", {}):
             if node.domain == DOMAIN:
                 found.append(_call(node, scope, types, kernels, dtype, opset))
     reason = Verdict.no("function", "nodes inside of functions have no known shapes", "inline the model's functions")
@@ -54,9 +54,10 @@ def find(model: ModelProto, kernels: Mapping[str, Kernel], dtype: str = "float16
     return found
 
 
-def _inferred(model: ModelProto) -> ModelProto:
+def inferred(model: ModelProto) -> ModelProto:
+    """A copy whose values are described as far as ONNX can tell. Raises ``BadModel``."""
     try:
-        return shape_inference.infer_shapes(model)
+        return shape_inference.infer_shapes(model, data_prop=True)
     except (ValueError, RuntimeError) as error:  # what an op's own inference raises comes through as it is
         hint = "check the file with onnx.checker.check_model"
         raise BadModel(f"the model's shapes do not fit its ops: {' '.join(str(error).split())}", hint) from None

@@ -48,6 +48,7 @@ class OnnxRuntimeCuda:
     def __init__(self, kit: KernelKit | None = None) -> None:
         self._kit = kit
         self._notes: list[str] = []
+        self._seconds = 0.0
 
     def equipped(self, kit: KernelKit) -> OnnxRuntimeCuda:
         return OnnxRuntimeCuda(kit)
@@ -71,6 +72,7 @@ class OnnxRuntimeCuda:
         Raises:
             TargetError: no node has a kernel, or the model is in float32.
         """
+        start = time.perf_counter()
         kit = self._equipment()
         aside = _set_aside(proto)
         left_out: dict[str, NodeKernel] = {}
@@ -84,6 +86,7 @@ class OnnxRuntimeCuda:
                 raise TargetError(f"node '{min(failed)}' cannot be written out in standard ops", "report this model")
             left_out |= failed
         self._notes = _notes(made, left_out, kit)
+        self._seconds = time.perf_counter() - start
         return _launching(lowered, made)
 
     def _equipment(self) -> KernelKit:
@@ -127,10 +130,11 @@ class OnnxRuntimeCuda:
         files = save(lowered, folder / layout.MODEL)
         bundle = folder / layout.BUNDLE
         self._equipment().write(bundle)
-        written = sorted(path for path in bundle.rglob("*") if path.is_file())
+        cubins = [path.stat().st_size for path in bundle.rglob("*.cubin")]
         return BuildResult(
-            self.name, (*files, place, *written), time.perf_counter() - start,
-            reason="not executed: building needs no GPU", notes=tuple(self._notes), launches=True,
+            self.name, (*files, place, bundle / layout.INDEX), self._seconds + time.perf_counter() - start,
+            reason="not executed: building needs no GPU", launches=True,
+            notes=(*self._notes, f"the bundle holds {_plural(len(cubins), 'kernel')}, {sum(cubins):,} bytes"),
         )  # fmt: skip
 
     def open(self, folder: Path) -> Any:
@@ -218,7 +222,8 @@ def _launching(lowered: ModelProto, kernels: Mapping[str, NodeKernel]) -> ModelP
 
 def _notes(made: Mapping[str, NodeKernel], left_out: dict[str, NodeKernel], kit: KernelKit) -> list[str]:
     names = ", ".join(f"sm_{a}" for a in kit.architectures)
-    notes = [f"{len(made)} nodes are launched as kernels, compiled for {names}"]
+    launched = _plural(len(made), "node")
+    notes = [f"launched as kernels: {launched}, compiled for {names}"]
     reasons: dict[str, list[str]] = {}
     for kernel in left_out.values():
         reasons.setdefault(kernel.reason, []).append(kernel.name)
@@ -226,6 +231,10 @@ def _notes(made: Mapping[str, NodeKernel], left_out: dict[str, NodeKernel], kit:
         shown = nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
         notes.append(f"{shown} run in standard ops: {reason}")
     return notes
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 TARGET = OnnxRuntimeCuda()

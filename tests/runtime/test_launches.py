@@ -59,7 +59,7 @@ def operands(layouts: str, n: Any = "n", m: Any = "m", heads: int = 6, kv: int =
     return {name: [size[axis] for axis in word] for name, size, word in words}
 
 
-RUNS = ({"b": 1, "n": 1, "m": 1}, {"b": 2, "n": 37, "m": 53}, {"b": 3, "n": 200, "m": 301})
+RUNS = ({"b": 1, "n": 1, "m": 1}, {"b": 2, "n": 37, "m": 53}, {"b": 3, "n": 256, "m": 384})
 SAME = ({"b": 1, "n": 35}, {"b": 2, "n": 35})
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from attncompile.runtime import layout
 from attncompile.targets import base
 from attncompile.targets.onnxruntime_cuda import TARGET, OnnxRuntimeCuda
 from tests.passes.attention_graphs import Spec, build, save
-from tests.runtime.conftest import Double, needs_compiler
+from tests.runtime.conftest import Double, needs_compiler, node_model
 
 WINDOWED = Spec(batch=1, heads=2, kv_heads=2, length=700, head_dim=16, mask="window", left=15, right=0, scale=0.25)
 
@@ -156,7 +158,7 @@ def test_out(tmp_path: Path, no_triton: None, double: Double, precision: str) ->
     written = {f.path for f in ours.files}
     assert {layout.MODEL, layout.LIBRARY, "bundle/bundle.json"} <= written
     assert all((out / name).is_file() for name in written)
-    assert any("1 nodes are launched as kernels, compiled for sm_80, sm_90" in note for note in ours.notes)
+    assert any("launched as kernels: 1 node, compiled for sm_80, sm_90" in note for note in ours.notes)
     parity = "fp16 against the original in ONNX Runtime: relative L2" if precision == "fp16" else "bf16 parity not"
     assert any(note.startswith(parity) for note in ours.notes)
     assert {f.path for f in portable.files} == {"model.onnx"}
@@ -182,6 +184,23 @@ def test_what_fails_leaves_the_portable_model(tmp_path: Path, no_triton: None) -
     assert result.exit_code == 1
     assert any("onnxruntime-cuda: node" in f and "--fp16 or --bf16" in f for f in result.failures)
     assert (out / "model.onnx").is_file() and not list(out.glob("*onnxruntime*")) and not (out / "bundle").exists()
+
+
+def test_sizes_that_only_detection_knows(no_triton: None) -> None:
+    """Heads that no shape inference sees: the runtime still checks them, since they are part of the shapes."""
+    shapes = {"query": ["b", "n", "h", 64], "key": ["b", "m", "h", "d"], "value": ["b", "m", "h", "e"]}
+    model = node_model("Attention", shapes, dict.fromkeys(shapes, "float16"), scale=0.125)
+    model.graph.node[0].name = "Attention/site7"
+    site = SimpleNamespace(id="site7", heads=4, kv_heads=2, head_dim=64, value_dim=32)
+    (refused,) = kit().candidates(model, "float16")
+    assert refused.reason == "the number of heads of query is not known"
+    knowing = kernel_kit.Kit((80,), SilentProgress(), [site])  # type: ignore[list-item]
+    assert [k.reason for k in knowing.candidates(model, "float16")] == [""]
+    (made,) = knowing.compile(model)
+    said = json.loads(made.record)
+    assert {n: said["symbols"][n] for n in ("H", "HKV", "D", "DV")} == {"H": "4", "HKV": "2", "D": "64", "DV": "32"}
+    assert said["shapes"]["value"] == ["B", "NK", "HKV", "DV"]
+    assert said["outputs"]["output"] == ["query[0]", "query[1]", "4", "32"]
 
 
 def test_the_default_architectures(monkeypatch: pytest.MonkeyPatch) -> None:

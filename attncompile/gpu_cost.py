@@ -30,16 +30,16 @@ MASK_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class GpuCost:
-    """``world_at`` evaluates the model at given sizes; ``dtype`` is what float32 sites are converted to, None if
-    they are not; ``fuses_dense``: the target's own attention keeps no scores.
-    """
+    """``world_at`` evaluates the model at given sizes; ``dtype`` is what float32 sites are converted to; ``fuses_dense``: the target's own attention keeps no scores."""
 
     world_at: Callable[[Mapping[str, int]], World]
     kernels: Mapping[str, Kernel]
     architecture: int
-    dtype: str | None
+    dtype: str
     fuses_dense: bool
     least_gain: float = 0.0
+    keep_slower: bool = False
+    """Whether everything that is right is wanted, though it be slower or its cost not known."""
 
     @property
     def said(self) -> str:
@@ -50,7 +50,7 @@ class GpuCost:
         """Time of ``site`` at these sizes over that of the kernels of ``lowering``.
 
         Raises:
-            Unsupported: a node has no kernel, the site stays in float32, or no cost was measured for such kernels.
+            Unsupported: a node has no kernel, or no cost was measured for such kernels.
         """
         ours = self.milliseconds(site, lowering, binding)
         return self.before(site, shape_of(site, binding)) / ours
@@ -92,14 +92,16 @@ class GpuCost:
     def _dtype(self, site: AttentionSite) -> str:
         if site.dtype in calls.DTYPES:
             return site.dtype
-        if self.dtype is None:
-            raise Unsupported("dtype", f"the kernels take {' and '.join(calls.DTYPES)}", "add --fp16 or --bf16")
         return self.dtype
 
 
 def gpu_cost(
-    world_at: Callable[[Mapping[str, int]], World], kernels: Mapping[str, Kernel], precision: str | None, target: Target
-) -> GpuCost:
-    """The cost that ``target`` is judged by. ``precision`` (``fp16``, ``bf16``, None) is what it converts to."""
-    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(precision or "")
-    return GpuCost(world_at, kernels, MEASURED, dtype, target.fuses_dense, target.least_gain)
+    world_at: Callable[[Mapping[str, int]], World], kernels: Mapping[str, Kernel], precision: str | None,
+    target: Target, keep_slower: bool = False,
+) -> GpuCost:  # fmt: skip
+    """The cost that ``target`` is judged by. ``precision`` (``fp16``, ``bf16``) is what it converts to; without one the
+    target itself refuses what stays in float32.
+    """
+    dtype = "bfloat16" if precision == "bf16" else "float16"
+    least = 0.0 if keep_slower else target.least_gain
+    return GpuCost(world_at, kernels, MEASURED, dtype, target.fuses_dense, least, keep_slower)

@@ -221,7 +221,11 @@ def _plan(
     unknown = [s for s in options.sites if s not in {site.id for site in found.detection.sites}]
     if unknown:
         raise BadArguments(f"--site: the model has no site '{unknown[0]}'", "list its sites: attncompile inspect MODEL")
-    gpu = gpu_cost(worlds, kernels(), options.precision, target) if target.runs_kernels else None
+    gpu = None
+    if target.runs_kernels:
+        gpu = gpu_cost(worlds, kernels(), options.precision, target, options.keep_slower)
+        if options.keep_slower:
+            policy = replace(policy, min_gain=0.0)
     decisions = tuple(_decide(found, policy, site, registry, options.sites, gpu) for site in found.detection.sites)
     notes = [f"gains are predicted {gpu.said}, not measured"] if gpu else []
     if isinstance(found.normal, Unsupported):
@@ -258,7 +262,7 @@ def _decide(
             try:
                 return min(gpu.gain(site, lowering, binding) for binding in bindings)
             except Unsupported as error:
-                return Verdict.of(error)
+                return 1.0 if gpu.keep_slower and error.code == "cost" else Verdict.of(error)
         shapes = [shape_of(site, binding) for binding in bindings]
         costs = [by_name[candidate.mechanism].cost(site, candidate.parameters, s) for s in shapes]
         return max(predicted_gain(site, c, s) for c, s in zip(costs, shapes, strict=True))

@@ -92,11 +92,14 @@ def test_what_is_wrong_is_replaced_nowhere(
     assert ops(tmp_path / "out" / "gpu.onnx") == []
 
 
-def test_a_model_that_stays_in_float32_has_no_kernels(tmp_path: Path, on_gpu: OnGpu) -> None:
+def test_slower_ones_are_kept_where_that_is_asked_for(tmp_path: Path, on_gpu: OnGpu) -> None:
+    """Also kernels without a measured cost: what is wanted then is that they are right."""
+    on_gpu.least_gain = 1e9
     path = save(build(WINDOWED), tmp_path, "windowed.onnx")
-    made = pipeline.plan(pipeline.inspect(path, Options()), replace(options(tmp_path), precision=None))
-    (decision,) = made.decisions
-    assert decision.kept and {r.code for r in decision.refusals if r.mechanism == "NeighborhoodAttention"} == {"dtype"}
+    found = pipeline.inspect(path, Options())
+    (kept,) = pipeline.plan(found, options(tmp_path)).decisions
+    (made,) = pipeline.plan(found, options(tmp_path, keep_slower=True)).decisions
+    assert kept.kept and made.mechanism == "NeighborhoodAttention"
 
 
 def test_a_target_wants_more_than_the_policy(tmp_path: Path, on_gpu: OnGpu) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from attncompile.core.kernel import SMALL_SHARED
 from attncompile.kernels import build, calls, compiler
 from attncompile.kernels.bundle import Bundle, write
 from attncompile.kernels.cache import Cache
-from attncompile.kernels.records import NodeCall
+from attncompile.kernels.records import NodeCall, key_of
 from attncompile.kernels.tensorrt import generate, plugin
 from attncompile.plugins import kernels
 from tests.kernels.tensorrt import native
@@ -80,34 +80,44 @@ class Prepared:
     node: NodeCall
 
 
+class AllPrepared(dict[str, Prepared]):
+    """By a sample's name; the kernels of its group are compiled when the first of it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Prepared:
+        slow = next(s.slow for s in SAMPLES if s.name == name)
+        group = [s for s in SAMPLES if s.slow == slow]
+        self.update(prepare(group, 80, self.folder / ("slow" if slow else "quick")))
+        return self[name]
+
+
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
-    """All samples with kernels of sm_80, by name."""
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> AllPrepared:
+    """All samples with kernels of sm_80."""
     pytest.importorskip("triton")
-    return prepare({80: SAMPLES}, tmp_path_factory.mktemp("plugins"))
+    return AllPrepared(tmp_path_factory.mktemp("plugins"))
 
 
-def prepare(wanted: dict[int, tuple[Sample, ...]], folder: Path) -> dict[str, Prepared]:
-    """Compile, write a bundle an architecture, generate."""
+def prepare(samples: Sequence[Sample], architecture: int, folder: Path) -> dict[str, Prepared]:
+    """Compile, write a bundle into ``folder``, generate."""
     found = {}
-    for architecture, samples in wanted.items():
-        models = {s.name: s.model() for s in samples}
-        nodes = {n: calls.find(m, kernels(), "float32")[0] for n, m in models.items()}
-        place = folder / str(architecture)
-        made = build.build(list(nodes.values()), [], kernels(), (architecture,), Cache.default())
-        write(place, made, compiler.require_triton())
-        bundle = Bundle.open(place)
-        generated = []
-        for sample in samples:
-            node = nodes[sample.name]
-            assert node.call is not None, f"{sample}: {node.verdict.reason}"
-            key = build.key_of(build.general(kernels(), node.call))
-            chosen = bundle.kernels(key, architecture)
-            assert any(k.entry.shared <= SMALL_SHARED for k in chosen)
-            result = generate.generate(models[sample.name], [node], lambda _, chosen=chosen: chosen)
-            assert not result.others, result.others
-            generated += list(result.plugins.values())
-            rewritten = generate.rewritten(models[sample.name], result)
-            found[sample.name] = Prepared(sample, models[sample.name], result, rewritten, bundle, node)
-        plugin.write(place, generated)
+    models = {s.name: s.model() for s in samples}
+    nodes = {n: calls.find(m, kernels(), "float32")[0] for n, m in models.items()}
+    made = build.build(list(nodes.values()), [], kernels(), (architecture,), Cache.default())
+    write(folder, made, compiler.require_triton())
+    bundle = Bundle.open(folder)
+    generated = []
+    for sample in samples:
+        node, model = nodes[sample.name], models[sample.name]
+        assert node.call is not None, f"{sample}: {node.verdict.reason}"
+        chosen = bundle.kernels(key_of(build.general(kernels(), node.call)), architecture)
+        assert any(k.entry.shared <= SMALL_SHARED for k in chosen)
+        result = generate.generate(model, [node], lambda _, chosen=chosen: chosen)  # type: ignore[misc]
+        assert not result.others, result.others
+        generated += list(result.plugins.values())
+        found[sample.name] = Prepared(sample, model, result, generate.rewritten(model, result), bundle, node)
+    plugin.write(folder, generated)
     return found

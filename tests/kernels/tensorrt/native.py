@@ -143,10 +143,15 @@ class PluginField:
     """``data`` is a view of the bytes, of the type that the bindings convert to; FLOAT16 has none."""
 
     _views: Mapping[int, str] = {
-        PluginFieldType.INT8: "i1", PluginFieldType.INT16: "i2", PluginFieldType.INT32: "i4",
-        PluginFieldType.INT64: "i8", PluginFieldType.FLOAT32: "f4", PluginFieldType.FLOAT64: "f8", PluginFieldType.CHAR: "S1",
+        PluginFieldType.INT8: "i1",
+        PluginFieldType.INT16: "i2",
+        PluginFieldType.INT32: "i4",
+        PluginFieldType.INT64: "i8",
+        PluginFieldType.FLOAT32: "f4",
+        PluginFieldType.FLOAT64: "f8",
+        PluginFieldType.CHAR: "S1",
         PluginFieldType.UNKNOWN: "i1",
-    }  # fmt: skip
+    }
 
     def __init__(self, name: str = "", data: Any = b"", type: Any = PluginFieldType.UNKNOWN) -> None:
         self.name, self.type = name, type

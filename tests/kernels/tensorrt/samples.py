@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
@@ -26,6 +26,7 @@ class Sample:
     outputs: tuple[str, ...] = ("output",)
     attributes: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    slow: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -79,13 +80,16 @@ def grid(name: str, more: Any = None, kind: int = HALF, attributes: Any = None, 
     )  # fmt: skip
 
 
-SAMPLES = (
+QUICK = (
     dense("dense"),
     dense("causal, bfloat16, heads first", kind=BRAIN, layouts="hhhh", attributes={"right": 0}),
     dense("window, mixed layouts", layouts="nhnh", attributes={"left": 9, "right": 3}),
     dense("static", batch=2, queries=37, keys=50, sizes={}),
-    dense("log-sum-exp", outputs=("output", "log_sum_exp"), layouts="hhhn"),
     dense("key mask", {"key_mask": (BOOL, ("B", 1, 1, "M"))}),
+    grid("neighborhood"),
+)  # fmt: skip
+SLOW = (
+    dense("log-sum-exp", outputs=("output", "log_sum_exp"), layouts="hhhn"),
     dense(
         "all inputs", {
             "key_mask": (BOOL, ("B", 1, 1, "M")), "bias": (FLOAT, (1, 4, "N", "M")), "sinks": (FLOAT, (4,)),
@@ -94,10 +98,10 @@ SAMPLES = (
     ),
     dense("bias of one row, bfloat16", {"bias": (BRAIN, ("M",))}, kind=BRAIN),
     dense("key lengths in int32", {"key_lengths": (TensorProto.INT32, ("B",))}, attributes={"right": 0}),
-    grid("neighborhood"),
     grid("neighborhood, bfloat16", kind=BRAIN, attributes={"border": "clamp"}),
     grid("neighborhood with inputs", {"key_mask": (BOOL, ("B", 1, 1, 35)), "bias": (HALF, (1, 4, 35, 35))}),
     Sample("sliding window", "NeighborhoodAttention", operands(keys="N"), HOOD, ("output",),
            {"scale": 0.25, "kernel_size": [9], "left": [8], "causal": [1]}, LONG),
 )  # fmt: skip
+SAMPLES = (*QUICK, *(replace(s, slow=True) for s in SLOW))
 """Head dims are small: kernels then compile in about a second. Every op that has kernels is here (tested)."""

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a gate failed; 2 could not run; 130 interrupted. Heavy mod
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import os
@@ -83,6 +84,15 @@ def _compile(
     keep_slower: opt.KeepSlower = False,
     fp16: opt.Fp16 = False,
     bf16: opt.Bf16 = False,
+    engine_profile: opt.EngineProfiles = [],  # noqa: B006
+    min_shapes: opt.MinShapes = [],  # noqa: B006
+    opt_shapes: opt.OptShapes = [],  # noqa: B006
+    max_shapes: opt.MaxShapes = [],  # noqa: B006
+    workspace: opt.Workspace = None,
+    timing_cache: opt.TimingCache = None,
+    weight_streaming: opt.WeightStreaming = False,
+    refit: opt.Refit = False,
+    engine_level: opt.Level = None,
     grid: opt.Grid = None,
     site: opt.Sites = [],  # noqa: B006
     threads: opt.Threads = None,
@@ -96,6 +106,10 @@ def _compile(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
         plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
         fp16=fp16, bf16=bf16, grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed,
+    )  # fmt: skip
+    options = _with_engine(
+        options, model, (min_shapes, opt_shapes, max_shapes), workspace=workspace, timing_cache=timing_cache,
+        weight_streaming=weight_streaming, refit=refit, level=engine_level, profiles=engine_profile,
     )  # fmt: skip
     as_json = _as_json(format)
     if dry_run:
@@ -377,6 +391,18 @@ def _options(**given: Any) -> Options:
     if "sites" in known:
         known["sites"] = tuple(known["sites"])
     return Options(**known)
+
+
+def _with_engine(options: Options, model: Path, shapes: Sequence[Sequence[str]], **given: Any) -> Options:
+    """``options`` with those of engines, and with ranges in trtexec's spelling."""
+    from attncompile import engine_options
+
+    ranges = engine_options.ranges(model, *shapes)
+    twice = sorted(set(ranges) & set(options.profile))
+    if twice:
+        raise BadArguments(f"'{twice[0]}' is set by --profile and by a shape", "keep one of the two")
+    profile = {**options.profile, **ranges}
+    return dataclasses.replace(options, engine=engine_options.parse(**given), profile=profile)
 
 
 def _together(warnings: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,15 +13,19 @@ import numpy as np
 from onnx import ModelProto
 
 from attncompile import report as reports
-from attncompile import report_html, verify
+from attncompile import report_html, tensorrt_plugins, verify
 from attncompile.core import plan_toml
-from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
+from attncompile.core.errors import AttncompileError, BadArguments, GateFailed, MissingDependency
 from attncompile.core.folder import atomic_folder, check_replaceable
 from attncompile.core.plan import Plan
 from attncompile.env import default_target
+from attncompile.kernels.entry import digest
+from attncompile.plugins import kernels
 from attncompile.report import Report, TargetFile, TargetReport
 from attncompile.targets import base
 from attncompile.targets.base import BuildResult, Target
+from attncompile.targets.engine import EngineTarget
+from attncompile.targets.tensorrt import TensorRT
 
 if TYPE_CHECKING:
     from attncompile.console import Progress
@@ -39,7 +43,7 @@ def target(name: str | None, precision: str | None) -> Target:
 
     Raises:
         BadArguments: no such target, or a precision for a target without engines.
-        MissingDependency: it cannot be built here.
+        MissingDependency: it cannot be built here, and nothing is gained by writing the portable outputs alone.
     """
     chosen = name or default_target()
     if name is None and chosen not in base.names():
@@ -49,12 +53,23 @@ def target(name: str | None, precision: str | None) -> Target:
             f"target {chosen} is not in this version of attncompile", f"targets: {', '.join(base.names())}"
         )
     found = base.get(chosen)
-    if name is not None:
+    if name is not None and not getattr(found, "portable_without", False):
         base.require(found)
     if precision is not None and chosen == "onnx":
         raise BadArguments(f"--{precision} is for targets with engines; onnx keeps the model's own types",
                            "add --target tensorrt-rtx")  # fmt: skip
     return found
+
+
+def configured(target: Target, options: Options, plan: Plan) -> Target:
+    """``target`` with what it needs of this run: the engine's options and metadata, and for TensorRT our kernels."""
+    if not isinstance(target, EngineTarget):
+        return target
+    metadata = {"plan": f"sha256:{digest(plan_toml.dumps(plan).encode())}", "policy": plan.policy}
+    if isinstance(target, TensorRT) and target.available().ok:
+        plugins = tensorrt_plugins.for_this_gpu(kernels())
+        return replace(target, options=options.engine, metadata=metadata, plugins=plugins)
+    return replace(target, options=options.engine, metadata=metadata)
 
 
 def check(out: Path, model: Path) -> None:
@@ -76,10 +91,13 @@ def staged(out: Path) -> AbstractContextManager[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What the targets wrote; ``problems`` are why one that was to be built was not."""
+    """What the targets wrote; ``problems`` are why one that was to be built was not, ``missing`` if it was because of a
+    package that is not there.
+    """
 
     reports: tuple[TargetReport, ...]
     problems: tuple[str, ...] = ()
+    missing: bool = False
 
 
 def build(
@@ -94,17 +112,53 @@ def build(
         return Built((portable,))
     progress.stage(f"build {target.name}")
     try:
+        base.require(target)
         precision = cast("Precision | None", options.precision)
         lowered = target.lower(proto, found.model, precision)
         result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
-        notes = _precision_parity(found, result, evidence(), precision) if precision else ()
+        notes = _parity(found, target, result, evidence(), precision)
     except AttncompileError as error:
         # A half-made engine, or one that failed its parity, must not be deployed by mistake.
         for left in folder.glob("model*engine*"):
             left.unlink()
         hint = f" ({error.hint})" if error.hint else ""
-        return Built((portable,), (f"target {target.name}: {error.message}{hint}",))
+        # What was missing says which target it was for.
+        missing = isinstance(error, MissingDependency)
+        said = error.message if missing else f"target {target.name}: {error.message}"
+        return Built((portable,), (f"{said}{hint}",), missing)
     return Built((portable, _report(result, folder, notes)))
+
+
+def _parity(
+    found: Inspection, target: Target, result: BuildResult, feeds: Sequence[Feed], precision: Precision | None
+) -> tuple[str, ...]:
+    """The engine against the original where it runs here, else what was converted against it."""
+    if isinstance(target, TensorRT) and result.engine is not None:
+        return _engine_parity(found, result.engine, feeds, precision)
+    return _precision_parity(found, result, feeds, precision) if precision else ()
+
+
+ENGINE_BUDGETS = {"fp16": FP16_BUDGET, "bf16": 8 * FP16_BUDGET, None: FP16_BUDGET}
+"""Relative L2 at the outputs of an engine of TensorRT. It multiplies float32 in TF32, which rounds as fp16 does; bf16
+has three bits less."""
+
+
+def _engine_parity(
+    found: Inspection, engine: Path, feeds: Sequence[Feed], precision: Precision | None
+) -> tuple[str, ...]:
+    """``model.onnx``, which was compared with the original, in ONNX Runtime against the engine.
+
+    Raises:
+        GateFailed: it is further away than rounding explains.
+    """
+    budget = ENGINE_BUDGETS[precision]
+    original = found.model.path if precision else engine.with_name("model.onnx")
+    compared = verify.compare_models(
+        original, engine, feeds, budget=max(budget, verify.exact_budget(found.model.proto))
+    )
+    if not compared.passed:
+        raise GateFailed(f"the engine is too far from the original: {compared.verdict.reason}", "report this model")
+    return (f"the engine against {original.name} in ONNX Runtime: relative L2 {compared.error:.1e}",)
 
 
 def _precision_parity(found: Inspection, result: BuildResult, feeds: Sequence[Feed], precision: str) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from attncompile.cli import VERBS, main
 from attncompile.core.errors import BadModel, GateFailed, MissingDependency, TargetError
 from attncompile.core.profile import Range
 from attncompile.report import schema
+from attncompile.targets.engine import EngineOptions
 
 _spec = importlib.util.spec_from_file_location("report_samples", Path(__file__).with_name("report_samples.py"))
 assert _spec is not None and _spec.loader is not None
@@ -68,7 +69,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         ("policy", "exact"), ("target", None), ("out", None), ("inputs", None), ("profile", {}), ("max_error", None),
         ("metric", "relative_l2"), ("dry_run", False), ("plan", None), ("require_sites", None), ("strict", False),
         ("keep_slower", False), ("precision", None), ("grid", None), ("threads", None), ("hash_weights", False),
-        ("seed", 0), ("sites", ()),
+        ("seed", 0), ("sites", ()), ("engine", EngineOptions()),
     )  # fmt: skip
     made = [(name, Any, dataclasses.field(default_factory=lambda value=value: value)) for name, value in fields]
     module.Options = dataclasses.make_dataclass("Options", made, frozen=True)  # type: ignore[attr-defined]

@@ -111,6 +111,7 @@ class Target(Protocol):
 REGISTRY: tuple[tuple[str, str], ...] = (
     ("onnx", "attncompile.targets.onnx:TARGET"),
     ("tensorrt-rtx", "attncompile.targets.tensorrt_rtx:TARGET"),
+    ("tensorrt", "attncompile.targets.tensorrt:TARGET"),
 )
 """Name and ``module:object`` of every target, imported only when it is asked for."""
 

@@ -56,13 +56,15 @@ class EngineOptions:
 @dataclass(frozen=True, slots=True)
 class PluginRequest:
     """What the worker registers before it parses: ``register`` is ``module:function``, which is called with ``folder``,
-    the number of ``multiprocessors``, and a limit of shared memory. ``nodes``: the plugin of each node that has one.
+    the number of ``multiprocessors``, and a limit of shared memory. ``nodes``: the plugin of each node that has one;
+    ``kernels``: the SHA-256 of the PTX of each plugin's tactics.
     """
 
     register: str
     folder: Path
     multiprocessors: int
     nodes: Mapping[str, str]
+    kernels: Mapping[str, Sequence[str]]
     shared_limit: int | None = None
 
 
@@ -151,7 +153,8 @@ class EngineTarget:
         value = {
             "attncompile": __version__, "target": self.name, self.module: result["version"], "model": model.hash,
             **self.metadata, "options": options, "profiles": list(profiles),
-            "plugins": dict(plugins.nodes) if plugins else {}, "gpu": result.get("gpu", ""),
+            "plugins": dict(plugins.nodes) if plugins else {},
+            "kernels": {n: list(k) for n, k in plugins.kernels.items()} if plugins else {},
         }  # fmt: skip
         text = json.dumps(value, indent=1, sort_keys=True)
         write_file(folder / METADATA, text.encode() + b"\n")

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
 
 from attncompile.core.errors import TargetError
 from attncompile.core.model import Model
@@ -20,7 +20,7 @@ from attncompile.targets import graph as g
 from attncompile.targets import precision as conversion
 from attncompile.targets.base import Precision
 from attncompile.targets.engine import EngineTarget
-from attncompile.targets.legalise import drop_unit_axes
+from attncompile.targets.legalise import drop_unit_axes, dropped
 
 ARCHITECTURES = (75, 80, 86, 89, 120, 121)
 """Compute capabilities, times ten, that TensorRT-RTX 1.7 has kernels for (its ``ComputeCapability``)."""
@@ -44,10 +44,10 @@ class TensorRTRTX(EngineTarget):
         """Whether nothing but standard ops is left once the bodies are inlined."""
         inlined = g.inlined(proto)
         for node in (n for graph in g.graphs(inlined.graph) for n in graph.node):
-            if _dropped(node):
+            if dropped(node):
                 return Verdict.no(
                     "dropped",
-                    f"the parser of TensorRT-RTX reads Attention '{g.label(node)}' but drops {_dropped(node)}: hidden "
+                    f"the parser of TensorRT-RTX reads Attention '{g.label(node)}' but drops {dropped(node)}: hidden "
                     "keys would be seen",
                     "export them as a boolean mask",
                 )
@@ -99,15 +99,6 @@ class TensorRTRTX(EngineTarget):
         if layers and any(a.fused is False for a in found) and not _is_half(lowered):
             return ["TensorRT-RTX fuses fp16 and bf16 attention only: build with --fp16"]
         return super()._notes(lowered, layers, found)
-
-
-def _dropped(node: NodeProto) -> str:
-    """What hides keys in a standard Attention and is not in the network that the parser makes of it (1.7.1)."""
-    if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
-        return ""
-    if any(a.name in ("left_window_size", "right_window_size") and a.i >= 0 for a in node.attribute):
-        return "its window (opset 25)"
-    return "nonpad_kv_seqlen" if len(node.input) > 6 and node.input[6] else ""
 
 
 def _is_half(proto: ModelProto) -> bool:

@@ -16,7 +16,6 @@ from types import GenericAlias
 from typing import Any
 
 from attncompile.core.errors import AttncompileError, KernelError
-from attncompile.core.kernel import SMALL_SHARED
 from attncompile.kernels import symbols as node_symbols
 from attncompile.kernels.arguments import grid, int32
 from attncompile.kernels.bundle import Bundle
@@ -67,12 +66,6 @@ def register(
             _Definition(trt, trtp, plugin, kernels, {"SMS": multiprocessors}, result).register()
         result.names += (plugin.name,)
     return result
-
-
-def small_only(folder: Path) -> bool:
-    """Whether any plugin has a tactic that a limit of ``SMALL_SHARED`` would leave out."""
-    bundle = Bundle.open(folder)
-    return any(bundle.entries[e].shared > SMALL_SHARED for p in read(folder) for e in p.entries)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, shape_inference
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, shape_inference
 
 from tests.kernels.tensorrt import native
 
@@ -32,6 +32,9 @@ _TYPES = {
     TensorProto.INT64: native.DataType.INT64, TensorProto.BOOL: native.DataType.BOOL,
     TensorProto.UINT8: native.DataType.UINT8, TensorProto.INT8: native.DataType.INT8,
 }  # fmt: skip
+
+
+_ONNX = {kind: element for element, kind in _TYPES.items()}
 
 
 class Refused(Exception):
@@ -56,6 +59,7 @@ class Launch:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     output_shapes: tuple[Any, ...]
+    output_types: tuple[Any, ...]
     parameters: Mapping[str, Any]
     extras: tuple[Any, ...]
 
@@ -144,14 +148,65 @@ def _field(a: AttributeProto) -> native.PluginField:
 
 def walk(trt: Any, model: ModelProto, sizes: Sizes, preferred: Any = None) -> dict[str, list[Launch]]:
     """All launches of every plugin of ``model``, by its node's name. Other nodes are not looked at."""
-    inferred = shape_inference.infer_shapes(model)
-    values = {v.name: v.type for v in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)}
+    points = [_at_sizes(model, {n: r[i] for n, r in sizes.items()}) for i in range(3)]
+    named = ModelProto()
+    named.CopyFrom(model)
     found: dict[str, list[Launch]] = {}
     for node in model.graph.node:
         if node.domain in ("", "ai.onnx") or importer(trt, model, node) != "plugin":
             continue
-        inputs = [(_TYPES[values[v].tensor_type.elem_type], _dims(values[v])) for v in node.input]
-        found[node.name] = launches(created(trt, node, preferred), node, inputs, sizes)
+        known, known_at = _values(named), [_values(p) for p in points]
+        inner = dict(sizes)
+        inputs = []
+        for value in node.input:
+            dims = [_dims(v[value]) for v in known_at]
+            symbols = _dims(known[value])
+            inputs.append((_TYPES[known[value].tensor_type.elem_type], _merged(value, symbols, dims, inner)))
+        found[node.name] = launches(created(trt, node, preferred), node, inputs, inner)
+        first = found[node.name][0]
+        # What comes after it needs the sizes that the plugin gives.
+        kinds = [_ONNX[k] for k in first.output_types]
+        for i, point in enumerate(points):
+            shapes = first.shapes({n: r[i] for n, r in inner.items()})
+            point.graph.value_info.extend(
+                helper.make_tensor_value_info(v, k, s) for v, k, s in zip(node.output, kinds, shapes, strict=True)
+            )
+        named.graph.value_info.extend(
+            helper.make_tensor_value_info(v, k, [f"{v}:{i}" for i in range(len(s))])
+            for v, k, s in zip(node.output, kinds, first.output_shapes, strict=True)
+        )
+    return found
+
+
+def _at_sizes(model: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
+    """A copy with these sizes of its inputs."""
+    copy_ = ModelProto()
+    copy_.CopyFrom(model)
+    del copy_.graph.value_info[:]
+    for value in copy_.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = sizes[dim.dim_param]
+    return copy_
+
+
+def _values(model: ModelProto) -> dict[str, Any]:
+    graph = shape_inference.infer_shapes(model, data_prop=True).graph
+    return {v.name: v.type for v in (*graph.output, *graph.value_info, *graph.input)}
+
+
+def _merged(value: str, symbols: list[Size], at: Sequence[list[Size]], sizes: dict[str, Any]) -> list[Size]:
+    """A number where it is the same at all sizes, else a name, whose range is added to ``sizes``."""
+    found: list[Size] = []
+    for axis, triple in enumerate(zip(*at, strict=True)):
+        assert all(isinstance(n, int) for n in triple), f"{value}: {triple}"
+        symbol = symbols[axis]
+        if isinstance(symbol, int) or symbol in sizes:
+            found.append(symbol)
+        else:
+            name = f"{value}:{axis}"
+            sizes[name] = triple
+            found.append(name)
     return found
 
 
@@ -241,7 +296,8 @@ def _launch(
             raise Refused(f"{node.name}: a launch argument has no value")
     return Launch(
         node.name, tactic, name.decode() if isinstance(name, bytes) else name, code.decode(), tuple(node.input),
-        tuple(node.output), tuple(output_shapes), {k: v.expr for k, v in vars(parameters).items()},
+        tuple(node.output), tuple(output_shapes),
+        tuple(d.type for d in descs[len(inputs) :]), {k: v.expr for k, v in vars(parameters).items()},
         tuple(s.expr for s in symbols),  # type: ignore[attr-defined]
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ Exit codes: 0 done; 1 a gate failed; 2 could not run; 130 interrupted. Heavy mod
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import errno
 import os
@@ -102,14 +101,14 @@ def _compile(
     quiet: opt.Quiet = False,
 ) -> int:
     """Replace the attention of MODEL, verify the result and write it to OUT (the default verb)."""
+    from attncompile import engine_options
+
     options = _options(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
         plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
         fp16=fp16, bf16=bf16, grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed,
-    )  # fmt: skip
-    options = _with_engine(
-        options, model, (min_shapes, opt_shapes, max_shapes), workspace=workspace, timing_cache=timing_cache,
-        weight_streaming=weight_streaming, refit=refit, level=engine_level, profiles=engine_profile,
+        engine=engine_options.parse(workspace, timing_cache, weight_streaming, refit, engine_level, engine_profile),
+        ranges=engine_options.ranges(model, min_shapes, opt_shapes, max_shapes),
     )  # fmt: skip
     as_json = _as_json(format)
     if dry_run:
@@ -386,23 +385,16 @@ def _options(**given: Any) -> Options:
     opt.existing(known.get("plan"), "--plan")
     opt.check_grid(known.get("grid"))
     known["profile"] = opt.parse_profile(known.get("profile", ()))
+    ranges = known.pop("ranges", {})  # in trtexec's spelling
+    twice = sorted(set(ranges) & set(known["profile"]))
+    if twice:
+        raise BadArguments(f"'{twice[0]}' is set by --profile and by a shape", "keep one of the two")
+    known["profile"] |= ranges
     if "fp16" in known:
         known["precision"] = opt.precision(known.pop("fp16"), known.pop("bf16"))
     if "sites" in known:
         known["sites"] = tuple(known["sites"])
     return Options(**known)
-
-
-def _with_engine(options: Options, model: Path, shapes: Sequence[Sequence[str]], **given: Any) -> Options:
-    """``options`` with those of engines, and with ranges in trtexec's spelling."""
-    from attncompile import engine_options
-
-    ranges = engine_options.ranges(model, *shapes)
-    twice = sorted(set(ranges) & set(options.profile))
-    if twice:
-        raise BadArguments(f"'{twice[0]}' is set by --profile and by a shape", "keep one of the two")
-    profile = {**options.profile, **ranges}
-    return dataclasses.replace(options, engine=engine_options.parse(**given), profile=profile)
 
 
 def _together(warnings: Sequence[str]) -> list[str]:

@@ -108,7 +108,9 @@ def test_every_option_arrives(fake: Fake, tmp_path: Path) -> None:
     arguments = (
         f"m.onnx --policy sparse --target onnx -o out --inputs {tmp_path}/in.npz --profile seq=1:512:4096 "
         f"--shapes batch=2,x=1:1:3 --max-error 0.02 --metric kl --plan {tmp_path}/p.toml --require-sites 3 --strict "
-        "--keep-slower --bf16 --grid 14x14+1 --threads 4 --hash-weights --seed 7 --site a --site b --quiet"
+        "--keep-slower --bf16 --grid 14x14+1 --threads 4 --hash-weights --seed 7 --site a --site b --quiet "
+        "--engine-profile seq=1 --engine-profile seq=2:4:8 --workspace 2G --timing-cache t --weight-streaming --refit "
+        "--engine-level 4"
     )
     assert main(arguments.split()) == 0
     assert {f.name: getattr(fake.options, f.name) for f in dataclasses.fields(fake.options)} == {
@@ -117,6 +119,9 @@ def test_every_option_arrives(fake: Fake, tmp_path: Path) -> None:
         "metric": "kl", "dry_run": False, "plan": tmp_path / "p.toml", "require_sites": 3, "strict": True,
         "keep_slower": True, "precision": "bf16", "grid": "14x14+1", "threads": 4, "hash_weights": True, "seed": 7,
         "sites": ("a", "b"),
+        "engine": EngineOptions(
+            2 << 30, Path("t"), True, True, 4, ({"seq": Range(1, 1, 1)}, {"seq": Range(2, 4, 8)})
+        ),
     }  # fmt: skip
 
 

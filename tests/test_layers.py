@@ -12,7 +12,7 @@ ALLOWED = {
     "attncompile/core": {"core"},
     "passes": {"core", "passes"},
     "plugins": {"core", "plugins"},
-    "attncompile/targets": {"core", "targets"},
+    "attncompile/targets": {"core", "targets", "__version__"},
     "attncompile/kernels": {"core", "kernels", "__version__"},  # mechanisms' kernels come in as values
     "models": {"core", "models", "passes"},  # the zoo compares its truth with detection
 }

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a gate failed; 2 could not run; 130 interrupted. Heavy mod
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import os
@@ -340,10 +341,17 @@ app.add_typer(cli_kernels.app, name="kernels")
 
 
 @app.command("env", short_help="Print versions, hardware and usable targets.")
-def _env(format: opt.Format = "table") -> int:
-    """Print versions, CPU, GPUs and which targets can be used here. Imports no framework."""
+def _env(
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Build, run and check an engine of TensorRT for every op of ours.")
+    ] = False,
+    format: opt.Format = "table",
+) -> int:
+    """Print versions, CPU, GPUs and which targets can be used here. Imports no framework without --selftest."""
     from attncompile import console, env
 
+    if selftest:
+        return _selftest(_as_json(format))
     found = env.environment()
     if _as_json(format):
         _print_json(found.to_json())
@@ -364,6 +372,28 @@ def _env(format: opt.Format = "table") -> int:
     for name, text in rows:
         out.print(f"{name:<{width}}  {text}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _selftest(as_json: bool) -> int:
+    from attncompile import console, report_text, selftest
+
+    with console.stdout_to_stderr():
+        rows = selftest.run()
+    if as_json:
+        _print_json({"selftest": [dataclasses.asdict(r) for r in rows]})
+    else:
+        told = [
+            (
+                r.op,
+                "passed" if r.ok else "failed",
+                "" if r.error is None else f"{r.error:.1e}",
+                f"{r.seconds:.1f}",
+                r.said,
+            )
+            for r in rows
+        ]
+        report_text.print_table_of(("op", "engine", "relative L2", "seconds", ""), told, console.data_console())
+    return 0 if all(r.ok for r in rows) else GateFailed.exit_code
 
 
 def _options(**given: Any) -> Options:

@@ -119,11 +119,12 @@ class EngineTarget:
         plugins = self._plugins(lowered, folder)
         result, notes = self._run(source, engine, profiles, plugins, timeout)
         metadata = self._write_metadata(folder, model, profiles, plugins, result)
+        script = _write_script(folder)
         layers = fusion.parse_layers(result["dump"])
         found = fusion.judge(lowered, layers)
         can_run = self.can_run()
         return BuildResult(
-            target=self.name, files=(engine, metadata, *files), seconds=result["seconds"], engine=engine,
+            target=self.name, files=(engine, metadata, script, *files), seconds=result["seconds"], engine=engine,
             engine_size=engine.stat().st_size, layers=layers, attention=found,
             sites=fusion.by_site(lowered, sites, found), ran=False,
             reason="" if can_run.ok else f"not executed: {can_run.reason}",
@@ -151,14 +152,23 @@ class EngineTarget:
     ) -> Path:  # fmt: skip
         options = {k: v for k, v in asdict(self.options).items() if k not in ("profiles", "timing_cache")}
         value = {
-            "attncompile": __version__, "target": self.name, self.module: result["version"], "model": model.hash,
-            **self.metadata, "options": options, "profiles": list(profiles),
+            "attncompile": __version__, "target": self.name, "module": self.module, "version": result["version"],
+            "name": self.network_name(), "model": model.hash, **self.metadata, "options": options,
+            "profiles": list(profiles),
             "plugins": dict(plugins.nodes) if plugins else {},
             "kernels": {n: list(k) for n, k in plugins.kernels.items()} if plugins else {},
+        }  # fmt: skip
+        value["registered"] = None if plugins is None else {
+            "register": plugins.register, "folder": plugins.folder.relative_to(folder).as_posix(),
+            "multiprocessors": plugins.multiprocessors, "shared_limit": result["shared_limit"],
         }  # fmt: skip
         text = json.dumps(value, indent=1, sort_keys=True)
         write_file(folder / METADATA, text.encode() + b"\n")
         return folder / METADATA
+
+    def network_name(self) -> str:
+        """What the engine itself keeps of where it comes from."""
+        return f"attncompile {__version__} {self.metadata.get('plan', '')[:19]}".strip()
 
     def open(self, folder: Path) -> Any:
         """The engine in ``folder``, as an ``ICudaEngine``. Raises ``TargetError`` where it cannot run."""
@@ -175,6 +185,25 @@ class EngineTarget:
                 f"{self.label} cannot load {folder / ENGINE}", "build it again with the installed version"
             )
         return engine
+
+
+_SCRIPT = '''"""The network of ../model.engine, its plugins registered, for Polygraphy; see docs/tensorrt.md."""
+
+from pathlib import Path
+
+from attncompile.targets.engine_worker import load_network as _of
+
+
+def load_network():
+    return _of(Path(__file__).resolve().parent.parent)
+'''
+
+
+def _write_script(folder: Path) -> Path:
+    path = folder / "polygraphy" / "network.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(_SCRIPT, encoding="utf-8")
+    return path
 
 
 Shapes = Mapping[str, list[list[int]]]
@@ -263,10 +292,11 @@ def run_worker(
         "profiles": list(profiles), "workspace": options.workspace, "weight_streaming": options.weight_streaming,
         "refit": options.refit, "level": options.level,
         "timing_cache": str(options.timing_cache.resolve()) if options.timing_cache else None,
-        "name": f"attncompile {__version__} {target.metadata.get('plan', '')[:19]}".strip(),
+        "name": target.network_name(),
         "plugins": {**asdict(plugins), "folder": str(plugins.folder.resolve())} if plugins else None,
     }  # fmt: skip
     result = _in_process("attncompile.targets.engine_worker", wanted, label, timeout)
+    result["shared_limit"] = plugins.shared_limit if plugins else None
     if not result["ok"]:
         first = result["errors"][0] if result["errors"] else {"node": "", "op": "", "message": "no reason given"}
         where = f" at node '{first['node']}' ({first['op']})" if first["node"] else ""

@@ -37,15 +37,8 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     trt = importlib.import_module(request["module"])
     log = _logger(trt)
-    registered = _register(request["plugins"])
-    builder = trt.Builder(log)
-    network = builder.create_network(network_flags(trt, bool(request["plugins"])))
-    if hasattr(network, "name"):
-        network.name = request["name"]
-    parser = trt.OnnxParser(network, log)
-    model = Path(request["model"])
-    # The path lets the parser find external data, which lies beside the model.
-    if not parser.parse(_contents(model, request["module"]), str(model)):
+    builder, network, parser, registered, parsed = parse(trt, request, log)
+    if not parsed:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         found = [{"node": e.node_name(), "op": e.node_operator(), "message": e.desc().strip()} for e in errors]
         return _failed("parse", registered, found, log.bad)
@@ -71,6 +64,43 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             message = f"the engine has no layer of the plugin of {', '.join(missing[:3])}"
             return _failed("build", None, [], [message])
     return result
+
+
+def parse(trt: Any, request: Mapping[str, Any], log: Any) -> tuple[Any, Any, Any, Any, bool]:
+    """Builder, network, parser, what was registered, and whether the model was parsed."""
+    registered = _register(request["plugins"])
+    builder = trt.Builder(log)
+    network = builder.create_network(network_flags(trt, bool(request["plugins"])))
+    if hasattr(network, "name"):
+        network.name = request["name"]
+    parser = trt.OnnxParser(network, log)
+    model = Path(request["model"])
+    # The path lets the parser find external data, which lies beside the model.
+    parsed = parser.parse(_contents(model, request["module"]), str(model))
+    return builder, network, parser, registered, bool(parsed)
+
+
+def load_network(out: Path) -> tuple[Any, Any, Any]:
+    """Builder, network and parser of the engine in ``out``, for Polygraphy's network scripts: with its plugins
+    registered, in a network with the flags that it was built with.
+
+    Raises:
+        ValueError: the model cannot be parsed.
+    """
+    known = json.loads((out / "model.engine.json").read_text(encoding="utf-8"))
+    trt = importlib.import_module(known["module"])
+    plugins = known["registered"]
+    if plugins is not None:
+        plugins = {**plugins, "folder": str(out / plugins["folder"])}
+    request = {
+        "plugins": plugins, "name": known["name"], "module": known["module"],
+        "model": str(out / f"model.{known['target']}.onnx"),
+    }  # fmt: skip
+    log = trt.Logger(trt.Logger.WARNING)
+    builder, network, parser, _, parsed = parse(trt, request, log)
+    if not parsed:
+        raise ValueError(str(parser.get_error(0).desc()) if parser.num_errors else "the model cannot be parsed")
+    return builder, network, parser
 
 
 def _failed(stage: str, registered: Any, found: list[dict[str, str]], logged: list[str]) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import enum
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from attncompile.core.errors import BadArguments
 from attncompile.core.model import Model
@@ -50,7 +53,7 @@ def test_all_options_at_once(attention: Make, as_model: AsModel, tmp_path: Path)
     ]  # fmt: skip
     assert written["options"] == {"workspace": 1 << 28, "level": 2, "refit": False, "weight_streaming": True}
     assert (written["plan"], written["model"]) == ("sha256:0123456789abcdef", "sha256:test")
-    assert written["tensorrt_rtx"].startswith("1.") and written["target"] == "tensorrt-rtx"
+    assert written["version"].startswith("1.") and written["target"] == "tensorrt-rtx"
     assert result.engine is not None and b"attncompile" in result.engine.read_bytes(), "the network's name"
 
 
@@ -86,6 +89,33 @@ def test_profiles_stay_where_the_model_is_checked() -> None:
     with pytest.raises(BadArguments, match="sets 'M'") as error:
         engine.engine_profiles(WHOLE, EngineOptions(profiles=({"M": Range(1, 1, 1)},)))
     assert error.value.hint == "dynamic dimensions: N"
+
+
+@pytest.mark.slow
+def test_polygraphy_builds_from_the_network_script(attention: Make, as_model: AsModel, tmp_path: Path) -> None:
+    """The command of docs/tensorrt.md, with TensorRT-RTX in the place of TensorRT."""
+    build(attention, as_model, tmp_path / "out")
+    command = [
+        "convert", "polygraphy/network.py", "--model-type", "trt-network-script", "--trt-min-shapes", "x:[1,1,256]",
+        "--trt-opt-shapes", "x:[1,100,256]", "--trt-max-shapes", "x:[1,300,256]", "-o", str(tmp_path / "again.engine"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from polygraphy.tools import main; import sys; sys.exit(main())", *command],
+        cwd=tmp_path / "out", capture_output=True, text=True, check=False,
+        env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "again.engine").stat().st_size > 10_000
+
+
+def test_a_network_script_that_cannot_be_parsed(attention: Make, as_model: AsModel, tmp_path: Path) -> None:
+    build(attention, as_model, tmp_path / "out")
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [4, 4] if n == "x" else []) for n in "xy"]
+    graph = helper.make_graph([helper.make_node("Det", ["x"], ["y"])], "g", values[:1], values[1:])
+    other = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (tmp_path / "out" / "model.tensorrt-rtx.onnx").write_bytes(other.SerializeToString())
+    with pytest.raises(ValueError, match="Det"):
+        engine_worker.load_network(tmp_path / "out")
 
 
 # What differs between versions.

@@ -60,8 +60,9 @@ def test_static_engine(
     assert result.seconds > 0
     assert not result.ran
     assert "not executed" in result.reason
-    names = {"model.engine", "model.engine.json", "model.tensorrt-rtx.onnx"}
-    assert {p.name for p in result.files} == {p.name for p in (tmp_path / "out").iterdir()} == names
+    names = {"model.engine", "model.engine.json", "model.tensorrt-rtx.onnx", "network.py"}
+    there = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert {p.name for p in result.files} == there == names
 
 
 @pytest.mark.usefixtures("needs_rtx")

@@ -17,10 +17,10 @@ import onnx
 from tests.kernels.tensorrt import native
 from tests.kernels.tensorrt.walk import Refused, Sizes, check_entry, importer, walk
 
-_PACKAGE = """from tests.kernels.tensorrt.machine import *
-from tests.kernels.tensorrt.machine import _SHORT, _REGISTRY
-from tests.kernels.tensorrt.native import *
+_PACKAGE = """from tests.kernels.tensorrt.native import *
 from tests.kernels.tensorrt.native import nptype
+from tests.kernels.tensorrt.machine import *
+from tests.kernels.tensorrt.machine import _SHORT, _REGISTRY
 globals().update(_SHORT)
 __version__ = "{version}"
 def get_plugin_registry():
@@ -66,6 +66,14 @@ class ILogger:
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
     def __init__(self) -> None:
+        pass
+
+
+class Logger(ILogger):
+    def __init__(self, severity: int = ILogger.WARNING) -> None:
+        super().__init__()
+
+    def log(self, severity: int, message: str) -> None:
         pass
 
 

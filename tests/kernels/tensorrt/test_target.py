@@ -6,6 +6,9 @@ Kernels are compiled for sm_80; no GPU is there.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,11 +89,34 @@ def test_a_model_becomes_an_engine(tensorrt_11: None, windowed: Model, tmp_path:
     assert built["flags"] == 0b101, "strongly typed, ahead of time"
     assert built["name"].startswith("attncompile ") and "sha256:00112233" in built["name"]
     written = json.loads((folder / engine.METADATA).read_text())
-    assert list(written["plugins"].values()) == [name] and written["tensorrt"] == "11.4.0"
+    assert list(written["plugins"].values()) == [name] and written["version"] == "11.4.0"
     assert {p.name for p in plugin.read(folder / target.BUNDLE)} == {name}
     bundle = Bundle.open(folder / target.BUNDLE)
     assert {f["ptx"] for f in bundle.files.values()} == set(written["kernels"][name])
     assert any("1 nodes are plugins" in n for n in result.notes)
+
+
+def test_polygraphys_network_script_registers_the_plugins(
+    tensorrt_11: None, windowed: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = made()
+    chosen.build(chosen.lower(windowed.proto, windowed, "fp16"), windowed, profile_of(windowed), tmp_path)
+    code = (
+        "import runpy; b, n, p = runpy.run_path('polygraphy/network.py')['load_network'](); "
+        "print(n.flags, p.num_errors)"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout == "5 0\n", done.stderr
+    (tmp_path / target.BUNDLE / plugin.INDEX).unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode and "plugins.json cannot be read" in done.stderr
 
 
 def test_in_float32_bodies_stay(windowed: Model) -> None:

@@ -97,6 +97,7 @@ def _take(found: dict[str, Range], symbol: str | int, sizes: tuple[int, ...], na
         return
     if not re.fullmatch(r"[A-Za-z_][\w.:]*", symbol):
         return  # computed from others, such as past + sequence
-    wanted = Range(*sizes)
+    low, usual, high = sizes
+    wanted = Range(low, usual, high)
     if found.setdefault(symbol, wanted) != wanted:
         raise BadArguments(f"'{symbol}' has two ranges", f"input '{name}' contradicts another one")

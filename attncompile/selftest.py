@@ -22,6 +22,7 @@ from attncompile.outputs import FP16_BUDGET
 from attncompile.plugins import kernels
 from attncompile.plugins.attention import dense
 from attncompile.plugins.attention import op as dense_op
+from attncompile.plugins.body import DOMAIN
 from attncompile.plugins.neighborhood import function as grid
 from attncompile.plugins.neighborhood import op as grid_op
 from attncompile.plugins.neighborhood.call import Call
@@ -80,7 +81,7 @@ def _row(op: str, proto: ModelProto, judge: Compare, target: TensorRT) -> Row:
         model = Model(path, proto, "sha256:selftest", OPSET)
         try:
             lowered = target.lower(proto, model)
-            made = [n.op_type for n in lowered.graph.node if n.domain == dense_op.DOMAIN]
+            made = [n.op_type for n in lowered.graph.node if n.domain == DOMAIN]
             if not made:
                 return Row(op, False, None, time.perf_counter() - start, "no plugin was made of its node")
             result = target.build(lowered, model, PROFILE, folder)
@@ -110,7 +111,7 @@ def _model(node: NodeProto, body: FunctionProto, tokens: int | str) -> ModelProt
         for name in ("query", "key", "value", "output")
     ]
     graph = helper.make_graph([node], "selftest", values[:3], values[3:])
-    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(dense_op.DOMAIN, 1)]
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
 
 

@@ -99,7 +99,9 @@ def load_network(out: Path) -> tuple[Any, Any, Any]:
     log = trt.Logger(trt.Logger.WARNING)
     builder, network, parser, _, parsed = parse(trt, request, log)
     if not parsed:
-        raise ValueError(str(parser.get_error(0).desc()) if parser.num_errors else "the model cannot be parsed")
+        first = parser.get_error(0) if parser.num_errors else None
+        where = f" at {first.node_operator()} '{first.node_name()}': {first.desc()}" if first else ""
+        raise ValueError(f"the model cannot be parsed{where}")
     return builder, network, parser
 
 

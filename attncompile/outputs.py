@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +13,7 @@ import numpy as np
 from onnx import ModelProto
 
 from attncompile import report as reports
-from attncompile import engine_profile, report_html, tensorrt_plugins, verify
+from attncompile import report_html, tensorrt_plugins, verify
 from attncompile.core import plan_toml
 from attncompile.core.errors import AttncompileError, BadArguments, GateFailed, MissingDependency
 from attncompile.core.folder import atomic_folder, check_replaceable
@@ -25,7 +24,7 @@ from attncompile.plugins import kernels
 from attncompile.report import Report, TargetFile, TargetReport
 from attncompile.targets import base
 from attncompile.targets.base import BuildResult, Target
-from attncompile.targets.engine import METADATA, EngineTarget
+from attncompile.targets.engine import EngineTarget
 from attncompile.targets.tensorrt import TensorRT
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ def test_an_engine_is_compared(error: float, passes: bool, tmp_path: Path, monke
     monkeypatch.setattr(runners, "_engine_runner", runner(error))
     feeds = [{"x": np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)}]
     if not passes:
-        with pytest.raises(GateFailed, match="the engine is too far from model.onnx"):
+        with pytest.raises(GateFailed, match=r"the engine is too far from model\.onnx"):
             outputs._parity(found, TensorRT(), result, feeds, None)
         return
     compared, times = outputs._parity(found, TensorRT(), result, feeds, None)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from onnx import ModelProto
 
 from attncompile.core.errors import TargetError
+from attncompile.core.kernel import SMALL_SHARED
 from attncompile.core.model import Model
 from attncompile.core.verdict import Verdict
 from attncompile.targets import engine
@@ -33,8 +34,6 @@ BUNDLE = "tensorrt.bundle"
 LEAST_GAIN = 1.3
 """A plugin breaks the fusions around it: nothing is gained by one that is predicted to be less than this times as fast
 as the dense attention that TensorRT fuses, its barrier (``TensorRT.barrier``) counted in."""
-
-_SMALL_SHARED = 48 << 10
 
 
 class Plugins(Protocol):
@@ -170,7 +169,7 @@ class TensorRT(EngineTarget):
             if plugins is None or self.plugins is None or not self.plugins.large():
                 raise
             # Whether TensorRT raises the limit of shared memory for a plugin is not known: every plugin can do without.
-            small = replace(plugins, shared_limit=_SMALL_SHARED)
+            small = replace(plugins, shared_limit=SMALL_SHARED)
             note = f"built with kernels of at most 48 KB of shared memory, since larger ones failed: {error.message}"
             return run_worker(self, source, engine, profiles, timeout, small), (*self._told(plugins), note)
 

@@ -163,7 +163,7 @@ def test_large_kernels_are_left_out_where_they_do_not_run(
     lowered = chosen.lower(windowed.proto, windowed, "fp16")
     shared = sorted(k.entry.shared for k in chosen.plugins._built.compiled.values())  # type: ignore[attr-defined]
     assert len(shared) == 2 and shared[0] < shared[1] <= 48 << 10
-    monkeypatch.setattr(target, "_SMALL_SHARED", shared[0])
+    monkeypatch.setattr(target, "SMALL_SHARED", shared[0])
     monkeypatch.setattr(tensorrt_plugins, "SMALL_SHARED", shared[0])
     monkeypatch.setenv("DOUBLE_SHARED_LIMIT", str(shared[0]))
     result = chosen.build(lowered, windowed, profile_of(windowed), tmp_path)

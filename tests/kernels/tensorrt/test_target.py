@@ -96,6 +96,7 @@ def test_a_model_becomes_an_engine(tensorrt_11: None, windowed: Model, tmp_path:
     assert any("1 nodes are plugins" in n for n in result.notes)
 
 
+@pytest.mark.slow
 def test_polygraphys_network_script_registers_the_plugins(
     tensorrt_11: None, windowed: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_node_that_turns_out_to_have_no_kernel_keeps_its_body(
     assert ours(lowered) == [] and not lowered.functions
 
 
+@pytest.mark.slow
 def test_large_kernels_are_left_out_where_they_do_not_run(
     tensorrt_11: None, windowed: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +175,7 @@ def test_large_kernels_are_left_out_where_they_do_not_run(
     assert walked[0][2] == [shared[0]]
 
 
+@pytest.mark.slow
 def test_an_engine_without_its_plugins_is_an_error(
     tensorrt_11: None, windowed: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

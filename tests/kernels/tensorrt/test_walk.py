@@ -51,7 +51,8 @@ def expected(one: Prepared, launch: Launch, sizes: dict[str, int], multiprocesso
     return entry, grid(entry, values, ""), numbers, [outputs[n] for n in one.sample.outputs]
 
 
-ALL = [pytest.param(s, marks=pytest.mark.slow) if s.slow else s for s in SAMPLES]
+SLOW = pytest.mark.slow
+ALL = [pytest.param(s, marks=SLOW) if s.slow else s for s in SAMPLES]
 
 
 @pytest.mark.parametrize("sample", ALL, ids=str)
@@ -88,7 +89,7 @@ def test_a_kernel_that_wants_the_number_of_multiprocessors_gets_it(newest: Any, 
         assert launch.grid({"B": 1, "N": 333, "M": 50}) == (7, 1, 1)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [a if a == 80 else pytest.param(a, marks=SLOW) for a in ARCHITECTURES])
 def test_ptxas_takes_what_tensorrt_is_given(
     architecture: int, newest: Any, prepared: dict[str, Prepared], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a gate failed; 2 could not run; 130 interrupted. Heavy mod
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import os
@@ -84,6 +85,15 @@ def _compile(
     fp16: opt.Fp16 = False,
     bf16: opt.Bf16 = False,
     arch: opt.Arch = [],  # noqa: B006
+    engine_profile: opt.EngineProfiles = [],  # noqa: B006
+    min_shapes: opt.MinShapes = [],  # noqa: B006
+    opt_shapes: opt.OptShapes = [],  # noqa: B006
+    max_shapes: opt.MaxShapes = [],  # noqa: B006
+    workspace: opt.Workspace = None,
+    timing_cache: opt.TimingCache = None,
+    weight_streaming: opt.WeightStreaming = False,
+    refit: opt.Refit = False,
+    engine_level: opt.Level = None,
     grid: opt.Grid = None,
     site: opt.Sites = [],  # noqa: B006
     threads: opt.Threads = None,
@@ -93,10 +103,14 @@ def _compile(
     quiet: opt.Quiet = False,
 ) -> int:
     """Replace the attention of MODEL, verify the result and write it to OUT (the default verb)."""
+    from attncompile import engine_options
+
     options = _options(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
         plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
         fp16=fp16, bf16=bf16, arch=arch, grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed,
+        engine=engine_options.parse(workspace, timing_cache, weight_streaming, refit, engine_level, engine_profile),
+        ranges=engine_options.ranges(model, min_shapes, opt_shapes, max_shapes),
     )  # fmt: skip
     as_json = _as_json(format)
     if dry_run:
@@ -328,10 +342,17 @@ app.add_typer(cli_kernels.app, name="kernels")
 
 
 @app.command("env", short_help="Print versions, hardware and usable targets.")
-def _env(format: opt.Format = "table") -> int:
-    """Print versions, CPU, GPUs and which targets can be used here. Imports no framework."""
+def _env(
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Build, run and check an engine of TensorRT for every op of ours.")
+    ] = False,
+    format: opt.Format = "table",
+) -> int:
+    """Print versions, CPU, GPUs and which targets can be used here. Imports no framework without --selftest."""
     from attncompile import console, env
 
+    if selftest:
+        return _selftest(_as_json(format))
     found = env.environment()
     if _as_json(format):
         _print_json(found.to_json())
@@ -354,6 +375,28 @@ def _env(format: opt.Format = "table") -> int:
     return 0
 
 
+def _selftest(as_json: bool) -> int:
+    from attncompile import console, report_text, selftest
+
+    with console.stdout_to_stderr():
+        rows = selftest.run()
+    if as_json:
+        _print_json({"selftest": [dataclasses.asdict(r) for r in rows]})
+    else:
+        told = [
+            (
+                r.op,
+                "passed" if r.ok else "failed",
+                "" if r.error is None else f"{r.error:.1e}",
+                f"{r.seconds:.1f}",
+                r.said,
+            )
+            for r in rows
+        ]
+        report_text.print_table_of(("op", "engine", "relative L2", "seconds", ""), told, console.data_console())
+    return 0 if all(r.ok for r in rows) else GateFailed.exit_code
+
+
 def _options(**given: Any) -> Options:
     """``pipeline.Options`` of the command line's texts; whatever is wrong with them is a BadArguments."""
     from attncompile.pipeline import Options
@@ -373,6 +416,11 @@ def _options(**given: Any) -> Options:
     opt.existing(known.get("plan"), "--plan")
     opt.check_grid(known.get("grid"))
     known["profile"] = opt.parse_profile(known.get("profile", ()))
+    ranges = known.pop("ranges", {})  # in trtexec's spelling
+    twice = sorted(set(ranges) & set(known["profile"]))
+    if twice:
+        raise BadArguments(f"'{twice[0]}' is set by --profile and by a shape", "keep one of the two")
+    known["profile"] |= ranges
     if "fp16" in known:
         known["precision"] = opt.precision(known.pop("fp16"), known.pop("bf16"))
     if "arch" in known:

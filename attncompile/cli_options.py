@@ -21,8 +21,8 @@ Target = Annotated[
     str | None,
     typer.Option(
         "--target", metavar="T", show_default=False,
-        help="onnx, onnxruntime-cuda or tensorrt-rtx. Default: tensorrt-rtx if it is installed, else onnx. onnx is "
-        "always written.",
+        help="onnx, onnxruntime-cuda, tensorrt-rtx or tensorrt. Default: tensorrt if it loads and there is a GPU, else "
+        "tensorrt-rtx if it is installed, else onnx. onnx is always written.",
     ),
 ]  # fmt: skip
 Out = Annotated[
@@ -117,6 +117,41 @@ Arch = Annotated[
         "for `kernels build`) 80, 86, 89, 90, 100, 120.",
     ),
 ]  # fmt: skip
+EngineProfiles = Annotated[
+    list[str],
+    typer.Option(
+        "--engine-profile", metavar="SYM=MIN:USUAL:MAX", show_default=False,
+        help="One optimisation profile of the engine, inside of --profile; repeat it for more.",
+    ),
+]  # fmt: skip
+Workspace = Annotated[
+    str | None,
+    typer.Option("--workspace", metavar="SIZE", show_default=False, help="Memory for the engine's builder, as 4G."),
+]
+TimingCache = Annotated[
+    Path | None,
+    typer.Option("--timing-cache", metavar="FILE", show_default=False, help="Timings of the builder, kept there."),
+]
+WeightStreaming = Annotated[bool, typer.Option("--weight-streaming", help="Let the engine stream its weights.")]
+Refit = Annotated[bool, typer.Option("--refit", help="Let the engine's weights be replaced later.")]
+Level = Annotated[
+    int | None,
+    typer.Option(
+        "--engine-level", metavar="0..5", min=0, max=5, show_default=False, help="How hard the builder tries."
+    ),
+]  # fmt: skip
+MinShapes = Annotated[
+    list[str],
+    typer.Option("--minShapes", metavar="IN:1xN,...", show_default=False, help="As trtexec's, instead of --profile."),
+]
+OptShapes = Annotated[
+    list[str],
+    typer.Option("--optShapes", metavar="IN:1xN,...", show_default=False, help="As trtexec's, instead of --profile."),
+]
+MaxShapes = Annotated[
+    list[str],
+    typer.Option("--maxShapes", metavar="IN:1xN,...", show_default=False, help="As trtexec's, instead of --profile."),
+]
 Format = Annotated[str, typer.Option("--format", metavar="table|json", help="What goes to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 

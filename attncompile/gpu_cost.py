@@ -30,7 +30,10 @@ MASK_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class GpuCost:
-    """``world_at`` evaluates the model at given sizes; ``dtype`` is what float32 sites are converted to; ``fuses_dense``: the target's own attention keeps no scores."""
+    """``world_at`` evaluates the model at given sizes; ``dtype`` is what float32 sites are converted to;
+    ``fuses_dense``: the target's own attention keeps no scores; ``barrier``: milliseconds that a node of ours costs
+    by what it breaks around it.
+    """
 
     world_at: Callable[[Mapping[str, int]], World]
     kernels: Mapping[str, Kernel]
@@ -38,6 +41,7 @@ class GpuCost:
     dtype: str
     fuses_dense: bool
     least_gain: float = 0.0
+    barrier: float = 0.0
     keep_slower: bool = False
     """Whether everything that is right is wanted, though it be slower or its cost not known."""
 
@@ -65,7 +69,7 @@ class GpuCost:
         for node in nodes:
             if node.call is None:
                 raise Unsupported(node.verdict.code, node.verdict.reason, node.verdict.hint)
-            total += self._launch(node.call)
+            total += self._launch(node.call) + self.barrier
         return total
 
     def before(self, site: AttentionSite, shape: Shape) -> float:
@@ -104,4 +108,4 @@ def gpu_cost(
     """
     dtype = "bfloat16" if precision == "bf16" else "float16"
     least = 0.0 if keep_slower else target.least_gain
-    return GpuCost(world_at, kernels, MEASURED, dtype, target.fuses_dense, least, keep_slower)
+    return GpuCost(world_at, kernels, MEASURED, dtype, target.fuses_dense, least, target.barrier * 1e3, keep_slower)

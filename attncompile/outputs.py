@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from onnx import ModelProto
 
+from attncompile import engine_profile, report_html, tensorrt_plugins, verify
 from attncompile import report as reports
-from attncompile import report_html, verify
 from attncompile.core import plan_toml
-from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
+from attncompile.core.errors import AttncompileError, BadArguments, GateFailed, MissingDependency
 from attncompile.core.folder import atomic_folder, check_replaceable
 from attncompile.core.plan import Plan
 from attncompile.env import default_target
 from attncompile.kernel_kit import Kit, default_architectures
+from attncompile.kernels.entry import digest
+from attncompile.plugins import kernels
 from attncompile.report import Report, TargetFile, TargetReport
 from attncompile.targets import base
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.base import BuildResult, Target
+from attncompile.targets.engine import METADATA, EngineTarget
 from attncompile.targets.kernels import Launching
+from attncompile.targets.tensorrt import TensorRT
 
 if TYPE_CHECKING:
     from attncompile.console import Progress
@@ -43,7 +48,7 @@ def target(name: str | None, precision: str | None) -> Target:
 
     Raises:
         BadArguments: no such target, or a precision for a target without engines.
-        MissingDependency: it cannot be built here.
+        MissingDependency: it cannot be built here, and nothing is gained by writing the portable outputs alone.
     """
     chosen = name or default_target()
     if name is None and chosen not in base.names():
@@ -53,12 +58,23 @@ def target(name: str | None, precision: str | None) -> Target:
             f"target {chosen} is not in this version of attncompile", f"targets: {', '.join(base.names())}"
         )
     found = base.get(chosen)
-    if name is not None:
+    if name is not None and not getattr(found, "portable_without", False):
         base.require(found)
     if precision is not None and chosen == "onnx":
         raise BadArguments(f"--{precision} is for other targets; onnx keeps the model's own types",
                            "add --target tensorrt-rtx or onnxruntime-cuda")  # fmt: skip
     return found
+
+
+def configured(target: Target, options: Options, plan: Plan) -> Target:
+    """``target`` with what it needs of this run: the engine's options and metadata, and for TensorRT our kernels."""
+    if not isinstance(target, EngineTarget):
+        return target
+    metadata = {"plan": f"sha256:{digest(plan_toml.dumps(plan).encode())}", "policy": plan.policy}
+    if isinstance(target, TensorRT) and target.available().ok:
+        plugins = tensorrt_plugins.for_this_gpu(kernels())
+        return replace(target, options=options.engine, metadata=metadata, plugins=plugins)
+    return replace(target, options=options.engine, metadata=metadata)
 
 
 def check(out: Path, model: Path) -> None:
@@ -80,10 +96,13 @@ def staged(out: Path) -> AbstractContextManager[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What the targets wrote; ``problems`` are why one that was to be built was not."""
+    """What the targets wrote; ``problems`` are why one that was to be built was not, ``missing`` if it was because of a
+    package that is not there.
+    """
 
     reports: tuple[TargetReport, ...]
     problems: tuple[str, ...] = ()
+    missing: bool = False
 
 
 def build(
@@ -98,20 +117,68 @@ def build(
         return Built((portable,))
     progress.stage(f"build {target.name}")
     try:
+        base.require(target)
         precision = cast("Precision | None", options.precision)
         if isinstance(target, Launching):
             architectures = options.architectures or default_architectures()
             target = target.equipped(Kit(architectures, progress, found.detection.sites))
         lowered = target.lower(proto, found.model, precision)
         result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
-        notes = _precision_parity(found, result, evidence(), precision, proto) if precision else ()
+        notes = _parity(found, target, result, evidence(), precision, proto)
     except AttncompileError as error:
         # A half-made engine, or one that failed its parity, must not be deployed by mistake.
-        for left in (*folder.glob("model*engine*"), *folder.glob("model.onnxruntime-cuda.*")):
+        half_made = ("model*engine*", "model.layers.json", "model.onnxruntime-cuda.*")
+        for left in (path for pattern in half_made for path in folder.glob(pattern)):
             left.unlink()
         hint = f" ({error.hint})" if error.hint else ""
-        return Built((portable,), (f"target {target.name}: {error.message}{hint}",))
+        # What was missing says which target it was for.
+        missing = isinstance(error, MissingDependency)
+        said = error.message if missing else f"target {target.name}: {error.message}"
+        return Built((portable,), (f"{said}{hint}",), missing)
     return Built((portable, _report(result, folder, notes)))
+
+
+def _parity(
+    found: Inspection, target: Target, result: BuildResult, feeds: Sequence[Feed], precision: Precision | None,
+    proto: ModelProto,
+) -> tuple[str, ...]:  # fmt: skip
+    """The engine against the original where it runs here, else what was converted against it."""
+    if isinstance(target, TensorRT) and result.engine is not None:
+        return _engine_parity(found, result.engine, feeds, precision)
+    return _precision_parity(found, result, feeds, precision, proto) if precision else ()
+
+
+ENGINE_BUDGETS = {"fp16": FP16_BUDGET, "bf16": 8 * FP16_BUDGET, None: FP16_BUDGET}
+"""Relative L2 at the outputs of an engine of TensorRT. It multiplies float32 in TF32, which rounds as fp16 does; bf16
+has three bits less."""
+
+
+def _engine_parity(
+    found: Inspection, engine: Path, feeds: Sequence[Feed], precision: Precision | None
+) -> tuple[str, ...]:
+    """``model.onnx``, which was compared with the original, in ONNX Runtime against the engine.
+
+    Raises:
+        GateFailed: it is further away than rounding explains.
+    """
+    if verify.uses_bfloat16(found.model.proto):
+        return ("the engine was compared with nothing: ONNX Runtime's CPU provider has no bfloat16 kernels",)
+    budget = max(ENGINE_BUDGETS[precision], verify.exact_budget(found.model.proto))
+    compared = verify.compare_models(engine.with_name("model.onnx"), engine, feeds, budget=budget)
+    if not compared.passed:
+        raise GateFailed(f"the engine is too far from model.onnx: {compared.verdict.reason}", "report this model")
+    told = f"the engine against model.onnx in ONNX Runtime: relative L2 {compared.error:.1e}"
+    return (told, _layer_times(engine, feeds))
+
+
+def _layer_times(engine: Path, feeds: Sequence[Feed]) -> str:
+    """Writes ``model.layers.json``, and says how much of the time plugins take."""
+    known = json.loads(engine.with_name(METADATA).read_text(encoding="utf-8"))
+    layers = engine_profile.profile(engine, feeds, known["module"], known["plugins"])
+    text = json.dumps([asdict(layer) for layer in layers], indent=1)
+    engine.with_name("model.layers.json").write_text(text + "\n", encoding="utf-8")
+    whole, ours = (sum(x.microseconds for x in layers if x.plugin or every) for every in (True, False))
+    return f"{len(layers)} layers take {whole / 1000:.3f} ms, our plugins {ours / 1000:.3f} ms of it: model.layers.json"
 
 
 def _precision_parity(

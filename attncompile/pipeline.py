@@ -13,7 +13,7 @@ import numpy as np
 from attncompile import outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
-from attncompile.core.errors import BadArguments, Unsupported
+from attncompile.core.errors import BadArguments, MissingDependency, Unsupported
 from attncompile.core.mechanism import Candidate, Mechanism, understood
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
@@ -42,6 +42,7 @@ from attncompile.report import Report, SiteReport, TargetReport, model_info
 from attncompile.shaped import sizes_of
 from attncompile.targets import base
 from attncompile.targets.base import Target
+from attncompile.targets.engine import EngineOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Options:
     seed: int = 0
     sites: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +200,14 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
         run = whole.Run(found, options, found.feeds, kept, results, registry, worlds, checker, progress, folder)
         outcome = run.finish(chosen)
         clock.lap("verify the model")
+        target = outputs.configured(target, options, outcome.plan)
         built = outputs.build(found, options, target, run.proto_for(target), folder, run.evidence, progress)
         # A target that was asked for and cannot be had is a failure; one that was tried by default is a warning.
         failures, warned = (built.problems, ()) if options.target else ((), built.problems)
         clock.lap("build")
         report = _report(found, options, target, outcome, built.reports, [*warnings, *warned], failures, clock, out)
+        if failures and built.missing:
+            report = replace(report, exit_code=MissingDependency.exit_code)
         outputs.write(folder, report, outcome.plan)
     return report
 

@@ -13,7 +13,7 @@ ALLOWED = {
     "passes": {"core", "passes"},
     "plugins": {"core", "plugins"},
     "attncompile/runtime": {"core", "runtime"},
-    "attncompile/targets": {"core", "targets", "runtime"},  # what they write is what it reads
+    "attncompile/targets": {"core", "targets", "runtime", "__version__"},  # what they write is what the runtime reads
     "attncompile/kernels": {"core", "kernels", "__version__"},  # mechanisms' kernels come in as values
     "models": {"core", "models", "passes"},  # the zoo compares its truth with detection
 }

@@ -83,10 +83,21 @@ class Target(Protocol):
     name: str
     fuses_dense: bool
     """Whether it fuses dense attention itself, so that only replacements which skip keys may be faster there."""
-    runs_kernels: bool
-    """Whether it runs the GPU kernels of our ops. Then it is judged by their cost model, not by times on this CPU."""
-    least_gain: float
-    """Predicted gain of a site below which an op of ours is not worth what it breaks around it; 0 for none."""
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether it runs the GPU kernels of our ops. Then their cost model judges, not times on this CPU."""
+        ...
+
+    @property
+    def least_gain(self) -> float:
+        """Predicted gain of a site below which an op of ours is not worth what it breaks around it; 0 for none."""
+        ...
+
+    @property
+    def barrier(self) -> float:
+        """Seconds that an op of ours costs by the fusions that it breaks."""
+        ...
 
     def available(self) -> Verdict:
         """Whether this target can be built here; the hint says what to install."""
@@ -118,6 +129,7 @@ REGISTRY: tuple[tuple[str, str], ...] = (
     ("onnx", "attncompile.targets.onnx:TARGET"),
     ("onnxruntime-cuda", "attncompile.targets.onnxruntime_cuda:TARGET"),
     ("tensorrt-rtx", "attncompile.targets.tensorrt_rtx:TARGET"),
+    ("tensorrt", "attncompile.targets.tensorrt:TARGET"),
 )
 """Name and ``module:object`` of every target, imported only when it is asked for."""
 

@@ -31,6 +31,15 @@ def drop_unit_axes(proto: ModelProto) -> int:
     return changed
 
 
+def dropped(node: NodeProto) -> str:
+    """What hides keys in a standard Attention and is not in the network that TensorRT-RTX 1.7.1 makes of it."""
+    if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
+        return ""
+    if any(a.name in ("left_window_size", "right_window_size") and a.i >= 0 for a in node.attribute):
+        return "its window (opset 25)"
+    return "nonpad_kv_seqlen" if len(node.input) > 6 and node.input[6] else ""
+
+
 def allow_split_attention(proto: ModelProto) -> bool:
     """Let TensorRT-RTX split an ``Attention`` that it has no fused kernel for (fp32, head size 8, 257 ...), in place.
 

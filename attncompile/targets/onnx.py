@@ -68,6 +68,7 @@ class Onnx:
     fuses_dense = False
     runs_kernels = False
     least_gain = 0.0
+    barrier = 0.0
 
     def available(self) -> Verdict:
         return Verdict.yes("always written; needs nothing")

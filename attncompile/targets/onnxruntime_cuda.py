@@ -24,8 +24,8 @@ from attncompile.runtime.locate import library
 from attncompile.targets import graph as g
 from attncompile.targets import precision as conversion
 from attncompile.targets.base import BuildResult, Precision
+from attncompile.targets.engine import save
 from attncompile.targets.kernels import KernelKit, NodeKernel, by_name
-from attncompile.targets.tensorrt_rtx import save
 
 OURS = "attncompile"
 """Domain of our ops."""
@@ -44,6 +44,7 @@ class OnnxRuntimeCuda:
     fuses_dense = False
     runs_kernels = True
     least_gain = 0.0
+    barrier = 0.0
 
     def __init__(self, kit: KernelKit | None = None) -> None:
         self._kit = kit

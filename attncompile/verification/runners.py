@@ -20,6 +20,8 @@ from attncompile.measure import open_session
 from attncompile.verification.retype import TO_TWIN, convert_feed, retype
 
 ORIGINAL, REWRITTEN = "original", "attncompile"
+ENGINE = ".engine"
+"""Suffix of engines."""
 
 
 class RewrittenFailed(AttncompileError):
@@ -65,20 +67,29 @@ def run(baseline: Baseline, original: Path, rewritten: Path, feeds: list[dict[st
 
 
 def _run_one(path: Path, name: str, feeds: list[dict[str, np.ndarray]]) -> Any:
-    """Polygraphy's list of ``IterationResult`` of one model."""
+    """Polygraphy's list of ``IterationResult`` of one model, or of an engine of TensorRT."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.comparator import Comparator
 
-    session = open_session(path)  # as SessionFromOnnx does, with our error mapping and a silent log
+    # As SessionFromOnnx does, with our error mapping and a silent log.
+    session = None if path.suffix == ENGINE else open_session(path)
     try:
         with _quiet():
-            return Comparator.run([OnnxrtRunner(session, name=name)], data_loader=feeds)[name]
+            runner = _engine_runner(path, name) if session is None else OnnxrtRunner(session, name=name)
+            return Comparator.run([runner], data_loader=feeds)[name]
     except Exception as error:
         text = str(error).strip().splitlines()
         raise AttncompileError(
             f"{path.name} fails to run: {text[0][:300] if text else type(error).__name__}",
-            "run it alone with `polygraphy run --onnxrt` to see the whole message",
+            f"run it alone with `polygraphy run --{'onnxrt' if session else 'trt'}` to see the whole message",
         ) from error
+
+
+def _engine_runner(path: Path, name: str) -> Any:
+    from polygraphy.backend.common import BytesFromPath
+    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+
+    return TrtRunner(EngineFromBytes(BytesFromPath(str(path))), name=name)
 
 
 def run_twins(

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from attncompile.core.errors import BadArguments, MissingDependency, TargetError
 from attncompile.core.model import Model
 from attncompile.core.profile import Range, ShapeProfile
+from attncompile.targets import engine
 from attncompile.targets import tensorrt_rtx as rtx
 from attncompile.targets.base import BuildResult
 from attncompile.targets.legalise import drop_unit_axes
@@ -59,7 +60,9 @@ def test_static_engine(
     assert result.seconds > 0
     assert not result.ran
     assert "not executed" in result.reason
-    assert set(result.files) == {result.engine, tmp_path / "out" / "model.tensorrt-rtx.onnx"}
+    names = {"model.engine", "model.engine.json", "model.tensorrt-rtx.onnx", "network.py"}
+    there = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert {p.name for p in result.files} == there == names
 
 
 @pytest.mark.usefixtures("needs_rtx")
@@ -68,16 +71,16 @@ def test_dynamic_engine_has_the_profile(attention: Make, as_model: AsModel, tmp_
     result = _build(attention(np.float16, length="N"), as_model, tmp_path / "out", profile)
     assert result.attention_fused == 1
     lowered = onnx.load(tmp_path / "out" / "model.tensorrt-rtx.onnx")
-    assert rtx.shapes(lowered, profile) == {"x": [[1, 1, 256], [1, 100, 256], [1, 300, 256]]}
+    assert engine.shapes(lowered, profile) == {"x": [[1, 1, 256], [1, 100, 256], [1, 300, 256]]}
 
 
 def test_dimension_without_a_range_is_named(attention: Make) -> None:
     with pytest.raises(BadArguments, match="dimension 'N' of input 'x'") as error:
-        rtx.shapes(attention(length="N"), STATIC)
+        engine.shapes(attention(length="N"), STATIC)
     assert "--profile N=" in error.value.hint
     unnamed = attention()
     unnamed.graph.input[0].type.tensor_type.shape.dim[1].Clear()
-    assert rtx.shapes(unnamed, ShapeProfile({"x:1": Range(2, 3, 4)}))["x"][2] == [1, 4, 256]
+    assert engine.shapes(unnamed, ShapeProfile({"x:1": Range(2, 3, 4)}))["x"][2] == [1, 4, 256]
 
 
 @pytest.mark.usefixtures("needs_rtx")
@@ -178,7 +181,7 @@ def _foreign(inside_branch: bool) -> ModelProto:
 def test_foreign_op_is_refused_before_parsing(
     as_model: AsModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside_branch: bool
 ) -> None:
-    monkeypatch.setattr(rtx, "run_worker", lambda *_: pytest.fail("the parser was started"))
+    monkeypatch.setattr(engine, "run_worker", lambda *_: pytest.fail("the parser was started"))
     monkeypatch.setattr(rtx.TARGET.__class__, "available", lambda self: rtx.Verdict.yes())
     proto = _foreign(inside_branch)
     model = as_model(proto)
@@ -268,11 +271,11 @@ def test_build_that_takes_too_long_is_stopped(
 
 def test_engine_cannot_be_opened_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for capabilities, word in (([], "no CUDA GPU"), ([90], "compute capability 9.0")):
-        monkeypatch.setattr(rtx, "_capabilities", lambda found=capabilities: found)
+        monkeypatch.setattr(engine, "capabilities", lambda found=capabilities: found)
         assert word in rtx.TARGET.can_run().reason
         with pytest.raises(TargetError, match="cannot be loaded here"):
             rtx.TARGET.open(tmp_path)
-    monkeypatch.setattr(rtx, "_capabilities", lambda: [90, 120])
+    monkeypatch.setattr(engine, "capabilities", lambda: [90, 120])
     assert rtx.TARGET.can_run().ok
 
 
@@ -288,10 +291,10 @@ def test_missing_package(attention: Make, as_model: AsModel, tmp_path: Path, mon
 def test_large_models_are_saved_with_data_beside_them(
     attention: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rtx, "_INLINE_LIMIT", 1000)
+    monkeypatch.setattr(engine, "_INLINE_LIMIT", 1000)
     proto = attention()
     before = proto.SerializeToString()
-    files = rtx.save(proto, tmp_path / "m.onnx")
+    files = engine.save(proto, tmp_path / "m.onnx")
     assert [f.name for f in files] == ["m.onnx", "m.onnx.data"]
     assert proto.SerializeToString() == before
     again = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "m.onnx").graph.initializer}

@@ -1,0 +1,144 @@
+"""``attncompile env --selftest``: an engine of TensorRT for every op with kernels, built, run and compared here.
+
+Each op is one small float16 model with its body: ONNX Runtime runs the body on the CPU, the engine our kernels.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
+
+from attncompile import verify
+from attncompile.core.errors import AttncompileError, MissingDependency
+from attncompile.core.model import Model
+from attncompile.core.profile import Range, ShapeProfile
+from attncompile.outputs import FP16_BUDGET
+from attncompile.plugins import kernels
+from attncompile.plugins.attention import dense
+from attncompile.plugins.attention import op as dense_op
+from attncompile.plugins.body import DOMAIN
+from attncompile.plugins.neighborhood import function as grid
+from attncompile.plugins.neighborhood import op as grid_op
+from attncompile.plugins.neighborhood.call import Call
+from attncompile.targets.tensorrt import TARGET, TensorRT
+from attncompile.tensorrt_plugins import for_this_gpu
+from attncompile.verify import ModelComparison
+
+OPSET = 18
+HEADS, DIM = 4, 64
+PROFILE = ShapeProfile({"batch": Range(1, 2, 4), "tokens": Range(1, 333, 1024)})
+Feed = Mapping[str, np.ndarray]
+Compare = Callable[[Path, Path, list[Feed]], ModelComparison]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One op. ``error``: relative L2 of the engine against the body; ``said``: why it failed, or what was built."""
+
+    op: str
+    ok: bool
+    error: float | None
+    seconds: float
+    said: str
+
+
+def compare(model: Path, engine: Path, feeds: list[Feed]) -> ModelComparison:
+    return verify.compare_models(model, engine, feeds, budget=FP16_BUDGET)
+
+
+def run(judge: Compare = compare, target: TensorRT | None = None) -> list[Row]:
+    """One row an op with kernels, in their order.
+
+    Raises:
+        MissingDependency: TensorRT is not there, does not load, or there is no GPU. One line says it all.
+    """
+    available = TARGET.available()
+    if not available.ok:
+        hint = f" ({available.hint})" if available.hint else ""
+        raise MissingDependency(f"target tensorrt: {available.reason}{hint}")
+    rows = []
+    for op, kernel in kernels().items():
+        make = MODELS.get(op) or getattr(kernel, "selftest", None)
+        if make is None:
+            rows.append(Row(op, False, None, 0.0, "not tested: it has no model for this test"))
+            continue
+        rows.append(_row(op, make(), judge, target or replace(TARGET, plugins=for_this_gpu(kernels()))))
+    return rows
+
+
+def _row(op: str, proto: ModelProto, judge: Compare, target: TensorRT) -> Row:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="attncompile-selftest-") as scratch:
+        folder = Path(scratch)
+        path = folder / "model.onnx"
+        path.write_bytes(proto.SerializeToString())
+        model = Model(path, proto, "sha256:selftest", OPSET)
+        try:
+            lowered = target.lower(proto, model)
+            made = [n.op_type for n in lowered.graph.node if n.domain == DOMAIN]
+            if not made:
+                return Row(op, False, None, time.perf_counter() - start, "no plugin was made of its node")
+            result = target.build(lowered, model, PROFILE, folder)
+            assert result.engine is not None
+            found = judge(path, result.engine, [_feed(proto, 2, 333), _feed(proto, 1, 97)])
+        except AttncompileError as error:
+            return Row(op, False, None, time.perf_counter() - start, error.message)
+        seconds = time.perf_counter() - start
+        said = made[0] if found.passed else found.verdict.reason
+        return Row(op, found.passed, found.error, seconds, said)
+
+
+def _feed(proto: ModelProto, batch: int, tokens: int) -> Feed:
+    rng = np.random.default_rng(0)
+    sizes = {"batch": batch, "tokens": tokens}
+    return {
+        v.name: rng.standard_normal(
+            [sizes.get(d.dim_param, d.dim_value) for d in v.type.tensor_type.shape.dim]
+        ).astype(np.float16)
+        for v in proto.graph.input
+    }  # fmt: skip
+
+
+def _model(node: NodeProto, body: FunctionProto, tokens: int | str) -> ModelProto:
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", tokens, HEADS, DIM])
+        for name in ("query", "key", "value", "output")
+    ]
+    graph = helper.make_graph([node], "selftest", values[:3], values[3:])
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
+
+
+def _call(tokens: int | None) -> Call:
+    return Call(
+        heads=HEADS, kv_heads=HEADS, head_dim=DIM, value_dim=DIM, scale=DIM**-0.5, dtype="float16",
+        softmax_dtype="float32", layouts=("BNHD",) * 4, query_length=tokens, key_length=tokens, self_attention=True,
+        key_mask=False, block=64, dense_below=0, opset=OPSET, bias=False, sinks=False,
+    )  # fmt: skip
+
+
+def _attention() -> ModelProto:
+    """Causal, any length."""
+    dense_op.register()
+    form, call = dense_op.Dense(right=0), _call(None)
+    node = dense_op.node(form, call, ("query", "key", "value"), ("output",), "attention")
+    return _model(node, dense.function(form, call), "tokens")
+
+
+def _neighborhood() -> ModelProto:
+    """7 x 7 windows on a grid of 16 x 24."""
+    grid_op.register()
+    hood = grid_op.Neighborhood.of({"kernel_size": [7, 7], "grid": [16, 24], "border": "clamp"})
+    call = _call(16 * 24)
+    node = grid.node(hood, call, ("query", "key", "value"), "output", "neighborhood")
+    return _model(node, grid.function(hood, call), 16 * 24)
+
+
+MODELS: Mapping[str, Callable[[], ModelProto]] = {"Attention": _attention, "NeighborhoodAttention": _neighborhood}
+"""By op. The kernel of another op may have a method ``selftest`` that gives such a model."""

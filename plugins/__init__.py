@@ -18,6 +18,7 @@ from attncompile.core.mechanism import Mechanism
 MECHANISMS = (
     "attncompile.plugins.neighborhood.mechanism:NeighborhoodAttention",
     "attncompile.plugins.block_sparse.mechanism:BlockSparseAttention",
+    "attncompile.plugins.linear_attention.mechanism:LinearAttention",
     "attncompile.plugins.attention.dense_mechanism:DenseAttention",
     "attncompile.plugins.attention.standard_mechanism:Attention",
 )

@@ -16,16 +16,16 @@ from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.pieces import column, divided, ended, laid, mapped, number, widened
 
 
-def padded(body: Body, value: str, chunk: int, tokens: int | None, fill: float, kind: str) -> str:
-    """[.., N, X] with N filled up to whole chunks; axis 2 is that of the tokens."""
+def padded(body: Body, value: str, chunk: int, tokens: int | None, fill: float, kind: str, axis: int = 2) -> str:
+    """``value`` with its tokens, on ``axis``, filled up to whole chunks."""
     if tokens is not None and tokens % chunk == 0:
         return value
     filling = body.constant(np.array(fill, float_type(kind)[1]))
     if tokens is not None:
-        return body.op("Pad", value, body.ints(0, chunk - tokens % chunk), filling, body.ints(2))
-    length = body.op("Shape", value, start=2, end=3)
+        return body.op("Pad", value, body.ints(0, chunk - tokens % chunk), filling, body.ints(axis))
+    length = body.op("Shape", value, start=axis, end=axis + 1)
     over = body.op("Mod", body.op("Sub", body.ints(0), length), body.ints(chunk))
-    return body.op("Pad", value, body.op("Concat", body.ints(0), over, axis=0), filling, body.ints(2))
+    return body.op("Pad", value, body.op("Concat", body.ints(0), over, axis=0), filling, body.ints(axis))
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,12 +69,12 @@ def _state(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[
     key, value = (widened(body, x, sizes.dtype, wide) for x in ("key", "value"))
     whole = form.chunk == 0 or (sizes.keys is not None and sizes.keys <= form.chunk)
     # Channels first where the keys lie so, or their transposition would be a copy; the product wants them so.
-    rows = not whole or form.key_map == "hedgehog" or layouts[1] == "BHND"
+    rows = form.key_map == "hedgehog" or layouts[1] == "BHND" or (layouts[1] == "BNHD" and not whole)
     key = laid(body, key, layouts[1], "BHND" if rows else "BHDN")
     value = laid(body, value, layouts[2], "BHND")
     tokens, channels = (-2, -1) if rows else (-1, -2)
     if form.tops and not whole:
-        key = _chunked(body, form, sizes, key, sizes.head_dim, -np.inf)
+        key = _chunked(body, form, sizes, key, sizes.head_dim, -np.inf, rows)
     made: dict[str, str] = {}
     if "top" in names:
         made["top"] = body.op("ReduceMax", key, body.ints(tokens), keepdims=1)
@@ -87,7 +87,7 @@ def _state(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[
         features = mapped(body, sizes, key, form.key_map, channels, weight)
         if not whole:
             width = -1 if form.key_map == "hedgehog" else sizes.head_dim
-            features = _chunked(body, form, sizes, features, width, 0.0)
+            features = _chunked(body, form, sizes, features, width, 0.0, rows)
     values = value if whole else _chunked(body, form, sizes, value, sizes.value_dim, 0.0)
     if "total" in names:
         made["total"] = body.op("ReduceSum", features, body.ints(tokens), keepdims=0)
@@ -108,9 +108,16 @@ def _state(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[
     return made
 
 
-def _chunked(body: Body, form: Form, sizes: Sizes, value: str, width: int, fill: float) -> str:
-    """[B, G, N, width] -> [B, G, C, chunk, width]; tokens beyond the last are ``fill``."""
-    value = causal.padded(body, value, form.chunk, sizes.keys, fill, sizes.state_type)
+def _chunked(
+    body: Body, form: Form, sizes: Sizes, value: str, width: int, fill: float, rows: bool = True
+) -> str:  # fmt: skip
+    """[B, G, N, width] -> [B, G, C, chunk, width], without ``rows`` [B, G, width, N] -> [B, G, C, width, chunk]; tokens
+    beyond the last are ``fill``.
+    """
+    value = causal.padded(body, value, form.chunk, sizes.keys, fill, sizes.state_type, 2 if rows else 3)
+    if not rows:
+        cut = body.op("Reshape", value, body.ints(0, sizes.kv_heads, width, -1, form.chunk))
+        return body.op("Transpose", cut, perm=[0, 1, 3, 2, 4])
     shape = body.ints(0, sizes.kv_heads, -1, form.chunk, width)
     if width < 0:  # as many features as Hedgehog's weights give
         shape = body.op("Concat", body.ints(0, sizes.kv_heads, -1, form.chunk), body.op("Shape", value, start=3), axis=0)
@@ -126,11 +133,11 @@ def _combine(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dic
         share = body.op("Div", share, body.op("ReduceSum", body.op("Mul", "total", share), axis, keepdims=1))
         state = body.op("Mul", "state", column(body, share))
         total = body.op("Mul", "total", share)
-    made = {"state": body.op("ReduceSum", state, axis, keepdims=1)}
+    made = {"whole_state": body.op("ReduceSum", state, axis, keepdims=1)}
     if "total" in names:
-        made["total"] = body.op("ReduceSum", total, axis, keepdims=1)
+        made["whole_total"] = body.op("ReduceSum", total, axis, keepdims=1)
     if "mean" in names:
-        made["mean"] = body.op("ReduceSum", "mean", axis, keepdims=1)
+        made["whole_mean"] = body.op("ReduceSum", "mean", axis, keepdims=1)
     return made
 
 

@@ -26,8 +26,8 @@ CHANNEL_CHUNK = 16
 BLOCKS = 264
 """Batch entries times heads times chunks that fill a large GPU twice."""
 
-LEAST = 8
-"""Tokens of a chunk for each channel of a value, so that partial states are small beside keys and values."""
+LEAST = 1024
+"""Tokens of a chunk, so that partial states are small beside keys and values."""
 
 
 class LinearAttention:
@@ -107,10 +107,12 @@ def chunk_of(site: AttentionSite) -> int:
     facts = facts_of(site)
     if facts.causal:
         most = CHANNEL_CHUNK if facts.decay == "channel" else CAUSAL_CHUNK
-        return min(most, site.key_length) if isinstance(site.key_length, int) else most
+        if isinstance(site.key_length, int):  # kernels take powers of two; short sequences are one chunk
+            most = min(most, 1 << max(4, (site.key_length - 1).bit_length()))
+        return most
     if not isinstance(site.key_length, int) or not isinstance(site.batch, int):
         return 0
-    most = min(BLOCKS // max(1, site.batch * site.kv_heads), site.key_length // (LEAST * site.value_dim))
+    most = min(BLOCKS // max(1, site.batch * site.kv_heads), site.key_length // LEAST)
     for count in range(most, 1, -1):
         if site.key_length % count == 0 and site.key_length // count % 64 == 0:
             return site.key_length // count
@@ -166,7 +168,8 @@ class _Writer:
         self.op(STATE, {n: self.operands[n] for n in ("key", "value")}, made | tops)
         if form.combined:
             whole = {n: self.value(f"whole_{n}") for n in kept if not (form.tops and n == "total")}
-            self.op(COMBINE, made | {n: v for n, v in tops.items() if n == "top"}, whole)
+            self.op(COMBINE, made | {n: v for n, v in tops.items() if n == "top"},
+                    {f"whole_{n}": v for n, v in whole.items()})  # fmt: skip
             made = whole
         read = {n: v for n, v in made.items() if n != "total" or form.sums}
         self.op(APPLY, {"query": self.operands["query"], **read}, {"output": self.site.output.value})

@@ -12,8 +12,8 @@ Without a triangle, out[i] = phi(q[i]) sum_j phi(k[j])^T v[j], over a normaliser
   sum of phi(k)^T v; ``total`` [B, G, C, F], that of phi(k); ``mean`` [B, G, C, E], that of v over the number of all
   tokens. ``key_weight`` [B, N, G] multiplies what a key adds to ``state``. With the map ``softmax`` (over the tokens)
   exponentials are taken of what a key has above its chunk's largest, ``top`` [B, G, C, F].
-- ``LinearAttentionCombine``: the chunks of these as one (C = 1), summed in order. With ``top`` (then ``total`` too)
-  ``state`` is divided by ``total``, and ``total`` is 1: the softmax over all tokens.
+- ``LinearAttentionCombine``: the chunks of these as one (C = 1), summed in order: ``whole_state``, ``whole_total``,
+  ``whole_mean``. With ``top`` (then ``total`` too) the state is divided by the total: the softmax over all tokens.
 - ``LinearAttentionApply``: ``output`` of ``query`` and of states whose chunks are summed.
 
 With a triangle, S[t] = exp(g[t]) S[t - 1] + phi(k[t])^T v[t] and out[t] = phi(q[t]) S[t], over a normaliser:
@@ -68,14 +68,14 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
 
 OUTPUTS: Mapping[str, tuple[str, ...]] = {
     STATE: ("state", "total", "mean", "top"),
-    COMBINE: ("state", "total", "mean"),
+    COMBINE: ("whole_state", "whole_total", "whole_mean"),
     APPLY: ("output",),
     STATES: ("state", "total", "final_state", "final_total"),
     OUTPUT: ("output",),
     STEP: ("output", "final_state", "final_total"),
 }
 
-_REQUIRED = {"query", "key", "value", "state", "output"}
+_REQUIRED = {"query", "key", "value", "state", "output", "whole_state"}
 _OPERANDS = ("query", "key", "value", "output")
 _FLOATS = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")]
 _WIDE = ["tensor(float)", "tensor(double)"]
@@ -94,13 +94,13 @@ def _schema(op: str) -> OpSchema:
     parameter, kinds = OpSchema.FormalParameter, OpSchema.FormalParameterOption
 
     def formal(name: str) -> OpSchema.FormalParameter:
-        kind = "T" if name in _OPERANDS else "TX" if name in _TYPES else "TS"
+        kind = "T" if name in _OPERANDS else "TX" if name in _TYPES else "TState"
         option = kinds.Single if name in _REQUIRED else kinds.Optional
         return parameter(name, kind if kind != "TX" else _TYPES[name], param_option=option)
 
     inputs, outputs = [formal(n) for n in INPUTS[op]], [formal(n) for n in OUTPUTS[op]]
     used = {p.type_str for p in (*inputs, *outputs)}
-    constraints = [("T", _FLOATS, "element type"), ("TS", _WIDE, "type of states and sums"),
+    constraints = [("T", _FLOATS, "element type"), ("TState", _WIDE, "type of states and sums"),
                    ("TW", _FLOATS, "type of weights"), ("TD", _FLOATS, "type of decays"),
                    ("TB", _FLOATS, "type of beta")]  # fmt: skip
     schema = OpSchema(

@@ -93,7 +93,7 @@ def chain(form: Form, at: Sizes, step: bool = False) -> list[tuple[str, dict[str
     ]
     if form.combined:
         whole = {n: f"whole_{n}" for n in ("state", "total", "mean")}
-        ops.append((COMBINE, made, whole))
+        ops.append((COMBINE, made, {f"whole_{n}": x for n, x in whole.items()}))
         made = whole
     read = {n: made[n] for n in ("state", *sums, *(["mean"] if form.means else []))}
     maps = {"feature_weight": "query_weight"} if maps else {}
@@ -294,7 +294,7 @@ PLANTED = {
     "epsilon left out": (causal, "divided", lambda right: lambda b, f, s, x, t: b.op("Div", x, t),
                          CAUSAL["retention, sums"]),
     "keys not mapped": (causal, "mapped", lambda right: lambda b, s, v, k, a: v, CAUSAL["sums"]),
-    "filled with ones": (causal, "padded", lambda right: lambda b, v, c, t, f, k: right(b, v, c, t, 1.0, k),
+    "filled with ones": (causal, "padded", lambda right: lambda b, v, c, t, f, k, *a: right(b, v, c, t, 1.0, k, *a),
                          replace(PLAIN["relu"], chunk=7)),
     "the sum by queries": (function, "divided", lambda right: lambda b, f, s, x, t: b.op("Div", x, b.op("Abs", x)),
                            PLAIN["elu"]),

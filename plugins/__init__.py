@@ -26,6 +26,11 @@ MECHANISMS = (
 KERNELS = (
     "attncompile.plugins.attention.kernel:AttentionKernel",
     "attncompile.plugins.neighborhood.kernel:NeighborhoodKernel",
+    "attncompile.plugins.linear_attention.kernel:StateKernel",
+    "attncompile.plugins.linear_attention.kernel:CombineKernel",
+    "attncompile.plugins.linear_attention.kernel:ApplyKernel",
+    "attncompile.plugins.linear_attention.kernel:StatesKernel",
+    "attncompile.plugins.linear_attention.kernel:OutputKernel",
 )
 
 ENTRY_POINT_GROUP = "attncompile.extensions"

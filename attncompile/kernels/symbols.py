@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Any
 
 from attncompile.core.errors import Unsupported
@@ -57,8 +58,10 @@ def constants(attributes: Mapping[str, Any], head_dim: int) -> dict[str, int]:
     """The symbols that attributes alone give. Without ``scale`` it is 1 / sqrt(head_dim)."""
     scale = attributes.get("scale")
     found = {"scale_bits": bits(head_dim**-0.5 if scale is None else scale)}
-    for name in ("softcap", "epsilon", "floor"):
-        if attributes.get(name):
+    if attributes.get("softcap"):
+        found["softcap_bits"] = bits(attributes["softcap"])
+    for name in ("epsilon", "floor"):
+        if isfinite(attributes.get(name, inf)):
             found[f"{name}_bits"] = bits(attributes[name])
     for side in ("left", "right"):
         reach = attributes.get(side, -1)

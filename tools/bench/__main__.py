@@ -28,6 +28,15 @@ def main() -> None:
     measure.add_argument("--rounds", type=int, default=25)
     measure.add_argument("--no-peers", action="store_true")
     measure.add_argument("--sweep", type=int, default=0, help="as it was prepared")
+    made = verbs.add_parser("prepare-linear", help="compile the kernels of linear attention into a bundle")
+    made.add_argument("out", type=Path)
+    made.add_argument("--arch", type=int, action="append", default=[])
+    timed = verbs.add_parser("linear", help="measure linear attention on this GPU; JSON to --out, lines to stdout")
+    timed.add_argument("bundle", type=Path)
+    timed.add_argument("--out", type=Path, default=Path("linear.json"))
+    timed.add_argument("--only", nargs="*", default=[])
+    timed.add_argument("--rounds", type=int, default=25)
+    timed.add_argument("--no-peers", action="store_true")
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
     fitted.add_argument("--multiprocessors", type=int, default=132)
@@ -49,6 +58,15 @@ def main() -> None:
         result = run(given.bundle, given.only, given.rounds, not given.no_peers, cases)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(result))
+    elif given.verb == "prepare-linear":
+        from linear import prepare as prepare_linear
+
+        prepare_linear(given.out, given.arch)
+    elif given.verb == "linear":
+        from linear import run as run_linear
+
+        result = run_linear(given.bundle, given.only, given.rounds, not given.no_peers)
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     elif given.verb == "fit":
         from fit import fit
 

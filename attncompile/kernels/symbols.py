@@ -6,7 +6,8 @@
 input is broadcast over that axis, or does not have it.
 ``key_stride_D`` of an operand in BHDN, whose tokens are the last axis: in elements; it has no stride of N.
 ``C``: chunks of a linear attention's states. ``chunk``: tokens of one, all of them where the attribute is 0.
-``scale_bits``, ``softcap_bits``, ``epsilon_bits``, ``floor_bits``: the bits of a float32 as an int32. ``left``, ``right``: how far a window reaches.
+``scale_bits``, ``softcap_bits``, ``epsilon_bits``, ``floor_bits``: the bits of a float32 as an int32. ``left``,
+``right``: how far a window reaches.
 ``SMS``, the device's number of multiprocessors, is no node's: a launcher adds it.
 """
 
@@ -74,8 +75,8 @@ def table(call: OpCall, shapes: Mapping[str, Sizes], layouts: Mapping[str, Layou
     """Every symbol as an expression over sizes of inputs such as ``query[1]``; a size that is known is a number.
 
     ``shapes`` holds the sizes of query, key and value (of those that the op has) and of the optional inputs, None where
-    dynamic: what they are is part of the result, so that a runtime needs neither layouts nor shapes. ``layouts``: of all
-    ``OPERANDS``.
+    dynamic: what they are is part of the result, so that a runtime needs neither layouts nor shapes. ``layouts``: of
+    all ``OPERANDS``.
 
     Raises:
         Unsupported: a shape does not fit its layout, or cannot be broadcast.

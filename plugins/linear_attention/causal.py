@@ -1,5 +1,5 @@
-"""The bodies of ``LinearAttentionStates``, ``-Output`` and ``-Step`` in standard ops: products inside of chunks, and a Scan
-from chunk to chunk, so that their work is linear in N.
+"""The bodies of ``LinearAttentionStates``, ``-Output`` and ``-Step`` in standard ops: products inside of chunks, and a
+Scan from chunk to chunk, so that their work is linear in N.
 
 Shapes in comments: B batch, G key heads, C chunks, L tokens of a chunk, F features, E value dim.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import helper
+from onnx import ValueInfoProto, helper
 
 from attncompile.plugins.body import Body, float_type
 from attncompile.plugins.linear_attention.form import Form, Sizes
@@ -31,8 +31,8 @@ def padded(body: Body, value: str, chunk: int, tokens: int | None, fill: float, 
 @dataclass(frozen=True, slots=True)
 class _Decays:
     """What decays inside of chunks. ``since``: of every token, from its chunk's beginning on (its own included), and
-    ``until``: to the chunk's end (its own not), as factors of [.., L, F]; ``whole``: of a chunk, a factor of [B, G, F, E]
-    when C is scanned; ``between``: of query and key [.., L, L], 0 above the diagonal. Empty names: nothing decays.
+    ``until``: to the chunk's end (its own not), as factors of [.., L, F]; ``whole``: of a chunk, a factor of
+    [B, G, F, E] when C is scanned; ``between``: of query and key [.., L, L], 0 above the diagonal. Empty names: nothing decays.
     ``sums``: the logarithms behind ``since`` [B, G, C, L, F].
     """
 
@@ -166,8 +166,9 @@ def _scanned(
     every = [f"scan_state_{i}" for i in range(len(added))]
     every += [f"scan_added_{i}" for i in range(len(added))] + ([whole] if whole else [])
 
-    def info(name: str) -> object:
-        return helper.make_tensor_value_info(name, element, None)
+    def info(name: str) -> ValueInfoProto:
+        made: ValueInfoProto = helper.make_tensor_value_info(name, element, None)
+        return made
 
     graph = helper.make_graph(inner.nodes, "from_chunk_to_chunk", [info(n) for n in every],
                               [info(n) for n in (*results, *outputs)])  # fmt: skip
@@ -254,9 +255,7 @@ def step(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[st
     batch = body.op("Shape", "query", start=0, end=1)
     tails = {"state": (groups, dim, sizes.value_dim), "total": (groups, dim)}
     kept = [n for n in tails if n == "state" or form.sums]
-    carried = [
-        _first(body, sizes, batch, f"initial_{n}" if f"initial_{n}" in names else "", tails[n]) for n in kept
-    ]
+    carried = [_first(body, sizes, batch, f"initial_{n}" if f"initial_{n}" in names else "", tails[n]) for n in kept]
     at = body.branch()
     state, total = "step_state", "step_total"
     if "g" in scanned:
@@ -274,8 +273,9 @@ def step(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[st
         found = divided(at, form, sizes, found, at.op("MatMul", "step_q", column(at, ends[1])))
         found = at.op("Mul", found, number(at, sizes, form.scale))
 
-    def info(name: str) -> object:
-        return helper.make_tensor_value_info(name, element, None)
+    def info(name: str) -> ValueInfoProto:
+        made: ValueInfoProto = helper.make_tensor_value_info(name, element, None)
+        return made
 
     graph = helper.make_graph(
         at.nodes, "from_token_to_token", [info(f"step_{n}") for n in (*kept, *scanned)],

@@ -120,7 +120,9 @@ def _chunked(
         return body.op("Transpose", cut, perm=[0, 1, 3, 2, 4])
     shape = body.ints(0, sizes.kv_heads, -1, form.chunk, width)
     if width < 0:  # as many features as Hedgehog's weights give
-        shape = body.op("Concat", body.ints(0, sizes.kv_heads, -1, form.chunk), body.op("Shape", value, start=3), axis=0)
+        shape = body.op(
+            "Concat", body.ints(0, sizes.kv_heads, -1, form.chunk), body.op("Shape", value, start=3), axis=0
+        )
     return body.op("Reshape", value, shape)
 
 

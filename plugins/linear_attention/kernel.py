@@ -90,7 +90,9 @@ class _LinearKernel:
             if call.attributes.get(name, "none") not in MAPS:
                 raise Unsupported("feature-map", f"there is no kernel of the map {call.attributes[name]}")
         if call.attributes.get("chunk", 0) not in CHUNKS and self.op in (STATES, OUTPUT):
-            raise Unsupported("chunk", f"chunk {call.attributes.get('chunk')}: kernels take {', '.join(map(str, CHUNKS))}")
+            raise Unsupported(
+                "chunk", f"chunk {call.attributes.get('chunk')}: kernels take {', '.join(map(str, CHUNKS))}"
+            )
         for name, kind in call.inputs.items():
             wide = name in ("state", "total", "mean", "top", "initial_state", "initial_total")
             if kind not in (("float32",) if wide else (*HALF, "float32")):
@@ -215,6 +217,8 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
     if op == STATES:
         best = tactic(4, 2, BV=min(v1, 32 if k1 > 64 else 64))
         return [best, tactic(4, 1, BV=16 if k1 > 64 else min(v1, 32))]
+    if call.attributes.get("decay") == DECAYS[4]:
+        return [tactic(4, 2, BV=min(v1, 128 if k1 <= 128 else 64), BM=16), tactic(4, 1, BV=min(v1, 32), BM=16)]
     rows = min(chunk, 64)
     best = tactic(8 if wide >= 128 else 4, 2, BV=min(v1, 128 if k1 <= 128 else 64), BM=rows)
     return [best, tactic(4, 1, BV=min(v1, 32), BM=min(rows, 32 if k1 <= 128 else 16))]
@@ -224,7 +228,9 @@ class StateKernel(_LinearKernel):
     op, function = STATE, "state"
 
     def _usual(self, dtype: str) -> Sequence[OpCall]:
-        return [OpCall(STATE, dtype, 1, 1, d, d, {"key_map": "relu"}, outputs=("state", "total")) for d in (32, 64, 128)]
+        return [
+            OpCall(STATE, dtype, 1, 1, d, d, {"key_map": "relu"}, outputs=("state", "total")) for d in (32, 64, 128)
+        ]
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
         return {"MAP": MAPS[call.attributes["key_map"]], **units(call, {"key": "K", "value": "V"})}
@@ -281,7 +287,7 @@ class StatesKernel(_LinearKernel):
     op, function, module = STATES, "states", "kernel_causal"
 
     def _usual(self, dtype: str) -> Sequence[OpCall]:
-        return [_causal(STATES, dtype, d, axes, ("state",)) for d in (64, 128) for axes in (1, 3)]
+        return [_causal(STATES, dtype, d, axes, ("state",)) for d in (64, 128) for axes in (1, 3, 4)]
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
         return {"MAP": MAPS[call.attributes["key_map"]], "DECAY": call.attributes["decay"],
@@ -298,12 +304,20 @@ class OutputKernel(_LinearKernel):
     op, function, module = OUTPUT, "output", "kernel_causal"
 
     def _usual(self, dtype: str) -> Sequence[OpCall]:
-        return [_causal(OUTPUT, dtype, d, axes, ("output",)) for d in (64, 128) for axes in (1, 3)]
+        return [_causal(OUTPUT, dtype, d, axes, ("output",)) for d in (64, 128) for axes in (1, 3, 4)]
 
     def _check(self, call: OpCall) -> None:
         super()._check(call)
-        if call.attributes.get("decay") == DECAYS[4]:
-            raise Unsupported("decay", "there is no kernel of gates for every channel", "it runs through its body")
+        if call.attributes.get("decay") == DECAYS[4] and call.attributes.get("normaliser") != "none":
+            raise Unsupported("decay", "there is no kernel of gates for every channel with a normaliser")
+
+    def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
+        made = super()._program(call, tactic, rank)
+        if call.attributes["decay"] != DECAYS[4]:
+            return made
+        unused = ("NORM", "FLOOR", "DECAY")
+        constants = {k: v for k, v in made.constants.items() if k not in unused}
+        return replace(made, function=f"{PACKAGE}.{self.module}:gated_output", constants=constants)
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
         said = call.attributes

@@ -112,7 +112,9 @@ def output(
     Q_COLUMNS: tl.constexpr, K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, O_COLUMNS: tl.constexpr,
     Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A block: ``BM`` queries of one head, all in one chunk, ``BV`` channels. Grid (cdiv(NQ, BM) * cdiv(DV, BV), H, B)."""
+    """A block: ``BM`` queries of one head, all in one chunk, ``BV`` channels.
+    Grid (cdiv(NQ, BM) * cdiv(DV, BV), H, B).
+    """
     TILES: tl.constexpr = (DV + BV - 1) // BV
     part, tile, h, b = tl.program_id(0) % TILES, tl.program_id(0) // TILES, tl.program_id(1), tl.program_id(2)
     g, groups = h // group, tl.num_programs(1) // group
@@ -170,4 +172,71 @@ def output(
             below = tl.maximum(below, floor.to(tl.float32, bitcast=True))
         out = out / below[:, None]
     keep = (rows < NQ)[:, None] & (out_cols < DV)[None, :]
+    tl.store(o_base + places(rows, out_cols, o_n * O_UNIT, O_COLUMNS), out.to(output.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def gated_output(
+    query, key, value, state, log_decay,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, NQ, C, group, scale, epsilon,
+    output,
+    Q_MAP: tl.constexpr, K_MAP: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, CHUNK: tl.constexpr,
+    Q_COLUMNS: tl.constexpr, K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, O_COLUMNS: tl.constexpr,
+    Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
+):  # fmt: skip
+    """``output`` with a gate for every channel. Between a query and an earlier tile of keys the decays are split where
+    the query's tile begins, so that both factors are at most 1; inside of a tile each pair has its own. No normaliser.
+    """
+    TILES: tl.constexpr = (DV + BV - 1) // BV
+    part, tile, h, b = tl.program_id(0) % TILES, tl.program_id(0) // TILES, tl.program_id(1), tl.program_id(2)
+    g, groups = h // group, tl.num_programs(1) // group
+    low = tile * BM
+    c = low // CHUNK
+    first = c * CHUNK
+    V = part * BV
+    place, cols, out_cols = tl.arange(0, BM), tl.arange(0, K1), V + tl.arange(0, BV)
+    q_base = query + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
+    k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
+    v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
+    o_base = output + b.to(tl.int64) * o_b * 8 + h.to(tl.int64) * o_h * 8
+    rows = low + place
+    seen = (rows < NQ)[:, None] & (cols < DK)[None, :]
+    q = tl.load(q_base + places(rows, cols, q_n * Q_UNIT, Q_COLUMNS), mask=seen, other=0.0)
+    f = features(q, seen, Q_MAP)
+    half = q.dtype
+    x = channel_gates(log_decay, b, rows, g, groups, NQ, NQ, DK, K1)
+    own = tl.cumsum(x, 0)
+    # Pairs inside of the tile, a key at a time.
+    p = tl.zeros((BM, BM), tl.float32)
+    for j in range(0, BM):
+        at = low + j
+        there = cols < tl.where(at < NQ, DK, 0)
+        k_at = cols.to(tl.int64) * (k_n * K_UNIT) + at if K_COLUMNS else at.to(tl.int64) * (k_n * K_UNIT) + cols
+        one = features(tl.load(k_base + k_at, mask=there, other=0.0)[None, :], there[None, :], K_MAP)
+        until = tl.sum(tl.where((place <= j)[:, None], x, 0.0), 0)
+        column = tl.sum(f * one * tl.exp2(tl.minimum(own - until[None, :], 0.0)), 1)
+        p = tl.where((place == j)[None, :] & (place >= j)[:, None], column[:, None], p)
+    v_seen = (rows < NQ)[:, None] & (out_cols < DV)[None, :]
+    v = tl.load(v_base + places(rows, out_cols, v_n * V_UNIT, V_COLUMNS), mask=v_seen, other=0.0)
+    acc = tl.dot(p.to(half), v)
+    reading = (f * tl.exp2(own)).to(half)
+    between = tl.zeros((K1,), tl.float32)
+    for back in range(1, (low - first) // BM + 1):
+        keys = low - back * BM + place
+        k_seen = (keys < NQ)[:, None] & (cols < DK)[None, :]
+        k = tl.load(k_base + places(keys, cols, k_n * K_UNIT, K_COLUMNS), mask=k_seen, other=0.0)
+        v_seen = (keys < NQ)[:, None] & (out_cols < DV)[None, :]
+        v = tl.load(v_base + places(keys, out_cols, v_n * V_UNIT, V_COLUMNS), mask=v_seen, other=0.0)
+        y = channel_gates(log_decay, b, keys, g, groups, NQ, NQ, DK, K1)
+        whole = tl.sum(y, 0)
+        near = features(k, k_seen, K_MAP) * tl.exp2(between[None, :] + whole[None, :] - tl.cumsum(y, 0))
+        acc = tl.dot(tl.dot(reading, tl.trans(near.to(half))).to(half), v, acc)
+        between += whole
+    index = (b * groups + g) * C + c
+    s, largest = scaled(read_state(state, index, V, DK, K1, DV, BV))
+    reading = (f * tl.exp2(own + between[None, :])).to(half)
+    acc += tl.dot(reading, s.to(half)) * largest
+    keep = (rows < NQ)[:, None] & (out_cols < DV)[None, :]
+    out = acc * scale.to(tl.float32, bitcast=True)
     tl.store(o_base + places(rows, out_cols, o_n * O_UNIT, O_COLUMNS), out.to(output.dtype.element_ty), mask=keep)

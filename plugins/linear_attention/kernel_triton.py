@@ -42,7 +42,7 @@ def features(x, seen, MAP: tl.constexpr):
 
 @triton.jit
 def scaled(state):
-    """A state [K, V] in float32 as numbers of at most 1, which every type holds, and what they are to be multiplied by."""
+    """A state [K, V] in float32 as numbers of at most 1, which every type holds, and what to multiply them by."""
     largest = tl.max(tl.max(tl.abs(state), 1), 0)
     return state * tl.where(largest > 0.0, 1.0 / largest, 0.0), largest
 
@@ -126,7 +126,9 @@ def combine(
     whole_state, whole_total, whole_mean,
     DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A block: ``BK`` features of one head, summed over its chunks in order. Grid (cdiv(DK, BK) * cdiv(DV, BV), HKV, B)."""
+    """A block: ``BK`` features of one head, summed over its chunks in order.
+    Grid (cdiv(DK, BK) * cdiv(DV, BV), HKV, B).
+    """
     TILES: tl.constexpr = (DV + BV - 1) // BV
     part, at_k, g, b = tl.program_id(0) % TILES, tl.program_id(0) // TILES, tl.program_id(1), tl.program_id(2)
     head = (b * tl.num_programs(1) + g).to(tl.int64)
@@ -172,8 +174,8 @@ def apply(
     BV: tl.constexpr, BM: tl.constexpr,
     Q_COLUMNS: tl.constexpr, O_COLUMNS: tl.constexpr, Q_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A block: every ``num_programs(0) / cdiv(DV, BV)``-th tile of ``BM`` queries of one head, ``BV`` channels; the state
-    is read once. Grid (tiles * cdiv(DV, BV), H, B).
+    """A block: every ``num_programs(0) / cdiv(DV, BV)``-th tile of ``BM`` queries of one head, ``BV`` channels; the
+    state is read once. Grid (tiles * cdiv(DV, BV), H, B).
     """
     TILES: tl.constexpr = (DV + BV - 1) // BV
     part, h, b = tl.program_id(0) % TILES, tl.program_id(1), tl.program_id(2)

@@ -31,8 +31,8 @@ LEAST = 1024
 
 
 class LinearAttention:
-    """Parameters: ``chunk`` (int): tokens of a chunk. Without a triangle 0 makes the state in one piece; more pieces are
-    for GPUs, where few heads would leave multiprocessors idle.
+    """Parameters: ``chunk`` (int): tokens of a chunk. Without a triangle 0 makes the state in one piece; more pieces
+    are for GPUs, where few heads would leave multiprocessors idle.
     """
 
     name = "LinearAttention"
@@ -190,7 +190,9 @@ class _Writer:
             return {}
         if self.form.decay == "head":
             name = self.value("log_decay")
-            self.stored.append(numpy_helper.from_array(np.array(head_decays(self.site), float_type(self.sizes.state_type)[1]), name))
+            self.stored.append(
+                numpy_helper.from_array(np.array(head_decays(self.site), float_type(self.sizes.state_type)[1]), name)
+            )
             return {"log_decay": name}
         if self.form.decay == "token":
             return {"log_decay": facts.decay_source}

@@ -18,21 +18,21 @@ Without a triangle, out[i] = phi(q[i]) sum_j phi(k[j])^T v[j], over a normaliser
 
 With a triangle, S[t] = exp(g[t]) S[t - 1] + phi(k[t])^T v[t] and out[t] = phi(q[t]) S[t], over a normaliser:
 
-- ``LinearAttentionStates``: ``state`` [B, G, C, F, E] and ``total`` [B, G, C, F] *before* every chunk, and after the last
-  token ``final_state`` [B, G, F, E] and ``final_total`` [B, G, F].
+- ``LinearAttentionStates``: ``state`` [B, G, C, F, E] and ``total`` [B, G, C, F] *before* every chunk, and after the
+  last token ``final_state`` [B, G, F, E] and ``final_total`` [B, G, F].
 - ``LinearAttentionOutput``: ``output`` of each chunk: what its queries read from the state before it, and from the keys
   of the chunk up to their own.
 - ``LinearAttentionStep``: both at once for few tokens (decoding): ``output``, ``final_state`` and ``final_total``.
 
 ``log_decay`` is g: [G] (one number a head), [B, N, G], or [B, N, G, F]; at most 0. With ``beta`` [B, N, G] or [B, N, 1]
-(the delta rule, in ``LinearAttentionStep`` alone) v[t] - (exp(g[t]) S[t - 1])^T phi(k[t]) times beta[t] is written instead
-of v[t].
+(the delta rule, in ``LinearAttentionStep`` alone) v[t] - (exp(g[t]) S[t - 1])^T phi(k[t]) times beta[t] is written
+instead of v[t].
 
-Feature maps: ``none``, ``relu``, ``elu+1``, ``exp``, ``softmax`` (queries: over D; keys: over the tokens), ``hedgehog``:
-[exp(x W), exp(-x W)] with ``feature_weight`` W [heads, D, F / 2].
+Feature maps: ``none``, ``relu``, ``elu+1``, ``exp``, ``softmax`` (queries: over D; keys: over the tokens),
+``hedgehog``: [exp(x W), exp(-x W)] with ``feature_weight`` W [heads, D, F / 2].
 
-Normalisers, of the sum s = phi(q) total: ``none``: times ``scale``; ``sum``: times ``scale``, divided by s + ``epsilon``,
-which is at least ``floor`` (minus infinity: no bound); ``mala``: (1 + 1 / s) phi(q) state - s mean; ``inline``:
+Normalisers, of the sum s = phi(q) total: ``none``: times ``scale``; ``sum``: times ``scale``, divided by
+s + ``epsilon``, which is at least ``floor`` (minus infinity: no bound); ``mala``: (1 + 1 / s) phi(q) state - s mean; ``inline``:
 phi(q) state - s mean + mean.
 """
 
@@ -202,7 +202,7 @@ class _Shapes:
         if self.attribute("key_map", "none") != "hedgehog":
             return "K"
         width = self.context.get_input_type(INPUTS[self.op].index("feature_weight"))
-        dims = width.tensor_type.shape.dim if width is not None else ()
+        dims: Sequence[Any] = width.tensor_type.shape.dim if width is not None else []
         return 2 * dims[2].dim_value if len(dims) == 3 and dims[2].HasField("dim_value") else None
 
     def chunks(self) -> Any:

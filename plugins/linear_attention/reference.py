@@ -99,7 +99,7 @@ def _read(
     scale, kind = float(parameters.get("scale", 1.0)), parameters.get("normaliser", "none")
     with np.errstate(divide="ignore", invalid="ignore"):
         if kind == "none":
-            return scale * found
+            return np.asarray(scale * found)
         if kind == "sum":
             floor = float(parameters.get("floor", -inf))
             below = s + float(parameters.get("epsilon", 0.0))

@@ -31,7 +31,9 @@ def form_of(site: AttentionSite, chunk: int) -> Form:
     if facts.update == "delta":
         raise Unsupported("update-rule", "the delta rule in chunks is not there: one token after the other is no gain")
     if facts.present_state:
-        raise Unsupported("state-used", "the state after the last key is an output: two values cannot be replaced at once")
+        raise Unsupported(
+            "state-used", "the state after the last key is an output: two values cannot be replaced at once"
+        )
     if any(p.kind != "causal" for p in site.mask.parts):
         raise Unsupported("mask", f"the mask is {site.mask.kind}")
     if site.softcap or site.heads % site.kv_heads:

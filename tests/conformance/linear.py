@@ -1,4 +1,4 @@
-"""Cases of linear attention: the mechanism's ops one after the other through kernels, and the float64 that they must give."""
+"""Cases of linear attention: the mechanism's ops through kernels, and the float64 that they must give."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Launch = Callable[[Program, Tensors, Mapping[str, int]], None]
 
 @dataclass(frozen=True)
 class Linear:
-    """``layouts`` of query, key, value, output. ``sizes``: batch, queries, keys, heads, key heads, head dim, value dim."""
+    """``layouts`` of query, key, value, output. ``sizes``: B, queries, keys, heads, key heads, head dim, value dim."""
 
     name: str
     form: Form
@@ -82,13 +82,18 @@ CASES = (
     Linear("inline", Form("exp", "exp", "inline"), (1, 37, 50, 2, 2, 16, 32)),
     Linear("rala", Form("elu+1", "elu+1", "sum", key_weight=True, chunk=25), (1, 37, 50, 4, 2, 32, 16)),
     Linear("wide", replace(RELU, chunk=64), (1, 40, 70, 1, 1, 256, 136)),
-    Linear("sums under a triangle", Form("elu+1", "elu+1", "sum", 1e-3, causal=True, chunk=16), (2, 45, 45, 4, 2, 32, 32)),
+    Linear("sums under a triangle", Form("elu+1", "elu+1", "sum", 1e-3, causal=True, chunk=16),
+           (2, 45, 45, 4, 2, 32, 32)),
     Linear("running sum", Form("relu", "relu", causal=True, chunk=32), (1, 70, 70, 2, 2, 16, 40), HEADS_FIRST),
     Linear("retention", RETENTION, (2, 45, 45, 2, 2, 32, 64)),
     Linear("retention, bfloat16", replace(RETENTION, chunk=64), (1, 150, 150, 2, 1, 72, 32), MIXED, "bfloat16"),
     Linear("retention, sums, first state", replace(RETENTION, query_map="exp", key_map="exp", normaliser="sum",
            epsilon=1e-3, initial=True), (1, 45, 45, 2, 2, 16, 32)),
     Linear("simple GLA", replace(RETENTION, decay="token"), (2, 45, 45, 4, 2, 32, 32)),
+    Linear("GLA", replace(RETENTION, decay="channel", chunk=32), (2, 75, 75, 4, 2, 32, 32)),
+    Linear("GLA, bfloat16, first state", replace(RETENTION, decay="channel", chunk=64, initial=True, query_map="relu"),
+           (1, 90, 90, 2, 2, 24, 40), MIXED, "bfloat16"),
+    Linear("GLA, strong gates", replace(RETENTION, decay="channel", chunk=64), (1, 70, 70, 1, 1, 16, 16), size=12.0),
     Linear("simple GLA, half gates", replace(RETENTION, decay="token", chunk=32, initial=True),
            (1, 75, 75, 2, 2, 48, 32), COLUMNS, decay_type="float16"),
 )  # fmt: skip
@@ -116,8 +121,11 @@ def low(case: Linear) -> np.ndarray:
             q, k, v = given["query"][b, :, h], given["key"][b, :, g], given["value"][b, :, g]
             fq, fk = (rounded(_map(x, m, a), half) for x, m, a in ((q, form.query_map, 1), (k, form.key_map, 0)))
             if form.causal:
+                if form.decay == "channel":
+                    out.append(rounded(_gated(case, given, b, g, fq, fk, v), half))
+                    continue
                 logs = np.broadcast_to(given["log_decay"][g] if form.decay == "head" else given["log_decay"][b, :, g]
-                                       if form.decay == "token" else np.float32(0), (keys,)).astype(np.float32)  # fmt: skip
+                                       if form.decay == "token" else np.float32(0), (keys,))  # fmt: skip
                 sums = np.cumsum(logs)
                 apart = np.tril(np.exp(np.minimum(sums[:, None] - sums[None], 0)))
                 p = (fq @ fk.T) * apart
@@ -144,6 +152,20 @@ def low(case: Linear) -> np.ndarray:
                 found = found + (1 - below)[:, None] * mean
             out.append(rounded(found.astype(np.float32), half))
     return np.array(out).reshape(batch, heads, *out[0].shape).transpose(0, 2, 1, 3)
+
+
+def _gated(
+    case: Linear, given: Mapping[str, np.ndarray], b: int, g: int, fq: np.ndarray, fk: np.ndarray, v: np.ndarray
+) -> np.ndarray:  # fmt: skip
+    """With a gate for every channel: all pairs, channel by channel."""
+    sums = np.cumsum(given["log_decay"][b, :, g], 0)
+    p = np.zeros((len(fq), len(fk)), np.float32)
+    for d in range(fq.shape[1]):
+        p += fq[:, d, None] * fk[None, :, d] * np.exp(np.minimum(sums[:, None, d] - sums[None, :, d], 0))
+    found = rounded(np.tril(p), case.dtype) @ v
+    if case.form.initial:
+        found = found + rounded(fq * np.exp(sums), case.dtype) @ rounded(given["initial_state"][b, g], case.dtype)
+    return np.asarray(found * np.float32(case.form.scale))
 
 
 def _map(x: np.ndarray, kind: str, axis: int) -> np.ndarray:
@@ -182,7 +204,8 @@ def run(case: Linear, launch: Launch, small: bool = False, device: str = "cpu",
         named = {**inputs, **outputs}
         columns = [n for n in orders if n in named and orders[n] == "BHDN"]
         said: dict[str, Any] = {"key_map": form.key_map, "query_map": form.query_map, "normaliser": form.normaliser,
-                                "epsilon": form.epsilon, "floor": form.floor, "scale": form.scale, "columns": columns}  # fmt: skip
+                                "epsilon": form.epsilon, "floor": form.floor, "scale": form.scale,
+                                "columns": columns}  # fmt: skip
         if kind in (STATE, STATES, OUTPUT):
             said["chunk"] = form.chunk
         more = {n: x for n, x in inputs.items() if n not in orders}
@@ -232,5 +255,3 @@ def _laid(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 def _in_memory(named: Mapping[str, torch.Tensor], orders: Mapping[str, str]) -> Tensors:
     return {n: x.permute(["BNHD".index(a) for a in orders[n]]) if n in orders else x for n, x in named.items()}
-
-

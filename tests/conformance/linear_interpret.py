@@ -74,10 +74,18 @@ def not_scaled_back(state):
     return state * tl.where(largest > 0.0, 1.0 / largest, 0.0), largest * 0.0 + 1.0
 
 
+@triton.jit
+def gates_of_the_first_channel(log_decay, b, rows, g, groups, tokens, end, DK: tl.constexpr, K1: tl.constexpr):
+    """``channel_gates`` that reads one channel for all."""
+    at = log_decay + ((b.to(tl.int64) * tokens + rows) * groups + g)[:, None] * DK + tl.arange(0, K1)[None, :] * 0
+    return tl.load(at, mask=(rows < end)[:, None], other=0.0).to(tl.float32) * 1.4426950408889634
+
+
 def _expressions(**changed: str) -> Callable[[Program], Program]:
     def change(made: Program) -> Program:
         return replace(made, arguments=tuple(
             replace(a, expression=changed.get(a.name, a.expression)) for a in made.arguments))  # fmt: skip
+
     return change
 
 
@@ -102,6 +110,8 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "plain for MALA": ("mala", {"change": _constants(NORM=1)}),
     "no decay": ("retention", {"change": _constants(DECAY=0)}),
     "a decay a head": ("simple GLA", {"change": _constants(DECAY=1)}),
+    "gates of the tile before": ("GLA", {"change": _constants(CHUNK=16)}),
+    "gates of other channels": ("GLA", {"attribute": "channel_gates", "device": gates_of_the_first_channel}),
     "features that nobody sees": ("elu", {"attribute": "features", "device": relu_of_one_too_many}),
     "size of the state": ("relu", {"attribute": "scaled", "device": not_scaled_back}),
 }  # fmt: skip
@@ -112,7 +122,7 @@ def planted(name: str) -> str:
     case = next(c for c in CASES if c.name == of)
     if "attribute" not in options:
         return verdict(case, **options)
-    module = import_module(KERNELS)
+    module = import_module(CAUSAL if options["attribute"] == "channel_gates" else KERNELS)
     with patch.object(module, options["attribute"], options["device"]):
         return verdict(case)
 

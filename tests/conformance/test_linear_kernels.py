@@ -83,7 +83,7 @@ def test_calls_of_a_model() -> None:
 REFUSED = [
     (STATE, {"key_map": "hedgehog"}, {}, 64, "feature-map"), (STATE, {"key_map": "relu"}, {}, 72 + 4, "head-dim"),
     (STATE, {"key_map": "relu"}, {}, 8, "head-dim"), (STATES, {"key_map": "relu", "chunk": 48}, {}, 64, "chunk"),
-    (OUTPUT, {"key_map": "none", "query_map": "none", "chunk": 64, "decay": 3}, {}, 64, "decay"),
+    (OUTPUT, {"key_map": "none", "query_map": "none", "chunk": 64, "decay": 3, "normaliser": "sum"}, {}, 64, "decay"),
     (APPLY, {"query_map": "relu"}, {"state": "float16"}, 64, "dtype"),
 ]  # fmt: skip
 

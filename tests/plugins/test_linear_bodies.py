@@ -1,4 +1,4 @@
-"""Bodies of the linear attention ops in ONNX Runtime, chained as the mechanism chains them, against the naive reference."""
+"""Bodies of the linear attention ops in ONNX Runtime, chained as the mechanism does it, against the naive reference."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def values(form: Form, at: Sizes, seed: int = 1, batch: int = 2) -> dict[str, np
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float16).astype(np.float64)
 
-    found = {"query": normal(batch, queries, at.heads, at.head_dim), "key": normal(batch, keys, at.kv_heads, at.head_dim),
+    found = {"query": normal(batch, queries, at.heads, at.head_dim),
+             "key": normal(batch, keys, at.kv_heads, at.head_dim),
              "value": normal(batch, keys, at.kv_heads, at.value_dim)}  # fmt: skip
     if form.delta:
         found["key"] /= np.linalg.norm(found["key"], axis=-1, keepdims=True)
@@ -79,7 +80,7 @@ def chain(form: Form, at: Sizes, step: bool = False) -> list[tuple[str, dict[str
         if step:
             beta = {"beta": "beta"} if form.delta else {}
             return [(STEP, {**operands, **decay, **beta, **first}, {"output": "output", **last})]
-    
+
         made = {n: n for n in ("state", "total")}
         read = {n: n for n in ("state", *sums)}
         return [(STATES, {"key": "key", "value": "value", **decay, **first}, {**made, **last}),
@@ -205,7 +206,10 @@ def test_causal(name: str, layouts: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("name", [*CAUSAL, "delta", "gated delta"])
 def test_step(name: str) -> None:
-    more = {"delta": Form(causal=True, chunk=7, delta=True), "gated delta": Form(causal=True, chunk=1, delta=True, decay="token")}
+    more = {
+        "delta": Form(causal=True, chunk=7, delta=True),
+        "gated delta": Form(causal=True, chunk=1, delta=True, decay="token"),
+    }
     form = replace({**CAUSAL, **more}[name], chunk=1)
     check(form, sizes(OTHER), step=True)
     check(replace(form, initial=True), sizes(queries=1, keys=1), step=True)
@@ -274,7 +278,8 @@ def test_shapes_are_inferred() -> None:
 
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
-    ("relu", {"epsilon": 2e-2}), ("relu, floor", {"floor": 3.2}), ("elu", {"key_map": "exp"}), ("none", {"scale": 0.32}),
+    ("relu", {"epsilon": 2e-2}), ("relu, floor", {"floor": 3.2}), ("elu", {"key_map": "exp"}),
+    ("none", {"scale": 0.32}),
     ("mala", {"normaliser": "none"}), ("softmax", {"query_map": "none"}), ("inline", {"query_map": "elu+1"}),
 ]  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""``LinearAttention`` on sites as detection finds them: every form is replaced by something that gives the same; what the
-ops cannot say is refused with the reason.
+"""``LinearAttention`` on sites as detection finds them: every form is replaced by something that gives the same; what
+the ops cannot say is refused with the reason.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def test_a_wrong_lowering_does_not_pass(tmp_path: Path, monkeypatch: pytest.Monk
     assert "not exact" in site.rolled_back and result.outcome != "replaced"
 
 
-ZOO = ["linear-elu", "linear-retention", "linear-summed"]
+ZOO = ["linear-retention", "linear-summed"]
 
 
 @pytest.mark.slow
@@ -179,9 +179,7 @@ def end_to_end(slug: str, folder: Path, **options: Any) -> None:
     check.exported(entry, path)
     policy = folder / "always.toml"
     policy.write_text('[exact]\nmechanisms = ["LinearAttention"]\nmin_gain = 0.0\n')
-    result = pipeline.compile(
-        path, Options(policy=str(policy), target="onnx", out=folder / "out", keep_slower=True)
-    )
+    result = pipeline.compile(path, Options(policy=str(policy), target="onnx", out=folder / "out", keep_slower=True))
     linear = [s for s in result.sites if s.site.kind == "linear"]
     assert linear and all(s.decision.mechanism == "LinearAttention" and not s.rolled_back for s in linear)
     assert all(s.exactness is not None and s.exactness.passed for s in linear)
@@ -200,12 +198,12 @@ SANA = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 4, "attentio
 def test_efficientvit_end_to_end(tmp_path: Path) -> None:
     if find_spec("timm") is None:
         pytest.skip("needs timm")
-    end_to_end("timm-efficientvit_b0-dynamo-18-sdpa", tmp_path, side=96)
+    end_to_end("timm-efficientvit_b0-dynamo-18-sdpa", tmp_path, side=64)
 
 
 @pytest.mark.slow
 def test_sana_end_to_end(tmp_path: Path) -> None:
     """Heads of 32, as SANA has them: of eight channels all may be negative, and the original divides 0 by 0."""
     pytest.importorskip("diffusers")
-    end_to_end("sana-dynamo-18-sdpa", tmp_path, settings=SANA,
-               inputs={"hidden_states": (1, 4, 16, 16), "encoder_hidden_states": (1, 7, 12), "timestep": (1,)})  # fmt: skip
+    sizes = {"hidden_states": (1, 4, 16, 16), "encoder_hidden_states": (1, 7, 12), "timestep": (1,)}
+    end_to_end("sana-dynamo-18-sdpa", tmp_path, settings=SANA, inputs=sizes)

@@ -82,7 +82,8 @@ def plan(case: Linear) -> list[tuple[str, dict[str, str], dict[str, str]]]:
     whole = {"whole_state": "whole_state", "whole_total": "whole_total"}
     return [(STATE, {"key": "key", "value": "value"}, {"state": "state", "total": "total"}),
             (COMBINE, {"state": "state", "total": "total"}, whole),
-            (APPLY, {"query": "query", "state": "whole_state", "total": "whole_total"}, {"output": "output"})]  # fmt: skip
+            (APPLY, {"query": "query", "state": "whole_state", "total": "whole_total"},
+             {"output": "output"})]  # fmt: skip
 
 
 def calls(case: Linear) -> list[OpCall]:

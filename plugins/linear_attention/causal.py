@@ -32,8 +32,8 @@ def padded(body: Body, value: str, chunk: int, tokens: int | None, fill: float, 
 class _Decays:
     """What decays inside of chunks. ``since``: of every token, from its chunk's beginning on (its own included), and
     ``until``: to the chunk's end (its own not), as factors of [.., L, F]; ``whole``: of a chunk, a factor of
-    [B, G, F, E] when C is scanned; ``between``: of query and key [.., L, L], 0 above the diagonal. Empty names: nothing decays.
-    ``sums``: the logarithms behind ``since`` [B, G, C, L, F].
+    [B, G, F, E] when C is scanned; ``between``: of query and key [.., L, L], 0 above the diagonal. Empty names:
+    nothing decays. ``sums``: the logarithms behind ``since`` [B, G, C, L, F].
     """
 
     since: str = ""

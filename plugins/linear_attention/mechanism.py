@@ -40,6 +40,8 @@ class LinearAttention:
     understands: frozenset[Need] = frozenset({"linear", "body"})
 
     def exact_candidates(self, site: AttentionSite) -> Sequence[Candidate | Verdict]:
+        if site.kind != "linear":
+            return ()  # nothing that a reader of refusals would ask for
         try:
             parameters = {"chunk": chunk_of(site)}
         except Unsupported as error:

@@ -32,8 +32,8 @@ Feature maps: ``none``, ``relu``, ``elu+1``, ``exp``, ``softmax`` (queries: over
 ``hedgehog``: [exp(x W), exp(-x W)] with ``feature_weight`` W [heads, D, F / 2].
 
 Normalisers, of the sum s = phi(q) total: ``none``: times ``scale``; ``sum``: times ``scale``, divided by
-s + ``epsilon``, which is at least ``floor`` (minus infinity: no bound); ``mala``: (1 + 1 / s) phi(q) state - s mean; ``inline``:
-phi(q) state - s mean + mean.
+s + ``epsilon``, which is at least ``floor`` (minus infinity: no bound); ``mala``: (1 + 1 / s) phi(q) state - s mean;
+``inline``: phi(q) state - s mean + mean.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _features(x: np.ndarray, kind: str, axis: int, weight: np.ndarray | None) ->
     if kind == "elu+1":
         return np.array([[1 + z if z > 0 else exp(z) for z in row] for row in x])
     if kind == "exp":
-        return np.exp(x)
+        return np.asarray(np.exp(x))
     if kind == "softmax":
         if axis == 0:
             return _features(x.T, kind, 1, None).T

@@ -218,7 +218,7 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         best = tactic(4, 2, BV=min(v1, 32 if k1 > 64 else 64))
         return [best, tactic(4, 1, BV=16 if k1 > 64 else min(v1, 32))]
     if call.attributes.get("decay") == DECAYS[4]:
-        return [tactic(4, 2, BV=min(v1, 128 if k1 <= 128 else 64), BM=16), tactic(4, 1, BV=min(v1, 32), BM=16)]
+        return [tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BM=16), tactic(4, 1, BV=min(v1, 32), BM=16)]
     rows = min(chunk, 64)
     best = tactic(8 if wide >= 128 else 4, 2, BV=min(v1, 128 if k1 <= 128 else 64), BM=rows)
     return [best, tactic(4, 1, BV=min(v1, 32), BM=min(rows, 32 if k1 <= 128 else 16))]

@@ -14,9 +14,19 @@ enough to rank candidates, not to promise a time."""
 
 
 def dense_cost(site: AttentionSite, shape: Shape) -> Cost:
-    """Work of the site as it is: every query meets every key."""
+    """Work of the site as it is: every query meets every key, unless it is linear attention in a linear form."""
+    if site.linear is not None and site.linear.form != "parallel":
+        return _linear_cost(site, shape)
     scores = float(shape.batch * site.heads * shape.query_length * shape.key_length)
     return Cost(2.0 * scores * (site.head_dim + site.value_dim), shape.key_length, scores)
+
+
+def _linear_cost(site: AttentionSite, shape: Shape) -> Cost:
+    """A state for every token is written out by running sums; else two products with a state a token."""
+    queries, keys = shape.batch * site.heads * shape.query_length, shape.batch * site.kv_heads * shape.key_length
+    state = float(site.head_dim * site.value_dim)
+    running = site.linear is not None and site.linear.form == "cumulative"
+    return Cost(2.0 * (queries + keys) * state, 0.0, queries * state if running else 0.0)
 
 
 def predicted_gain(site: AttentionSite, cost: Cost, shape: Shape) -> float:

@@ -38,6 +38,13 @@ _MAX_FIXED = 1 << 22
 """Elements of a value that depends on shapes alone, above which its nodes are taken in its place."""
 
 
+def linear_sources(site: AttentionSite) -> set[str]:
+    """Values that linear attention reads beside its operands."""
+    facts = site.linear
+    found = (facts.decay_source, facts.update_source, facts.past_state) if facts is not None else ()
+    return {v for v in found if v}
+
+
 def _reads_shape(node: NodeProto) -> bool:
     return node.op_type in ("Shape", "Size")
 
@@ -55,7 +62,7 @@ def extract_site(world: World, site: AttentionSite, lowering: Lowering) -> SiteM
     index = world.index
     operands = {"query": site.query.value, "key": site.key.value, "value": site.value.value}
     sources = [p.source for p in site.mask.parts if p.source and index.data_inputs(p.source)]
-    stops = set(operands.values()) | set(sources)
+    stops = set(operands.values()) | set(sources) | linear_sources(site)
     masks = {p.source for p in site.mask.parts if p.source}
     nodes: list[NodeProto] = []
     constants: set[str] = set()

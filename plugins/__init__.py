@@ -18,6 +18,7 @@ from attncompile.core.mechanism import Mechanism
 MECHANISMS = (
     "attncompile.plugins.neighborhood.mechanism:NeighborhoodAttention",
     "attncompile.plugins.block_sparse.mechanism:BlockSparseAttention",
+    "attncompile.plugins.linear_attention.mechanism:LinearAttention",
     "attncompile.plugins.attention.dense_mechanism:DenseAttention",
     "attncompile.plugins.attention.standard_mechanism:Attention",
 )
@@ -25,6 +26,11 @@ MECHANISMS = (
 KERNELS = (
     "attncompile.plugins.attention.kernel:AttentionKernel",
     "attncompile.plugins.neighborhood.kernel:NeighborhoodKernel",
+    "attncompile.plugins.linear_attention.kernel:StateKernel",
+    "attncompile.plugins.linear_attention.kernel:CombineKernel",
+    "attncompile.plugins.linear_attention.kernel:ApplyKernel",
+    "attncompile.plugins.linear_attention.kernel:StatesKernel",
+    "attncompile.plugins.linear_attention.kernel:OutputKernel",
 )
 
 ENTRY_POINT_GROUP = "attncompile.extensions"

@@ -63,6 +63,12 @@ class Body:
         self.nodes.append(helper.make_node(op_type, list(inputs), [out], name=out, **attributes))
         return out
 
+    def ops(self, op_type: str, inputs: Sequence[str], count: int, **attributes: Any) -> list[str]:
+        """Append a node of ``count`` outputs and return their names."""
+        outs = [self._fresh(op_type) for _ in range(count)]
+        self.nodes.append(helper.make_node(op_type, list(inputs), outs, name=outs[0], **attributes))
+        return outs
+
     def constant(self, array: np.ndarray) -> str:
         """A constant; equal ones are stored once per scope."""
         key = (str(array.dtype), array.shape, array.tobytes())

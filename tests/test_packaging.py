@@ -83,6 +83,7 @@ def test_wheel_holds_the_data(wheel: zipfile.ZipFile) -> None:
         assert set(wanted) <= names
     assert "attncompile/policies/exact.toml" in names
     assert "attncompile/policies/sparse.toml" in names
+    assert "attncompile/policies/linear.toml" in names
 
 
 def test_wheel_holds_the_library_for_onnx_runtime(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

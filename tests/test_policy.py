@@ -76,7 +76,7 @@ def test_too_small_a_gain_keeps_the_site() -> None:
 
 
 def test_built_in_policies_load() -> None:
-    assert names() == ["exact", "sparse"]
+    assert names() == ["exact", "linear", "sparse"]
     exact, sparse = (load_policy(n, mechanisms()) for n in ("exact", "sparse"))
     assert exact.exact and not exact.approximate
     assert sparse.exact == exact.exact and sparse.approximate and sparse.max_error == 0.01
@@ -103,7 +103,7 @@ def test_bad_policy_files(tmp_path: Path, text: str, word: str) -> None:
 def test_unknown_policies() -> None:
     with pytest.raises(BadArguments, match="unknown policy 'fast'") as error:
         load_policy("fast", mechanisms())
-    assert "exact, sparse" in error.value.hint
+    assert "exact, linear, sparse" in error.value.hint
     with pytest.raises(BadArguments, match="does not exist"):
         load_policy("./none.toml", mechanisms())
 

@@ -23,6 +23,9 @@ DTYPES = ("float16", "bfloat16")
 _PLAIN = (
     AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING, AttributeProto.INTS, AttributeProto.FLOATS
 )  # fmt: skip
+WIDE = "TState"
+"""The type that schemas give to inputs in float32 beside half operands."""
+
 _OF_A_RUNTIME = ("plugin_namespace", "plugin_version", "aot")
 """Attributes that only TensorRT's parser reads."""
 
@@ -116,7 +119,8 @@ def _given(
     """The node as its schema says it, with the sizes of its inputs and the layouts of its operands."""
     attributes = _attributes(node, schema)
     layouts = {name: str(attributes.pop(f"{name[0]}_layout", "BNHD")) for name in OPERANDS}
-    names = [p.name for p in schema.inputs]
+    formal = {p.name: p for p in schema.inputs}
+    names = list(formal)
     present = {names[i]: value for i, value in enumerate(node.input) if value}
     shapes: dict[str, Sizes] = {}
     kinds: dict[str, str] = {}
@@ -125,19 +129,30 @@ def _given(
         if sizes is None:
             raise Unsupported("shapes", f"the number of axes of {name} is not known")
         shapes[name], kinds[name] = sizes, _type_name(kind)
-    wide = kinds["query"] == "float32"
-    if wide:
-        kinds = {name: dtype if kind == "float32" else kind for name, kind in kinds.items()}
-    dims = {n: dict(zip(layouts[n], shapes[n], strict=False)) for n in OPERANDS[:3]}
+    main = names[0]
+    if kinds[main] == "float32":  # what is float32 whatever the operands are (states) stays so
+        kinds = {
+            name: dtype if kind == "float32" and formal[name].type_str != WIDE else kind for name, kind in kinds.items()
+        }
+    dims = {n: dict(zip(layouts[n], shapes[n], strict=False)) for n in OPERANDS[:3] if n in shapes}
+    if "state" in shapes:
+        dims["state"] = dict(zip("BHCDE", shapes["state"], strict=False))
+    columns = [n for n in (*dims, "output") if layouts.get(n) == symbols.COLUMNS]
+    if columns:
+        attributes["columns"] = columns
     outputs = tuple(schema.outputs[i].name for i, value in enumerate(node.output) if value)
+    keys = next(n for n in ("key", "state", "query") if n in dims)
+    first = next(iter(dims))
     return (
         OpCall(
-            op=node.op_type, dtype=kinds["query"],
-            heads=_known(dims, "query", "H"), kv_heads=_known(dims, "key", "H"),
-            head_dim=_known(dims, "query", "D"), value_dim=_known(dims, "value", "D"), attributes=attributes,
+            op=node.op_type, dtype=kinds[main],
+            heads=_known(dims, first, "H"), kv_heads=_known(dims, keys, "H"), head_dim=_known(dims, first, "D"),
+            value_dim=_known(dims, "value", "D") if "value" in dims else _known(dims, "state", "E"),
+            attributes=attributes,
             inputs={name: kind for name, kind in kinds.items() if name not in OPERANDS},
             shapes={name: sizes for name, sizes in shapes.items() if name not in OPERANDS}, outputs=outputs,
-            batch=dims["query"]["B"], query_length=dims["query"]["N"], key_length=dims["key"]["N"],
+            batch=dims[first]["B"], query_length=dims["query"]["N"] if "query" in dims else None,
+            key_length=dims["key"]["N"] if "key" in dims else None,
         ),
         shapes,
         layouts,
@@ -147,7 +162,7 @@ def _given(
 def _known(dims: Mapping[str, Mapping[str, int | None]], name: str, axis: str) -> int:
     size = dims[name].get(axis)
     if size is None:
-        what = {"H": "number of heads", "D": "head dim"}[axis]
+        what = {"H": "number of heads", "D": "head dim", "E": "value dim"}[axis]
         raise Unsupported("shapes", f"the {what} of {name} is not known", "kernels are compiled for it: fix it")
     return size
 

@@ -4,7 +4,10 @@
 ``query_stride_B|N|H`` and those of ``key``, ``value``, ``output``: in units of ``STRIDE_UNIT`` elements.
 ``bias_stride_B|H|Q|K``, ``mask_stride_B|H|Q|K``, ``key_mask_stride_B|K``, ``sinks_stride_H``: in elements, 0 where the
 input is broadcast over that axis, or does not have it.
-``scale_bits``, ``softcap_bits``: the bits of a float32 as an int32. ``left``, ``right``: how far a window reaches.
+``key_stride_D`` of an operand in BHDN, whose tokens are the last axis: in elements; it has no stride of N.
+``C``: chunks of a linear attention's states. ``chunk``: tokens of one, all of them where the attribute is 0.
+``scale_bits``, ``softcap_bits``, ``epsilon_bits``, ``floor_bits``: the bits of a float32 as an int32. ``left``,
+``right``: how far a window reaches.
 ``SMS``, the device's number of multiprocessors, is no node's: a launcher adds it.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Any
 
 from attncompile.core.errors import Unsupported
@@ -57,6 +61,9 @@ def constants(attributes: Mapping[str, Any], head_dim: int) -> dict[str, int]:
     found = {"scale_bits": bits(head_dim**-0.5 if scale is None else scale)}
     if attributes.get("softcap"):
         found["softcap_bits"] = bits(attributes["softcap"])
+    for name in ("epsilon", "floor"):
+        if isfinite(attributes.get(name, inf)):
+            found[f"{name}_bits"] = bits(attributes[name])
     for side in ("left", "right"):
         reach = attributes.get(side, -1)
         if isinstance(reach, int) and reach >= 0:  # one an axis of a grid is part of the code
@@ -67,26 +74,55 @@ def constants(attributes: Mapping[str, Any], head_dim: int) -> dict[str, int]:
 def table(call: OpCall, shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout]) -> dict[str, Expression]:
     """Every symbol as an expression over sizes of inputs such as ``query[1]``; a size that is known is a number.
 
-    ``shapes`` holds the sizes of query, key and value and of the optional inputs, None where dynamic: what they are is
-    part of the result, so that a runtime needs neither layouts nor shapes. ``layouts``: of all ``OPERANDS``.
+    ``shapes`` holds the sizes of query, key and value (of those that the op has) and of the optional inputs, None where
+    dynamic: what they are is part of the result, so that a runtime needs neither layouts nor shapes. ``layouts``: of
+    all ``OPERANDS``.
 
     Raises:
         Unsupported: a shape does not fit its layout, or cannot be broadcast.
     """
-    dims = {name: _dims(name, shapes[name], layouts[name]) for name in OPERANDS[:3]}
+    dims = {name: _dims(name, shapes[name], layouts[name]) for name in OPERANDS[:3] if name in shapes}
     _know(dims, call)
-    found = {
-        "B": dims["query"]["B"], "H": dims["query"]["H"], "HKV": dims["key"]["H"], "NQ": dims["query"]["N"],
-        "NK": dims["key"]["N"], "D": dims["query"]["D"], "DV": dims["value"]["D"],
-    }  # fmt: skip
-    dims["output"] = {axis: dims["query"].get(axis, Literal(1)) for axis in layouts["output"]} | {"D": found["DV"]}
+    if "state" in shapes:
+        dims["state"] = _dims("state", shapes["state"], "BHCDE")
+    found = _sizes(dims)
+    if "chunk" in call.attributes and "NK" in found:
+        found["chunk"] = Literal(call.attributes["chunk"]) if call.attributes["chunk"] else found["NK"]
+    if "query" in dims:
+        dims["output"] = {axis: dims["query"].get(axis, Literal(1)) for axis in layouts["output"]} | {"D": found["DV"]}
     for name in OPERANDS:
+        if name not in dims:
+            continue
         steps = _steps(layouts[name], dims[name])
-        found |= {f"{name}_stride_{axis}": _in_units(name, steps[axis]) for axis in "BNH"}
+        if layouts[name] == COLUMNS:
+            found[f"{name}_stride_D"] = steps["D"]
+        rows = "BH" if layouts[name] == COLUMNS else "BNH"
+        found |= {f"{name}_stride_{axis}": _in_units(name, steps[axis]) for axis in rows}
     for name in call.inputs:
         if name in BROADCAST:
             found |= _broadcast(name, shapes[name])
     return found | {name: _number(value) for name, value in constants(call.attributes, call.head_dim).items()}
+
+
+COLUMNS = "BHDN"
+"""The layout whose last axis is that of the tokens."""
+
+
+def _sizes(dims: Mapping[str, Mapping[str, Expression]]) -> dict[str, Expression]:
+    """Sizes by symbol, each from the first operand that says it."""
+    sources = {
+        "B": ("query", "key", "state"), "H": ("query", "key", "state"), "HKV": ("key", "state"), "NQ": ("query",),
+        "NK": ("key",), "D": ("query", "key", "state"), "DV": ("value",), "C": ("state",),
+    }  # fmt: skip
+    axes = {"HKV": "H", "NQ": "N", "NK": "N", "DV": "D"}
+    found = {}
+    for symbol, names in sources.items():
+        first = next((n for n in names if n in dims), None)
+        if first is not None:
+            found[symbol] = dims[first][axes.get(symbol, symbol)]
+    if "DV" not in found and "state" in dims:
+        found["DV"] = dims["state"]["E"]
+    return found
 
 
 def _number(value: int) -> Expression:
@@ -111,6 +147,8 @@ def _know(dims: dict[str, dict[str, Expression]], call: OpCall) -> None:
         "value": {"H": call.kv_heads, "D": call.value_dim, "B": call.batch, "N": call.key_length},
     }
     for name, sizes in known.items():
+        if name not in dims:
+            continue
         dims[name] |= {axis: Literal(size) for axis, size in sizes.items() if size is not None}
 
 
@@ -158,19 +196,27 @@ def of_tensors(
     Raises:
         Unsupported: an operand's stride is not a multiple of ``STRIDE_UNIT`` elements, or its last axis has gaps.
     """
-    orders = {name: (layouts or {}).get(name, "BNHD") for name in OPERANDS}
-    size = {name: dict(zip(orders[name], tensors[name].sizes, strict=True)) for name in OPERANDS}
-    found = {
-        "B": size["query"]["B"], "H": size["query"]["H"], "HKV": size["key"]["H"], "NQ": size["query"]["N"],
-        "NK": size["key"]["N"], "D": size["query"]["D"], "DV": size["value"]["D"],
-    }  # fmt: skip
-    for name in OPERANDS:
-        step = dict(zip(orders[name], tensors[name].strides, strict=True))
-        if step["D"] != 1:
-            raise Unsupported("strides", f"{name}: its last axis has a stride of {step['D']}", "make it contiguous")
-        for axis in "BNH":
+    orders = {name: (layouts or {}).get(name, "BNHD") for name in OPERANDS if name in tensors}
+    size = {
+        name: {axis: Literal(n) for axis, n in zip(order, tensors[name].sizes, strict=True)}
+        for name, order in orders.items()
+    }
+    if "state" in tensors:
+        size["state"] = {axis: Literal(n) for axis, n in zip("BHCDE", tensors["state"].sizes, strict=True)}
+    found = {name: evaluate(n, {}) for name, n in _sizes(size).items()}
+    if "chunk" in attributes:
+        found["chunk"] = attributes["chunk"] or found["NK"]
+    for name, order in orders.items():
+        step = dict(zip(order, tensors[name].strides, strict=True))
+        lengths = dict(zip(order, tensors[name].sizes, strict=True))
+        last = order[-1]
+        if step[last] != 1:
+            raise Unsupported("strides", f"{name}: its last axis has a stride of {step[last]}", "make it contiguous")
+        if order == COLUMNS:
+            found[f"{name}_stride_D"] = step["D"]
+        for axis in "BH" if order == COLUMNS else "BNH":
             # An axis of size 1 is never stepped along, so its stride may be anything.
-            apart = 0 if size[name][axis] == 1 else step[axis]
+            apart = 0 if lengths[axis] == 1 else step[axis]
             if apart % STRIDE_UNIT:
                 raise Unsupported("strides", f"{name}: stride {apart} of {axis} is not a multiple of {STRIDE_UNIT}")
             found[f"{name}_stride_{axis}"] = apart // STRIDE_UNIT

@@ -37,6 +37,15 @@ def main() -> None:
     whole.add_argument("--arch", type=int, action="append", default=[])
     whole.add_argument("--rounds", type=int, default=25)
     whole.add_argument("--tiny", action="store_true", help="the same structure, small")
+    made = verbs.add_parser("prepare-linear", help="compile the kernels of linear attention into a bundle")
+    made.add_argument("out", type=Path)
+    made.add_argument("--arch", type=int, action="append", default=[])
+    timed = verbs.add_parser("linear", help="measure linear attention on this GPU; JSON to --out, lines to stdout")
+    timed.add_argument("bundle", type=Path)
+    timed.add_argument("--out", type=Path, default=Path("linear.json"))
+    timed.add_argument("--only", nargs="*", default=[])
+    timed.add_argument("--rounds", type=int, default=25)
+    timed.add_argument("--no-peers", action="store_true")
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
     fitted.add_argument("--multiprocessors", type=int, default=132)
@@ -70,6 +79,15 @@ def main() -> None:
             else:
                 result = json.loads(given.folder.read_text(encoding="utf-8"))
             print(e2e.table(result))
+    elif given.verb == "prepare-linear":
+        from linear import prepare as prepare_linear
+
+        prepare_linear(given.out, given.arch)
+    elif given.verb == "linear":
+        from linear import run as run_linear
+
+        result = run_linear(given.bundle, given.only, given.rounds, not given.no_peers)
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     elif given.verb == "fit":
         from fit import fit
 

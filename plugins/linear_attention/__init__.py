@@ -1,0 +1,1 @@
+"""Linear attention: ``LinearAttention`` and its ops."""

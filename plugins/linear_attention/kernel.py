@@ -1,0 +1,360 @@
+"""The kernels of the linear attention ops: which calls they take, and what there is to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.kernel import POINTER_ALIGN, STRIDE_UNIT, Argument, Constant, OpCall, Program, Tactic, Work
+from attncompile.core.verdict import Verdict
+from attncompile.plugins.kernel_arguments import HALF, int32
+from attncompile.plugins.linear_attention.op import (
+    APPLY,
+    COMBINE,
+    INPUTS,
+    NORMALISERS,
+    OUTPUT,
+    OUTPUTS,
+    STATE,
+    STATES,
+    register,
+)
+
+PACKAGE = "attncompile.plugins.linear_attention"
+MAPS = {"none": 0, "relu": 1, "elu+1": 2, "exp": 3, "softmax": 4}
+CHUNKS = (16, 32, 64, 128)
+"""Tokens of a chunk under a triangle: they are one tile."""
+
+DECAYS = {1: 1, 3: 2, 4: 3}
+"""Axes of ``log_decay`` -> the kernels' constant."""
+
+OPERANDS = ("query", "key", "value", "output")
+
+
+class _LinearKernel:
+    """What the kernels of all ops share. Any lengths, static or dynamic; tokens as the last axis (BHDN) where the file
+    fixes their number.
+    """
+
+    op: str
+    module = "kernel_triton"
+    function: str
+
+    def register(self) -> None:
+        register()
+
+    def call(self, node: OpCall) -> OpCall:
+        """``columns`` hold, for each operand whose last axis is that of the tokens, in what units that is stepped."""
+        given = dict(node.attributes)
+        columns = {}
+        for name in given.pop("columns", ()):
+            tokens = node.query_length if name in ("query", "output") else node.key_length
+            columns[name] = STRIDE_UNIT if tokens is not None and tokens % STRIDE_UNIT == 0 else 1
+        given["columns"] = columns
+        given["decay"] = DECAYS.get(len(node.shapes.get("log_decay", ())), 0)
+        return replace(node, attributes=given)
+
+    def general(self, call: OpCall) -> OpCall:
+        given = {k: v for k, v in call.attributes.items() if k not in ("scale", "epsilon")}
+        given["floor"] = given.get("floor", -inf) > -inf
+        if self.op != STATES and self.op != OUTPUT:
+            given.pop("chunk", None)
+        return replace(
+            call, heads=1, kv_heads=1, batch=None, query_length=None, key_length=None, shapes={}, attributes=given,
+            inputs=dict(sorted(call.inputs.items())),
+        )  # fmt: skip
+
+    def standard(self, dtype: str) -> Sequence[OpCall]:
+        return [self.general(self.call(c)) for c in self._usual(dtype)]
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        raise NotImplementedError
+
+    def supports(self, call: OpCall, architecture: int) -> Verdict:
+        try:
+            self._check(call)
+        except Unsupported as error:
+            return Verdict.of(error)
+        return Verdict.yes("any lengths")
+
+    def _check(self, call: OpCall) -> None:
+        if self.op != COMBINE and call.dtype not in HALF:
+            raise Unsupported("dtype", f"kernels take float16 and bfloat16, not {call.dtype}", "convert with --fp16")
+        for name, dim in (("head", call.head_dim), ("value", call.value_dim)):
+            if not 16 <= dim <= 256 or dim % 8:
+                raise Unsupported("head-dim", f"{name} dim {dim}: kernels take multiples of 8 from 16 to 256")
+        for name in ("query_map", "key_map"):
+            if call.attributes.get(name, "none") not in MAPS:
+                raise Unsupported("feature-map", f"there is no kernel of the map {call.attributes[name]}")
+        if call.attributes.get("chunk", 0) not in CHUNKS and self.op in (STATES, OUTPUT):
+            raise Unsupported(
+                "chunk", f"chunk {call.attributes.get('chunk')}: kernels take {', '.join(map(str, CHUNKS))}"
+            )
+        for name, kind in call.inputs.items():
+            wide = name in ("state", "total", "mean", "top", "initial_state", "initial_total")
+            if kind not in (("float32",) if wide else (*HALF, "float32")):
+                raise Unsupported("dtype", f"{name} is {kind}: kernels take {'float32' if wide else 'halves, float32'}")
+
+    def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
+        self._check(call)
+        return [self._program(call, tactic, rank) for rank, tactic in enumerate(tactics(self.op, call))]
+
+    def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
+        constants = {**self._constants(call), **widths(call), **tactic.constants}
+        return Program(
+            op=self.op, tactic=tactic.name, language="triton", function=f"{PACKAGE}.{self.module}:{self.function}",
+            arguments=tuple(self._arguments(call)), constants=constants, grid=self._grid(constants),
+            warps=tactic.warps, stages=tactic.stages, dtype=call.dtype, head_dim=call.head_dim,
+            value_dim=call.value_dim, rank=rank,
+        )  # fmt: skip
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        raise NotImplementedError
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        raise NotImplementedError
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        raise NotImplementedError
+
+    def _arguments(self, call: OpCall) -> list[Argument]:
+        columns = call.attributes.get("columns", {})
+        found: list[Argument] = []
+        for name in INPUTS[self.op]:
+            if name in OPERANDS:
+                found.append(Argument(name, "input", call.dtype, align=POINTER_ALIGN))
+            elif name in call.inputs:
+                found.append(Argument(name, "input", call.inputs[name]))
+        for name in OPERANDS:
+            if name not in (*INPUTS[self.op], *OUTPUTS[self.op]):
+                continue
+            step = f"{name}_stride_N"
+            if name in columns:
+                step = f"{name}_stride_D // {columns[name]}" if columns[name] > 1 else f"{name}_stride_D"
+            short = name[0]
+            found += [int32(f"{short}_b", f"{name}_stride_B"), int32(f"{short}_n", step),
+                      int32(f"{short}_h", f"{name}_stride_H")]  # fmt: skip
+        found += [int32(name, expression) for name, expression in self._extras(call)]
+        for name in OUTPUTS[self.op]:
+            if name == "output":
+                found.append(Argument(name, "output", call.dtype, align=POINTER_ALIGN))
+            elif name in call.outputs:
+                found.append(Argument(name, "output", "float32"))
+        return found
+
+    def work(self, call: OpCall, program: Program) -> Work:
+        """What goes through device memory: a launch is bound by it."""
+        if call.batch is None or (call.query_length is None and call.key_length is None and self.op != COMBINE):
+            raise Unsupported("sizes", "the cost of a launch needs batch and lengths")
+        keys, queries = call.key_length or 0, call.query_length or 0
+        state = call.head_dim * call.value_dim
+        both = call.head_dim + call.value_dim
+        heads, groups = call.batch * call.heads, call.batch * call.kv_heads
+        chunk = call.attributes.get("chunk", 0) or keys or 1
+        chunks = -(-(keys or queries) // chunk)
+        constants = program.constants
+        values = -(-call.value_dim // int(constants["BV"] or 1))
+        k1 = int(constants["K1"] or 0)
+        if self.op in (STATE, STATES):
+            size = 2.0 * groups * keys * both + 4.0 * groups * chunks * state
+            blocks = groups * values * (chunks if self.op == STATE else 1)
+            return Work(2.0 * groups * keys * k1 * call.value_dim, 0.0, 0.0, size, blocks)
+        if self.op == COMBINE:
+            pieces = call.shapes.get("state", ())
+            count = pieces[2] if len(pieces) > 2 and pieces[2] is not None else 1
+            return Work(0.0, 0.0, 0.0, 4.0 * groups * state * (count + 1), groups * values)
+        rows = int(constants["BM"] or 1)
+        flops = 2.0 * heads * queries * k1 * call.value_dim
+        size = 2.0 * heads * queries * both
+        if self.op == APPLY:
+            return Work(flops, 0.0, 0.0, size + 4.0 * heads * state, heads * values * -(-queries // rows))
+        scores = heads * queries * (chunk + rows) / 2
+        size += 2.0 * groups * keys * both + 4.0 * groups * chunks * state
+        flops += 2.0 * scores * (k1 + call.value_dim)
+        return Work(flops, scores, heads * queries * rows, size, heads * values * -(-queries // rows))
+
+
+def widths(call: OpCall) -> dict[str, Constant]:
+    return {"DK": call.head_dim, "K1": power(call.head_dim), "DV": call.value_dim}
+
+
+def power(dim: int) -> int:
+    """The power of two that holds a head dim."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def units(call: OpCall, letters: Mapping[str, str]) -> dict[str, Constant]:
+    """Of each operand, by its letter: whether its tokens are the last axis, and in what units the other is stepped."""
+    columns = call.attributes.get("columns", {})
+    found: dict[str, Constant] = {}
+    for name, letter in letters.items():
+        found[f"{letter}_COLUMNS"] = name in columns
+        found[f"{letter}_UNIT"] = columns.get(name, STRIDE_UNIT)
+    return found
+
+
+def tactics(op: str, call: OpCall) -> list[Tactic]:
+    """Best first, by rule: nothing was measured yet. The last one is small: narrow tiles, one stage."""
+    k1, v1 = power(call.head_dim), power(call.value_dim)
+    wide = max(k1, v1)
+
+    def tactic(warps: int, stages: int, **constants: int) -> Tactic:
+        name = "-".join(["triton", *(f"{k.lower()}{v}" for k, v in constants.items())])
+        return Tactic(f"{name}-w{warps}-s{stages}", constants, warps, stages)
+
+    if op == COMBINE:
+        return [tactic(4, 1, BK=16, BV=min(v1, 64))]
+    if op == STATE:
+        best = tactic(8 if wide >= 128 else 4, 3, BV=min(v1, 128 if k1 <= 128 else 64), BN=64 if wide >= 128 else 128)
+        return [best, tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BN=32 if wide <= 128 else 16)]
+    if op == APPLY:
+        best = tactic(8 if wide >= 128 else 4, 2, BV=min(v1, 128 if k1 <= 128 else 64), BM=128 if wide <= 128 else 64)
+        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32)]
+    chunk = int(call.attributes["chunk"])
+    if op == STATES:
+        best = tactic(4, 2, BV=min(v1, 32 if k1 > 64 else 64))
+        return [best, tactic(4, 1, BV=16 if k1 > 64 else min(v1, 32))]
+    if call.attributes.get("decay") == DECAYS[4]:
+        return [tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BM=16), tactic(4, 1, BV=min(v1, 32), BM=16)]
+    rows = min(chunk, 64)
+    best = tactic(8 if wide >= 128 else 4, 2, BV=min(v1, 128 if k1 <= 128 else 64), BM=rows)
+    return [best, tactic(4, 1, BV=min(v1, 32), BM=min(rows, 32 if k1 <= 128 else 16))]
+
+
+class StateKernel(_LinearKernel):
+    op, function = STATE, "state"
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        return [
+            OpCall(STATE, dtype, 1, 1, d, d, {"key_map": "relu"}, outputs=("state", "total")) for d in (32, 64, 128)
+        ]
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        return {"MAP": MAPS[call.attributes["key_map"]], **units(call, {"key": "K", "value": "V"})}
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        return (("NK", "NK"), ("chunk", "chunk"), ("C", "cdiv(NK, chunk)"))
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        return (f"cdiv(NK, chunk) * {_values(constants)}", "HKV", "B")
+
+
+class CombineKernel(_LinearKernel):
+    op, function = COMBINE, "combine"
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        given = {"state": "float32", "total": "float32"}
+        outputs = ("whole_state", "whole_total")
+        return [OpCall(COMBINE, "float32", 1, 1, d, d, inputs=given, outputs=outputs) for d in (32, 64, 128)]
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        return {}
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        return (("C", "C"),)
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        features = -(-int(constants["DK"] or 0) // int(constants["BK"] or 1))
+        return (str(features * _values(constants)), "HKV", "B")
+
+
+class ApplyKernel(_LinearKernel):
+    op, function = APPLY, "apply"
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        said = {"query_map": "relu", "normaliser": "sum", "floor": -inf}
+        given = {"state": "float32", "total": "float32"}
+        return [OpCall(APPLY, dtype, 1, 1, d, d, said, given, outputs=("output",)) for d in (32, 64, 128)]
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        return {"MAP": MAPS[call.attributes["query_map"]], **_normaliser(call),
+                **units(call, {"query": "Q", "output": "O"})}  # fmt: skip
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        return (("NQ", "NQ"), ("C", "C"), ("group", "H // HKV"), *_numbers(call))
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        # Blocks for each multiprocessor; each reads the state once and then tile after tile.
+        values = _values(constants)
+        tiles = f"min(cdiv(NQ, {constants['BM']}), cdiv(SMS * 4, H * B))"
+        return (f"{tiles} * {values}" if values > 1 else tiles, "H", "B")
+
+
+class StatesKernel(_LinearKernel):
+    op, function, module = STATES, "states", "kernel_causal"
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        return [_causal(STATES, dtype, d, axes, ("state",)) for d in (64, 128) for axes in (1, 3, 4)]
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        return {"MAP": MAPS[call.attributes["key_map"]], "DECAY": call.attributes["decay"],
+                "CHUNK": call.attributes["chunk"], **units(call, {"key": "K", "value": "V"})}  # fmt: skip
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        return (("NK", "NK"), ("C", "cdiv(NK, chunk)"))
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        return (str(_values(constants)), "HKV", "B")
+
+
+class OutputKernel(_LinearKernel):
+    op, function, module = OUTPUT, "output", "kernel_causal"
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        return [_causal(OUTPUT, dtype, d, axes, ("output",)) for d in (64, 128) for axes in (1, 3, 4)]
+
+    def _check(self, call: OpCall) -> None:
+        super()._check(call)
+        if call.attributes.get("decay") == DECAYS[4] and call.attributes.get("normaliser") != "none":
+            raise Unsupported("decay", "there is no kernel of gates for every channel with a normaliser")
+
+    def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
+        made = super()._program(call, tactic, rank)
+        if call.attributes["decay"] != DECAYS[4]:
+            return made
+        unused = ("NORM", "FLOOR", "DECAY")
+        constants = {k: v for k, v in made.constants.items() if k not in unused}
+        return replace(made, function=f"{PACKAGE}.{self.module}:gated_output", constants=constants)
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        said = call.attributes
+        letters = {"query": "Q", "key": "K", "value": "V", "output": "O"}
+        return {"Q_MAP": MAPS[said["query_map"]], "K_MAP": MAPS[said["key_map"]], "DECAY": said["decay"],
+                "CHUNK": said["chunk"], **_normaliser(call), **units(call, letters)}  # fmt: skip
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        return (("NQ", "NQ"), ("C", "C"), ("group", "H // HKV"), *_numbers(call))
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        values = _values(constants)
+        tiles = f"cdiv(NQ, {constants['BM']})"
+        return (f"{tiles} * {values}" if values > 1 else tiles, "H", "B")
+
+
+def _causal(op: str, dtype: str, dim: int, axes: int, outputs: tuple[str, ...]) -> OpCall:
+    """A call with a decay of ``axes`` axes in chunks of 64."""
+    said: dict[str, Any] = {"key_map": "none", "chunk": 64}
+    given = {"log_decay": "float32"}
+    if op == OUTPUT:
+        said |= {"query_map": "none", "normaliser": "none", "floor": -inf}
+        given |= {"state": "float32"}
+    return OpCall(op, dtype, 1, 1, dim, dim, said, given, {"log_decay": (1,) * axes}, outputs)
+
+
+def _values(constants: Mapping[str, Constant]) -> int:
+    """Tiles of the values' channels."""
+    return -(-int(constants["DV"] or 0) // int(constants["BV"] or 1))
+
+
+def _normaliser(call: OpCall) -> dict[str, Constant]:
+    floor = call.attributes.get("floor", False)
+    return {"NORM": NORMALISERS.index(call.attributes["normaliser"]), "FLOOR": floor is True or (
+        floor is not False and floor > -inf)}  # fmt: skip
+
+
+def _numbers(call: OpCall) -> Sequence[tuple[str, str]]:
+    floor = _normaliser(call)["FLOOR"]
+    return (("scale", "scale_bits"), ("epsilon", "epsilon_bits"), *([("floor", "floor_bits")] if floor else []))

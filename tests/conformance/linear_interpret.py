@@ -1,0 +1,140 @@
+"""Runs the kernels of linear attention in Triton's interpreter, in a process of its own, as ``interpret`` does:
+``python -m tests.conformance.linear_interpret N OF`` prints one line of JSON a case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from attncompile.core.kernel import Program
+from tests.conformance import launch, linear
+from tests.conformance.budget import wrong
+from tests.conformance.interpret import products_of_bfloat16
+from tests.conformance.linear import CASES, Linear, Tensors
+
+KERNELS = "attncompile.plugins.linear_attention.kernel_triton"
+CAUSAL = "attncompile.plugins.linear_attention.kernel_causal"
+
+
+def interpreted(made: Program, tensors: Tensors, known: Mapping[str, int]) -> None:
+    module, _, attribute = made.function.partition(":")
+    function = getattr(import_module(module), attribute)
+    given: dict[str, Any] = dict(made.constants)
+    for argument in made.arguments:
+        given[argument.name] = (
+            launch.value(argument.expression, known) if argument.kind == "int32" else tensors[argument.name]
+        )
+    for name in function.arg_names:
+        given.setdefault(name, None)
+    function[tuple(launch.value(x, known) for x in made.grid)](**given)
+
+
+def verdict(case: Linear, **options: Any) -> str:
+    """What is wrong with either tactic's outputs; empty if nothing is."""
+    want, low = linear.expected(case), linear.low(case)
+    for small in (False, True):
+        got = linear.run(case, interpreted, small, **options)
+        said = wrong(got["output"], want["output"], low, case.dtype)
+        if not said and "final_state" in want:  # sums of products of halves, whose decays are rounded to halves
+            far = np.linalg.norm(got["final_state"] - want["final_state"]) / np.linalg.norm(want["final_state"])
+            limit = {"float16": 6e-4, "bfloat16": 5e-3}[case.dtype]
+            said = "" if far < limit else f"final_state is {far:.2g} away, allowed are {limit}"
+        if said:
+            return f"{'small' if small else 'best'}: {said}"
+    return ""
+
+
+@triton.jit
+def relu_of_one_too_many(x, seen, MAP: tl.constexpr):
+    """``features`` that forgets what is not seen."""
+    x = x.to(tl.float32)
+    if MAP == 2:
+        x = tl.where(x > 0.0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * 1.4426950408889634))
+    return x
+
+
+@triton.jit
+def not_scaled_back(state):
+    """``scaled`` that forgets the size of the state."""
+    largest = tl.max(tl.max(tl.abs(state), 1), 0)
+    return state * tl.where(largest > 0.0, 1.0 / largest, 0.0), largest * 0.0 + 1.0
+
+
+@triton.jit
+def gates_of_the_first_channel(log_decay, b, rows, g, groups, tokens, end, DK: tl.constexpr, K1: tl.constexpr):
+    """``channel_gates`` that reads one channel for all."""
+    at = log_decay + ((b.to(tl.int64) * tokens + rows) * groups + g)[:, None] * DK + tl.arange(0, K1)[None, :] * 0
+    return tl.load(at, mask=(rows < end)[:, None], other=0.0).to(tl.float32) * 1.4426950408889634
+
+
+def _expressions(**changed: str) -> Callable[[Program], Program]:
+    def change(made: Program) -> Program:
+        return replace(made, arguments=tuple(
+            replace(a, expression=changed.get(a.name, a.expression)) for a in made.arguments))  # fmt: skip
+
+    return change
+
+
+def _constants(**changed: Any) -> Callable[[Program], Program]:
+    return lambda made: replace(
+        made, constants={**made.constants, **{k: v for k, v in changed.items() if k in made.constants}}
+    )
+
+
+PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "one key less": ("relu", {"change": _expressions(NK="NK - 1")}),
+    "one query less": ("relu", {"change": _expressions(NQ="NQ - 1")}),
+    "a chunk left out": ("relu, three chunks", {"change": _expressions(C="C - 1")}),
+    "chunks too short": ("relu, three chunks", {"change": _expressions(chunk="chunk - 8")}),
+    "wrong key heads": ("relu", {"change": _expressions(group="H // HKV + 1")}),
+    "no epsilon": ("retention, sums, first state", {"change": _expressions(epsilon="scale_bits")}),
+    "no bound": ("a bound of the sum", {"change": _constants(FLOOR=False)}),
+    "scale": ("no map", {"change": _expressions(scale="scale_bits + 200000")}),
+    "tokens for channels": ("relu, channels first", {"change": _constants(K_COLUMNS=False)}),
+    "units": ("relu, channels first", {"change": _constants(Q_UNIT=2)}),
+    "another map": ("elu", {"change": _constants(MAP=1)}),
+    "plain for MALA": ("mala", {"change": _constants(NORM=1)}),
+    "no decay": ("retention", {"change": _constants(DECAY=0)}),
+    "a decay a head": ("simple GLA", {"change": _constants(DECAY=1)}),
+    "gates of the tile before": ("GLA", {"change": _constants(CHUNK=16)}),
+    "gates of other channels": ("GLA", {"attribute": "channel_gates", "device": gates_of_the_first_channel}),
+    "features that nobody sees": ("elu", {"attribute": "features", "device": relu_of_one_too_many}),
+    "size of the state": ("relu", {"attribute": "scaled", "device": not_scaled_back}),
+}  # fmt: skip
+
+
+def planted(name: str) -> str:
+    of, options = PLANTED[name]
+    case = next(c for c in CASES if c.name == of)
+    if "attribute" not in options:
+        return verdict(case, **options)
+    module = import_module(CAUSAL if options["attribute"] == "channel_gates" else KERNELS)
+    with patch.object(module, options["attribute"], options["device"]):
+        return verdict(case)
+
+
+def main(part: int, parts: int) -> None:
+    products_of_bfloat16()
+    warnings.simplefilter("ignore")
+    work: list[tuple[str, Callable[[], str]]] = [(c.name, lambda c=c: verdict(c)) for c in CASES]
+    work += [(f"planted: {name}", lambda n=name: planted(n)) for name in PLANTED]
+    for name, run in work[part::parts]:
+        print(json.dumps({"name": name, "wrong": run()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,103 @@
+"""Kernels of linear attention: in the interpreter on poisoned outputs, with errors planted; compiled ahead of time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attncompile.core.kernel import SMALL_SHARED, OpCall
+from attncompile.kernels import calls
+from attncompile.kernels.cache import Cache
+from attncompile.plugins import kernels
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from tests.conformance import linear
+from tests.plugins import test_linear_bodies as bodies
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+OPS = (STATE, COMBINE, APPLY, STATES, OUTPUT)
+
+
+@pytest.mark.parametrize("case", linear.CASES, ids=str)
+def test_the_low_reference_is_near_the_naive_one(case: linear.Linear) -> None:
+    """They share no code; what the type costs is all that is between them."""
+    want, low = linear.expected(case)["output"], linear.low(case)
+    assert np.linalg.norm(low - want) < {"float16": 2e-3, "bfloat16": 2e-2}[case.dtype] * np.linalg.norm(want)
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.conformance.linear_interpret", "0", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {x["name"]: x["wrong"] for x in map(json.loads, done.stdout.splitlines())}
+    planted = {name: said for name, said in found.items() if name.startswith("planted: ")}
+    assert {name: said for name, said in found.items() if said and name not in planted} == {}
+    assert [name for name, said in planted.items() if not said] == []
+    assert len(found) - len(planted) == len(linear.CASES) and len(planted) >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_they_compile_without_spills(architecture: int) -> None:
+    from attncompile.kernels.compiler import compile_program
+
+    for op in OPS:
+        call = kernels()[op].standard("bfloat16")[0]
+        shared = []
+        for program in kernels()[op].programs(call, architecture):
+            entry = compile_program(program, architecture, cache=Cache.default()).entry
+            assert entry.spills == 0, (op, program.tactic, entry.spills)
+            shared.append(entry.shared)
+        assert min(shared) <= SMALL_SHARED
+
+
+def test_calls_of_a_model() -> None:
+    """Nodes as the mechanism writes them have calls, and symbols for all that their kernels' arguments speak of."""
+    for form, ops in ((bodies.PLAIN["relu"], (STATE, APPLY)), (bodies.CAUSAL["retention"], (STATES, OUTPUT))):
+        at = bodies.sizes(("BHDN", "BNHD", "BHDN", "BHND"), kv_heads=4, head_dim=16, value_dim=24, queries=40, keys=40)
+        form = bodies.replace(form, chunk=0 if ops[0] == STATE else 16)
+        found = calls.find(bodies.model(form, at, bodies.values(form, at)), kernels())
+        assert [c.op for c in found] == list(ops)
+        for node in found:
+            assert node.call is not None and node.symbols is not None, node.verdict
+            assert node.call.attributes["columns"] and node.call.kv_heads == 4
+            assert all(kind == "float32" or name not in ("state", "total") for name, kind in node.call.inputs.items())
+            for program in kernels()[node.op].programs(node.call, 80):
+                known = {*node.symbols, "SMS"}
+                for expression in (*program.grid, *(a.expression for a in program.arguments)):
+                    words = expression
+                    for mark in "()+-*/,":
+                        words = words.replace(mark, " ")
+                    names = {w for w in words.split() if not w.isdigit()} - {"cdiv", "min", "max"}
+                    assert names <= known, (program.tactic, expression, names - known)
+
+
+REFUSED = [
+    (STATE, {"key_map": "hedgehog"}, {}, 64, "feature-map"), (STATE, {"key_map": "relu"}, {}, 72 + 4, "head-dim"),
+    (STATE, {"key_map": "relu"}, {}, 8, "head-dim"), (STATES, {"key_map": "relu", "chunk": 48}, {}, 64, "chunk"),
+    (OUTPUT, {"key_map": "none", "query_map": "none", "chunk": 64, "decay": 3, "normaliser": "sum"}, {}, 64, "decay"),
+    (APPLY, {"query_map": "relu"}, {"state": "float16"}, 64, "dtype"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "attributes", "inputs", "dim", "code"), REFUSED, ids=str)
+def test_refusals(op: str, attributes: dict[str, object], inputs: dict[str, str], dim: int, code: str) -> None:
+    said = kernels()[op].supports(OpCall(op, "float16", 2, 2, dim, 64, attributes, inputs), 90)
+    assert not said.ok and said.code == code
+    assert not kernels()[op].supports(OpCall(op, "float64", 2, 2, 64, 64, attributes, inputs), 90).ok
+
+
+def test_work_counts_what_goes_through_memory() -> None:
+    call = kernels()[STATE].call(OpCall(STATE, "float16", 4, 4, 64, 64, {"key_map": "relu", "chunk": 256},
+                                        outputs=("state",), batch=2, key_length=1024))  # fmt: skip
+    program = kernels()[STATE].programs(call, 90)[0]
+    work = kernels()[STATE].work(call, program)
+    assert work.bytes == 2 * 8 * 1024 * 128 + 4 * 8 * 4 * 64 * 64 and work.blocks == 8 * 4

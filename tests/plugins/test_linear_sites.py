@@ -1,0 +1,209 @@
+"""``LinearAttention`` on sites as detection finds them: every form is replaced by something that gives the same; what
+the ops cannot say is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import NodeProto
+
+from attncompile import pipeline, verify
+from attncompile.core.errors import Unsupported
+from attncompile.core.linear import LinearFacts
+from attncompile.core.mask import Certificate, MaskFacts, MaskPart
+from attncompile.core.site import AttentionSite, Operand
+from attncompile.passes.evaluate import GraphIndex, World
+from attncompile.passes.extract import extract_site
+from attncompile.pipeline import Options
+from attncompile.plugins import mechanism
+from attncompile.plugins.linear_attention import mechanism as module
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from attncompile.verification.linear_reference import linear_output
+from tests.passes.linear_graphs import Spec, build, detected
+
+LINEAR = mechanism("LinearAttention")
+
+
+def replaced(spec: Spec, folder: Path, chunk: int | None = None) -> tuple[AttentionSite, list[str]]:
+    """The site, replaced and run beside the original and the facts; the types of its nodes."""
+    model, detection = detected(build(spec), folder)
+    (site,) = detection.sites
+    (candidate,) = LINEAR.exact_candidates(site)
+    assert not hasattr(candidate, "ok"), candidate
+    parameters = candidate.parameters if chunk is None else {"chunk": chunk}  # type: ignore[union-attr]
+    lowering = LINEAR.lower(site, parameters, model.opset)
+    made = extract_site(World(GraphIndex(model), {}), site, lowering)
+    feed = verify.cases(made.inputs, made.fixed, made.roles)[0].feed
+    names = [site.output.value]
+    ours, theirs = (
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(names, dict(feed))[0]
+        for m in (made.replaced, made.original)
+    )
+    want = linear_output(site, feed)
+    assert ours.shape == theirs.shape == want.shape
+    for got in (ours, theirs):
+        assert np.linalg.norm(got - want) <= 3e-6 * np.linalg.norm(want)
+    return site, [n.op_type for n in lowering.nodes]
+
+
+@pytest.mark.parametrize("order", ["kv", "einsum", "vk"])
+@pytest.mark.parametrize("normaliser", ["none", "pad", "sum", "ones"])
+def test_orders_and_normalisers(order: str, normaliser: str, tmp_path: Path) -> None:
+    if normaliser == "ones" and order != "kv":
+        normaliser = "split"
+    spec = Spec(order=order, normaliser=normaliser, epsilon=1e-3 if normaliser != "none" else 0.0)
+    _, ops = replaced(spec, tmp_path)
+    assert ops == [STATE, APPLY]
+    _, ops = replaced(spec, tmp_path, chunk=4)
+    assert ops == [STATE, COMBINE, APPLY]
+
+
+@pytest.mark.parametrize("kind", ["relu", "elu+1", "elu+1 where", "exp", "softmax"])
+def test_maps(kind: str, tmp_path: Path) -> None:
+    spec = Spec(query_map=kind, key_map=kind, normaliser="none" if kind == "softmax" else "sum",
+                epsilon=0.01, scale=0.4)  # fmt: skip
+    for chunk in (0, 3):
+        site, _ = replaced(spec, tmp_path, chunk)
+    assert site.linear is not None and site.linear.key_map == kind.partition(" ")[0]
+
+
+@pytest.mark.parametrize("changed", [{"kv_heads": 1}, {"keys": 17}, {"floor": 2.0, "normaliser": "sum"}], ids=str)
+def test_sizes(changed: dict[str, Any], tmp_path: Path) -> None:
+    replaced(Spec(**changed), tmp_path)
+
+
+def causal(**changed: Any) -> AttentionSite:
+    facts = LinearFacts("identity", "identity", "none", 0.0, True, "parallel")
+    shown = Certificate("compared", "every element", general=True)
+    site = AttentionSite(
+        id="site0", form="f", query=Operand("q", "BHND"), key=Operand("k", "BHND"), value=Operand("v", "BHND"),
+        output=Operand("o", "BHND"), batch=1, heads=4, kv_heads=2, head_dim=8, value_dim=8, query_length=40,
+        key_length=40, scale=1.0, mask=MaskFacts((MaskPart("causal", shown, -1, 0),), "zero"), dtype="float32",
+        softmax_dtype="float32", nodes=(), interior=(), kind="linear", linear=facts,
+    )  # fmt: skip
+    given = {k: changed.pop(k) for k in list(changed) if k in LinearFacts.__dataclass_fields__}
+    return replace(site, linear=replace(facts, **given), **changed)
+
+
+def ops_of(site: AttentionSite) -> list[NodeProto]:
+    (found,) = LINEAR.exact_candidates(site)
+    return list(LINEAR.lower(site, found.parameters, 18).nodes)  # type: ignore[union-attr]
+
+
+def test_causal_sites_are_two_ops() -> None:
+    assert [n.op_type for n in ops_of(causal())] == [STATES, OUTPUT]
+    decays = causal(decay="head", decay_rates=(0.9, 0.9, 0.5, 0.5))
+    assert [n.op_type for n in ops_of(decays)] == [STATES, OUTPUT]
+    gates = ops_of(causal(decay="channel", decay_source="g", form="operator"))
+    assert [n.op_type for n in gates] == ["Reshape", STATES, OUTPUT]
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"decay": "head", "decay_rates": (0.9, 0.8, 0.5, 0.5)}, "decay"),
+    ({"decay": "head", "decay_rates": (0.9, 0.9)}, "decay"),
+    ({"decay": "head", "decay_rates": (1.1, 1.1, 0.5, 0.5)}, "decay"),
+    ({"update": "delta", "update_source": "b"}, "update-rule"), ({"present_state": "s"}, "state-used"),
+    ({"query_length": 20}, "lengths"), ({"kv_heads": 3}, "heads"), ({"dtype": "int8"}, "dtype"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "code"), REFUSED, ids=str)
+def test_what_is_refused(changed: dict[str, Any], code: str) -> None:
+    (said,) = LINEAR.exact_candidates(causal(**changed))
+    assert not said.ok and said.code == code  # type: ignore[union-attr]
+    with pytest.raises(Unsupported):
+        LINEAR.lower(causal(**changed), {"chunk": 16}, 18)
+
+
+def test_certificates_and_other_sites_are_refused() -> None:
+    some = Certificate("compared", "one length", general=False)
+    mask = MaskFacts((MaskPart("causal", some, -1, 0),), "zero")
+    dynamic = causal(mask=mask, query_length="n", key_length="n")
+    (said,) = LINEAR.exact_candidates(dynamic)
+    assert said.code == "certificate"  # type: ignore[union-attr]
+    softmax = replace(causal(), kind="softmax", linear=None)
+    assert LINEAR.exact_candidates(softmax) == () and LINEAR.supports(softmax, {"chunk": 16}).code == "kind"
+    for bad in ({"chunk": -1}, {"chunk": 0}, {"chunk": "8"}, {"block": 8}):
+        assert LINEAR.supports(causal(), bad).code == "parameters"
+
+
+def test_chunks_fill_a_gpu_and_divide_the_length() -> None:
+    long = replace(causal(), batch=1, heads=16, kv_heads=16, query_length=16384, key_length=16384, head_dim=32,
+                   value_dim=32, mask=MaskFacts())  # fmt: skip
+    assert long.linear is not None
+    long = replace(long, linear=replace(long.linear, causal=False))
+    assert module.chunk_of(long) == 1024
+    for length, chunk in ((1024, 0), (4096, 1024), (4097, 0)):
+        assert module.chunk_of(replace(long, key_length=length)) == chunk
+    assert module.chunk_of(replace(long, key_length="n")) == module.chunk_of(replace(long, batch=32)) == 0
+
+
+def test_a_wrong_lowering_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate compares with the original subgraph in float64: another epsilon is rolled back."""
+    spec = Spec(length=64, dim=16, value_dim=16, normaliser="sum", epsilon=1.0)
+    build_path = tmp_path / "model.onnx"
+    model, _ = detected(build(spec), tmp_path)
+    build_path.write_bytes(model.proto.SerializeToString())
+    right = module.form_of
+    monkeypatch.setattr(module, "form_of", lambda s, c: replace(right(s, c), epsilon=1.001))
+    options = Options(policy="linear", target="onnx", out=tmp_path / "out", keep_slower=True)
+    result = pipeline.compile(build_path, options)
+    (site,) = result.sites
+    assert "not exact" in site.rolled_back and result.outcome != "replaced"
+
+
+ZOO = ["linear-retention", "linear-summed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_exports_end_to_end(name: str, tmp_path: Path) -> None:
+    """Through the whole pipeline, by a policy that takes every site whatever is predicted."""
+    end_to_end(f"{name}-dynamo-18-sdpa", tmp_path)
+
+
+def end_to_end(slug: str, folder: Path, **options: Any) -> None:
+    from attncompile.models.zoo import check
+    from attncompile.models.zoo.table import ENTRIES
+
+    entry = next(e for e in ENTRIES if e.slug == slug)
+    entry = replace(entry, options={**entry.options, **options})
+    path = folder / "model.onnx"
+    check.exported(entry, path)
+    policy = folder / "always.toml"
+    policy.write_text('[exact]\nmechanisms = ["LinearAttention"]\nmin_gain = 0.0\n')
+    result = pipeline.compile(path, Options(policy=str(policy), target="onnx", out=folder / "out", keep_slower=True))
+    linear = [s for s in result.sites if s.site.kind == "linear"]
+    assert linear and all(s.decision.mechanism == "LinearAttention" and not s.rolled_back for s in linear)
+    assert all(s.exactness is not None and s.exactness.passed for s in linear)
+    assert result.outcome == "replaced" and result.exit_code == 0
+    assert result.parity is not None and result.parity.passed
+    for compared in result.parity.comparisons:
+        assert compared.metrics is not None and compared.metrics.relative_l2 <= 1e-5
+
+
+SANA = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 1,
+        "num_cross_attention_heads": 4, "cross_attention_head_dim": 32, "cross_attention_dim": 128,
+        "caption_channels": 12, "sample_size": 16, "patch_size": 1}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_efficientvit_end_to_end(tmp_path: Path) -> None:
+    if find_spec("timm") is None:
+        pytest.skip("needs timm")
+    end_to_end("timm-efficientvit_b0-dynamo-18-sdpa", tmp_path, side=64)
+
+
+@pytest.mark.slow
+def test_sana_end_to_end(tmp_path: Path) -> None:
+    """Heads of 32, as SANA has them: of eight channels all may be negative, and the original divides 0 by 0."""
+    pytest.importorskip("diffusers")
+    sizes = {"hidden_states": (1, 4, 16, 16), "encoder_hidden_states": (1, 7, 12), "timestep": (1,)}
+    end_to_end("sana-dynamo-18-sdpa", tmp_path, settings=SANA, inputs=sizes)

@@ -25,6 +25,7 @@ MECHANISMS = (
 KERNELS = (
     "attncompile.plugins.attention.kernel:AttentionKernel",
     "attncompile.plugins.neighborhood.kernel:NeighborhoodKernel",
+    "attncompile.plugins.block_sparse.kernel:BlockSparseKernel",
 )
 
 ENTRY_POINT_GROUP = "attncompile.extensions"

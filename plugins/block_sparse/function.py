@@ -1,5 +1,5 @@
-"""The function body of ``BlockSparseAttention`` for one mask, which it holds in tables of its own. ``listed.py`` has the
-body for lists that only the run knows.
+"""The function body of ``BlockSparseAttention`` for one mask, which it holds in tables of its own. For lists that only
+the run knows ``listed.py`` has one.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class _Writer:
             instead = self.body.constant(np.array(np.nan, float_type(call.dtype)[1]))
             if self.form.masked_rows == "uniform":
                 mean = self.op("ReduceMean", parts.repeat_heads(self.body, call, value, call.value_dim), self.ints(2))
-                instead = self.op("Unsqueeze", mean, self.ints(2, 3))
+                instead = self.op("Unsqueeze", mean, self.ints(2))  # [B, H, 1, 1, Dv]
             output = self.op("Where", alive, output, instead)
         lse = self.op("Add", self.op("Log", self.op("Where", alive, total, self.wide(1.0))), top)
         return output, lse

@@ -24,7 +24,7 @@ BROADCAST: Mapping[str, str] = {
     "bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": "B", "rows": "BH**"
 }  # fmt: skip
 """Axes of the optional inputs, to which they are broadcast from the right; ``-`` is of size 1, ``*`` of any
-size and without gaps: such axes have no symbols."""
+size and without a symbol: the kernel takes the input for one without gaps."""
 
 Layout = str
 """Axes of an operand in order, such as ``BNHD``. Further letters (``P`` of a packed ``BNPHD``) count in the strides."""
@@ -184,9 +184,8 @@ def of_tensors(
             continue
         found |= {f"{name}_stride_{a}": 0 for a in axes if a not in "-*"}
         given = tensors[name]
-        inner = axes.count("*")
-        if inner and given.strides[-inner:] != Strided.contiguous(given.sizes).strides[-inner:]:
-            raise Unsupported("strides", f"{name}: its last {inner} axes have gaps", "make it contiguous")
+        if "*" in axes and given != Strided.contiguous(given.sizes):
+            raise Unsupported("strides", f"{name} has gaps", "make it contiguous")
         for axis, n, apart in zip(_axes(name, len(given.sizes)), given.sizes, given.strides, strict=True):
             if axis not in "-*":
                 found[f"{name}_stride_{axis}"] = 0 if n == 1 else apart

@@ -109,9 +109,10 @@ def attention(
     V2: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """query [B, NQ, H, DK], key [B, NK, H / group, DK], value [B, NK, H / group, DV] by strides in 8 elements, and the
-    lists of ``op.py`` -> output [B, NQ, H, DV], log_sum_exp [B, H, NQ] float32. Optional tensors are None where
-    absent; ``rows_b`` and ``rows_h`` are 0 where all batch entries or heads share their lists. ``scale`` holds the bits
-    of a float32. Grid: ceil(NQ / BLOCK) * (BLOCK / BM) * H * B, in the order of ``order``, or the last rows first.
+    lists of ``op.py``, which have no gaps -> output [B, NQ, H, DV], log_sum_exp [B, H, NQ] float32. Optional tensors
+    are None where absent; ``rows_b`` and ``rows_h`` are 0 where all batch entries or heads share their lists. ``scale``
+    holds the bits of a float32. Grid: ceil(NQ / BLOCK) * (BLOCK / BM) * H * B, in the order of ``order``, or the last
+    rows first.
     """
     SPLIT: tl.constexpr = BLOCK // BM
     number = tl.program_id(0) // SPLIT
@@ -135,7 +136,7 @@ def attention(
     inside = tl.arange(0, BM)
     i = first + inside
     real = i < NQ
-    span = rows + b * rows_b + h.to(tl.int64) * rows_h + r * 3
+    span = rows + n * 3
     start = tl.load(span)
     all_from = tl.load(span + 1)
     end = tl.load(span + 2)

@@ -128,7 +128,7 @@ _LISTS = {
     "scale": ("scale", {"expressions": {"scale": "scale_bits + 200000"}}),
     "another rule": ("rows without a key: uniform", {"constants": {"RULE": 0}}),
     "the same value for all keys": ("64", {"expressions": {"v_n": "value_stride_N * 0"}}),
-    "bits of the next key": ("64", {"attribute": "shown", "device": shifted}),
+    "bits of the next key": ("partial blocks alone", {"attribute": "shown", "device": shifted}),
     "bits of the first part": ("128", {"attribute": "shown", "device": of_the_first_part}),
     "rows not rescaled": ("large scores", {"attribute": "step", "device": not_rescaled}),
     "keys that count once": ("counts", {"attribute": "counted_step", "device": uncounted}),

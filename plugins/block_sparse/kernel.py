@@ -80,7 +80,7 @@ class BlockSparseKernel:
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         self._check(call)
         chosen = tactics(
-            PACKAGE, call, architecture, str(call.attributes["block"]),
+            PACKAGE, call, architecture, kind(call),
             lambda tactic: architecture == 90 and on_hopper(call, tactic),
         )  # fmt: skip
         fitting: dict[str, Tactic] = {}
@@ -112,6 +112,11 @@ class BlockSparseKernel:
 
     def work(self, call: OpCall, program: Program) -> Work:
         return work(call, program)
+
+
+def kind(call: OpCall) -> str:
+    """What the tactic table tells apart: the edge of the blocks, and whether there is a bias, which takes registers."""
+    return f"{call.attributes['block']}{' bias' if 'bias' in call.inputs else ''}"
 
 
 def queries(constants: dict[str, Constant]) -> int:

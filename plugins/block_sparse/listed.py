@@ -8,6 +8,7 @@ grows with R * W, and lists of like length lose nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto
@@ -33,7 +34,7 @@ class _Writer:
     form: Form
     call: Call
 
-    def op(self, name: str, *inputs: str, **attributes: object) -> str:
+    def op(self, name: str, *inputs: str, **attributes: Any) -> str:
         return self.body.op(name, *inputs, **attributes)
 
     def ints(self, *values: int) -> str:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, defs, helper, numpy_helper
@@ -189,7 +190,7 @@ def node(
     them. ``lists_of``: the digest of the lists that its body was made for; without it the body reads them.
     """
     layouts = dict(zip(("q_layout", "k_layout", "v_layout", "o_layout"), call.layouts, strict=True))
-    said = {"block": form.block, "masked_rows": form.masked_rows}
+    said: dict[str, Any] = {"block": form.block, "masked_rows": form.masked_rows}
     made = helper.make_node(
         OP_TYPE, list(inputs), list(outputs), name=name, domain=DOMAIN, scale=call.scale, **said, **layouts
     )

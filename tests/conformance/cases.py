@@ -210,12 +210,11 @@ SPARSE = (
     sparse("128", 128, queries=300, lse=True, seed=3),
     *(
         sparse(f"tiles {n}", (64, 128)[n % 2], queries=150, lse=True, seed=n, heads=1, lists=Drawn(causal=True))
-        for n in range(8)
+        for n in range(2, 6)
     ),
     *(
         sparse(f"head dim {d}, value dim {v}", queries=90, head_dim=d, value_dim=v, heads=1, seed=3)
-        for d, v in ((32, 32), (40, 40), (64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (64, 40), (40, 72),
-                     (16, 136), (256, 256))
+        for d, v in ((40, 40), (72, 72), (80, 80), (128, 128), (40, 72), (16, 136), (256, 256))
     ),
     *(
         sparse(f"{q} queries, {k} keys", block, queries=q, keys=k, lse=True, seed=q, heads=1)
@@ -224,10 +223,10 @@ SPARSE = (
     sparse("128, N past the last block", 128, queries=129, keys=257, lists=Drawn(density=1.0), seed=2),
     sparse("64, GQA, lists of heads", batch=2, seed=3, heads=6, kv_heads=2, layouts=BHND, lists=HEADS, lse=True),
     sparse("64, lists of heads, no order", heads=3, lists=Drawn(sets=(1, 3), order="none")),
-    sparse("64, lists of batch entries", batch=3, lists=Drawn(sets=(3, 1), order="none")),
+    sparse("64, lists of batch entries", batch=3, heads=1, lists=Drawn(sets=(3, 1), order="none")),
     sparse("128, lists of heads and batch entries", 128, batch=2, heads=4, kv_heads=2, layouts=MIXED, queries=150,
            lists=Drawn(sets=(2, 4)), lse=True, seed=3),
-    sparse("MQA, mixed layouts, no order", batch=2, heads=3, kv_heads=1, layouts=OTHER, lists=Drawn(order="none")),
+    sparse("MQA, mixed layouts, no order", batch=2, heads=2, kv_heads=1, layouts=OTHER, lists=Drawn(order="none")),
     sparse("full blocks alone", queries=192, lists=Drawn(partial=0.0, kinds=1), lse=True),
     sparse("partial blocks alone", lists=Drawn(partial=1.0), lse=True),
     sparse("packed lists", lists=Drawn(spread=False, order="longest"), seed=2),

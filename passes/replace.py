@@ -71,6 +71,10 @@ class _Place:
             for place in places:
                 yield from place.all()
 
+    @property
+    def outermost(self) -> _Place:
+        return self if self.parent is None else self.parent.outermost
+
     def home(self, value: str) -> _Place | None:
         """The place whose value a reader in this place means."""
         place: _Place | None = self
@@ -95,7 +99,11 @@ class _Place:
         for node in lowering.nodes:
             for value in node_inputs(node):
                 self.read(value, 1)
-        self.graph.initializer.extend(lowering.initializers)
+        if lowering.initializers:
+            # In the outermost graph, once: lowerings name what they share alike, and bodies see it there.
+            stored = self.outermost.graph.initializer
+            known = {i.name for i in stored}
+            stored.extend(i for i in lowering.initializers if i.name not in known)
         self.remove(at)
 
     def remove(self, at: int) -> None:

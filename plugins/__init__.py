@@ -26,6 +26,7 @@ MECHANISMS = (
 KERNELS = (
     "attncompile.plugins.attention.kernel:AttentionKernel",
     "attncompile.plugins.neighborhood.kernel:NeighborhoodKernel",
+    "attncompile.plugins.block_sparse.kernel:BlockSparseKernel",
     "attncompile.plugins.linear_attention.kernel:StateKernel",
     "attncompile.plugins.linear_attention.kernel:CombineKernel",
     "attncompile.plugins.linear_attention.kernel:ApplyKernel",

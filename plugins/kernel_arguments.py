@@ -12,14 +12,14 @@ HALF = ("float16", "bfloat16")
 RULES = {"zero": 0, "uniform": 1, "nan": 2}
 """``masked_rows`` as the kernels' constant."""
 
-BROADCAST = {"key_mask": "BK", "bias": "BHQK", "sinks": "H", "mask": "BHQK"}
+BROADCAST = {"rows": "BH", "key_mask": "BK", "bias": "BHQK", "sinks": "H", "mask": "BHQK"}
 """Axes over which an optional input may be broadcast; each has a stride argument, 0 where it is. In the order of
 the kernels' parameters.
 """
 
 INPUT_TYPES = {
     "key_mask": ("bool",), "mask": ("bool",), "key_lengths": ("int32", "int64"), "bias": (*HALF, "float32"),
-    "sinks": (*HALF, "float32"),
+    "sinks": (*HALF, "float32"), **dict.fromkeys(("rows", "columns", "kinds", "masks", "order", "counts"), ("int32",)),
 }  # fmt: skip
 """Element types of optional inputs."""
 

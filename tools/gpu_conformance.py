@@ -104,7 +104,7 @@ def run(bundle: Path, count: int, seed: int, only: int | None) -> int:
         torch.cuda.synchronize()
         problem = wrong(at["output"].float().cpu().numpy(), want, low, case.call.dtype)
         if not problem and "log_sum_exp" in at:
-            softcap = case.call.attributes["softcap"]
+            softcap = case.call.attributes.get("softcap", 0.0)
             problem = wrong_sums(at["log_sum_exp"].cpu().numpy(), want_lse, low_lse, softcap)
             problem = f"log-sum-exp: {problem}" if problem else ""
         tally[f"{case.call.op} {program.language} {'wrong' if problem else 'right'}"] += 1

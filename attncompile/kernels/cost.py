@@ -64,8 +64,11 @@ def table() -> Mapping[str, CostModel]:
 
 
 def model_name(program: Program, architecture: int) -> str:
-    """Which constants hold: ``gluon-90``, and ``gluon-90-window`` for windows of a sequence, whose blocks are short."""
-    return f"{program.language}-{architecture}{'-window' if program.constants.get('HAS_LEFT') else ''}"
+    """Which constants hold: ``gluon-90``, ``gluon-90-window`` for windows of a sequence, whose blocks are short, and
+    ``gluon-90-lists`` for lists of blocks, of which nothing was measured yet.
+    """
+    kind = "-window" if program.constants.get("HAS_LEFT") else "-lists" if program.constants.get("BLOCK") else ""
+    return f"{program.language}-{architecture}{kind}"
 
 
 def milliseconds(work: Work, program: Program, architecture: int) -> float:

@@ -2,8 +2,8 @@
 
 ``B``, ``H``, ``HKV``, ``NQ``, ``NK``, ``D``, ``DV``: batch, query heads, key heads, queries, keys, head dim, value dim.
 ``query_stride_B|N|H`` and those of ``key``, ``value``, ``output``: in units of ``STRIDE_UNIT`` elements.
-``bias_stride_B|H|Q|K``, ``mask_stride_B|H|Q|K``, ``key_mask_stride_B|K``, ``sinks_stride_H``: in elements, 0 where the
-input is broadcast over that axis, or does not have it.
+``bias_stride_B|H|Q|K``, ``mask_stride_B|H|Q|K``, ``key_mask_stride_B|K``, ``sinks_stride_H``, ``rows_stride_B|H``: in
+elements, 0 where the input is broadcast over that axis, or does not have it.
 ``key_stride_D`` of an operand in BHDN, whose tokens are the last axis: in elements; it has no stride of N.
 ``C``: chunks of a linear attention's states. ``chunk``: tokens of one, all of them where the attribute is 0.
 ``scale_bits``, ``softcap_bits``, ``epsilon_bits``, ``floor_bits``: the bits of a float32 as an int32. ``left``,
@@ -24,8 +24,11 @@ from attncompile.core.kernel import STRIDE_UNIT, OpCall
 from attncompile.kernels.expressions import Binary, Expression, Literal, Symbol, evaluate, fold, product
 
 OPERANDS = ("query", "key", "value", "output")
-BROADCAST: Mapping[str, str] = {"bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": "B"}
-"""Axes of the optional inputs, to which they are broadcast from the right; ``-`` is of size 1."""
+BROADCAST: Mapping[str, str] = {
+    "bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": "B", "rows": "BH**"
+}  # fmt: skip
+"""Axes of the optional inputs, to which they are broadcast from the right; ``-`` is of size 1, ``*`` of any
+size and without a symbol: the kernel takes the input for one without gaps."""
 
 Layout = str
 """Axes of an operand in order, such as ``BNHD``. Further letters (``P`` of a packed ``BNPHD``) count in the strides."""
@@ -168,8 +171,10 @@ def _in_units(name: str, step: Expression) -> Expression:
 def _broadcast(name: str, sizes: Sizes) -> dict[str, Expression]:
     axes = _axes(name, len(sizes))
     dims = [Symbol(f"{name}[{i}]") if size is None else Literal(size) for i, size in enumerate(sizes)]
-    found: dict[str, Expression] = {f"{name}_stride_{a}": Literal(0) for a in BROADCAST[name] if a != "-"}
+    found: dict[str, Expression] = {f"{name}_stride_{a}": Literal(0) for a in BROADCAST[name] if a not in "-*"}
     for i, axis in enumerate(axes):
+        if axis == "*":
+            continue
         if axis == "-":
             if sizes[i] not in (1, None):
                 raise Unsupported("rank", f"{name} has size {sizes[i]} on axis {i}, which must be 1")
@@ -223,10 +228,12 @@ def of_tensors(
     for name, axes in BROADCAST.items():
         if name not in tensors:
             continue
-        found |= {f"{name}_stride_{a}": 0 for a in axes if a != "-"}
+        found |= {f"{name}_stride_{a}": 0 for a in axes if a not in "-*"}
         given = tensors[name]
+        if "*" in axes and given != Strided.contiguous(given.sizes):
+            raise Unsupported("strides", f"{name} has gaps", "make it contiguous")
         for axis, n, apart in zip(_axes(name, len(given.sizes)), given.sizes, given.strides, strict=True):
-            if axis != "-":
+            if axis not in "-*":
                 found[f"{name}_stride_{axis}"] = 0 if n == 1 else apart
     return found | constants(attributes, found["D"])
 

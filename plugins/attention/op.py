@@ -99,11 +99,11 @@ def register() -> None:
             *(OpSchema.Attribute(f"{x}_layout", default(f"{x}_layout", "BNHD"), "BNHD | BHND") for x in "qkvo"),
         ],
     )  # fmt: skip
-    schema.set_type_and_shape_inference_function(_infer)
+    schema.set_type_and_shape_inference_function(infer_outputs)
     defs.register_schema(schema)
 
 
-def _infer(context: Any) -> None:
+def infer_outputs(context: Any) -> None:
     """Output: see ``infer_output``; log_sum_exp: batch, heads and queries of the query."""
     infer_output(context)
     if context.get_num_outputs() < 2:

@@ -21,8 +21,8 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.pattern import GridWindow
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.block_sparse.function import function, node
-from attncompile.plugins.block_sparse.op import OP_TYPE, lists, register
+from attncompile.plugins.block_sparse.function import function
+from attncompile.plugins.block_sparse.op import OP_TYPE, Form, lists, node, register
 from attncompile.plugins.block_sparse.plan import LAUNCH, Plan, plan
 from attncompile.plugins.block_sparse.reference import reference
 from attncompile.plugins.neighborhood.call import Call
@@ -137,14 +137,18 @@ class BlockSparseAttention:
         register()
         call = Call.of(site, opset, 0, 0)
         mask = self._check(site, parameters)
-        attributes = {**lists(mask.counts), "masked_rows": _rows(parameters)}
+        said = lists(mask.counts)
+        inputs = [*(["key_mask"] if call.key_mask else []), *(["bias"] if call.bias else []), "order"]
+        form = Form(said.block, _rows(parameters), (*inputs, *(["counts"] if said.counts is not None else [])))
 
         def lowered(site: AttentionSite) -> Lowering:
-            padding, bias = check_padding(site.mask), check_bias(site)
-            more = (padding, bias) if bias else (padding,) if padding else ()
-            inputs = (site.query.value, site.key.value, site.value.value, *more)
-            made = node(attributes, call, inputs, site.output.value, f"{OP_TYPE}/{site.id or site.output.value}")
-            return Lowering((made,), (function(_plan(site), attributes, call),))
+            stored = said.initializers()
+            values = {"query": site.query.value, "key": site.key.value, "value": site.value.value}
+            values |= {"key_mask": check_padding(site.mask), "bias": check_bias(site)}
+            values |= {x.name.rpartition("/")[2]: x.name for x in stored}
+            name = f"{OP_TYPE}/{site.id or site.output.value}"
+            made = node(form, call, form.place(values), [site.output.value], name, said.digest)
+            return Lowering((made,), (function(_plan(site), made, form, call),), tuple(stored))
 
         return around(site, lowered)
 

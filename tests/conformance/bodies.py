@@ -11,6 +11,8 @@ from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from attncompile.plugins.attention import dense
 from attncompile.plugins.attention import op as dense_op
+from attncompile.plugins.block_sparse import listed
+from attncompile.plugins.block_sparse import op as sparse_op
 from attncompile.plugins.neighborhood import function as grid
 from attncompile.plugins.neighborhood import op as grid_op
 from attncompile.plugins.neighborhood.call import Call
@@ -41,6 +43,12 @@ def lowered(case: Case, call: Call, chunks: int, **changed: Any) -> tuple[NodePr
         inputs = tuple(n for n in dense_op.OPTIONAL if n in case.call.inputs)
         form = dense_op.Dense(**given, chunks=chunks, inputs=inputs, log_sum_exp=len(outputs) > 1)
         return dense_op.node(form, call, form.given, outputs, "attn"), dense.function(form, call)
+    if case.call.op == "BlockSparseAttention":
+        sparse_op.register()
+        chosen = tuple(n for n in sparse_op.OPTIONAL if n in case.call.inputs)
+        listing = sparse_op.Form(**given, inputs=chosen, log_sum_exp=len(outputs) > 1)
+        made = sparse_op.node(listing, call, listing.given, outputs, "attn")
+        return made, listed.function(made, listing, call)
     grid_op.register()
     hood = grid_op.Neighborhood.of(given)
     names = [n * (n in case.call.inputs) for n in OPTIONAL["NeighborhoodAttention"]]
@@ -71,7 +79,10 @@ def model(
         (outputs if name == "output" else inputs).append(info)
     for name, kind in case.call.inputs.items():
         stored = helper.np_dtype_to_tensor_dtype(np.dtype(_stored(kind, dtype)))
-        inputs.append(helper.make_tensor_value_info(name, stored, case.call.shapes[name]))
+        shape = case.call.shapes[name]
+        if dynamic and name in sparse_op.LISTS:
+            shape = (None,) * len(shape)
+        inputs.append(helper.make_tensor_value_info(name, stored, shape))
     if len(case.call.outputs) > 1:
         lengths = ["batch", case.call.heads, "queries"] if dynamic else [sizes["B"], case.call.heads, sizes["NQ"]]
         outputs.append(helper.make_tensor_value_info("log_sum_exp", TensorProto.FLOAT, lengths))

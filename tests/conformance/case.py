@@ -10,11 +10,14 @@ from typing import Literal
 import numpy as np
 
 from attncompile.core.kernel import OpCall
+from tests.conformance.block_lists import Drawn
 
 Values = Literal["ordinary", "large", "dominant", "equal"]
 Hiding = Literal["scattered", "left", "empty"]
 ORDER = ("key_mask", "bias", "sinks", "mask", "key_lengths")
-"""Optional inputs of ``Attention``, in their order; ``NeighborhoodAttention`` takes the first two."""
+"""Optional inputs of ``Attention``, in their order; ``NeighborhoodAttention`` takes the first two,
+``BlockSparseAttention`` the first three, beside its lists.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class Case:
     ``values``: standard normal operands; ``large``: scores of some hundreds; ``dominant``: one key a query scores far
     above the rest; ``equal``: all keys are the same. ``hiding``: what boolean inputs hide: single keys, the first half
     of them in the first batch entry, or single keys and all that the last batch entry has. ``routed``: the call of
-    another op that a kernel is to take in place of ``call``, with the same inputs.
+    another op that a kernel is to take in place of ``call``, with the same inputs. ``lists``: of a call of
+    ``BlockSparseAttention``.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Case:
     hiding: Hiding = "scattered"
     seed: int = 0
     routed: OpCall | None = None
+    lists: Drawn | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -68,6 +73,8 @@ class Case:
         for name in ORDER:
             if name in call.inputs:
                 found[name] = self._optional(name, rng)
+        if self.lists is not None:
+            found |= self.lists.arrays(queries, keys, call.attributes["block"], self.seed)
         return found
 
     def _optional(self, name: str, rng: np.random.Generator) -> np.ndarray:

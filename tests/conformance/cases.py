@@ -1,10 +1,11 @@
-"""The cases of both ops, small enough for an interpreter: sizes are odd, a sequence is more than one tile of 16."""
+"""The cases of all ops, small enough for an interpreter: sizes are odd, a sequence is more than one tile of 16."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from attncompile.core.kernel import OpCall
+from tests.conformance.block_lists import Drawn
 from tests.conformance.case import Case, Hiding, Values
 
 HALF = "float16"
@@ -57,6 +58,25 @@ def grid(
         batch=batch, query_length=size + tokens, key_length=size + tokens,
     )  # fmt: skip
     return Case(name, call, layouts, values, hiding, seed)
+
+
+def sparse(
+    name: str, block: int = 64, batch: int = 1, queries: int = 110, keys: int | None = None, heads: int = 2,
+    kv_heads: int | None = None, head_dim: int = 32, value_dim: int | None = None, dtype: str = HALF,
+    inputs: Inputs | None = None, layouts: tuple[str, str, str, str] = ("BNHD",) * 4, values: Values = "ordinary",
+    hiding: Hiding = "scattered", lse: bool = False, seed: int = 1, lists: Drawn | None = None, **attributes: Any,
+) -> Case:  # fmt: skip
+    """A case of ``BlockSparseAttention``."""
+    keys, drawn, given = queries if keys is None else keys, lists or Drawn(), dict(inputs or {})
+    given |= {n: ("int32", x.shape) for n, x in drawn.arrays(queries, keys, block, seed).items()}
+    call = OpCall(
+        "BlockSparseAttention", dtype, heads, heads if kv_heads is None else kv_heads, head_dim,
+        head_dim if value_dim is None else value_dim,
+        attributes={"block": block, "masked_rows": "zero", "scale": head_dim**-0.5, **attributes},
+        inputs={n: kind for n, (kind, _) in given.items()}, shapes={n: shape for n, (_, shape) in given.items()},
+        outputs=("output", "log_sum_exp") if lse else ("output",), batch=batch, query_length=queries, key_length=keys,
+    )  # fmt: skip
+    return Case(name, call, layouts, values, hiding, seed, lists=drawn)
 
 
 def having(floats: str = HALF, lengths: str = "int64", **shapes: Shape) -> Inputs:
@@ -184,7 +204,65 @@ GRID = (
     grid("scale", grid=[50], kernel_size=[7], scale=0.31),
 )  # fmt: skip
 
-CASES = {"Attention": DENSE, "NeighborhoodAttention": GRID}
+HEADS = Drawn(sets=(1, 6), order="longest")
+SPARSE = (
+    sparse("64", lse=True),
+    sparse("128", 128, queries=300, lse=True, seed=3),
+    *(
+        sparse(f"tiles {n}", (64, 128)[n % 2], queries=150, lse=True, seed=n, heads=1, lists=Drawn(causal=True))
+        for n in range(2, 6)
+    ),
+    *(
+        sparse(f"head dim {d}, value dim {v}", queries=90, head_dim=d, value_dim=v, heads=1, seed=3)
+        for d, v in ((40, 40), (72, 72), (80, 80), (128, 128), (40, 72), (16, 136), (256, 256))
+    ),
+    *(
+        sparse(f"{q} queries, {k} keys", block, queries=q, keys=k, lse=True, seed=q, heads=1)
+        for q, k, block in ((1, 1, 64), (1, 300, 128), (130, 70, 64), (64, 128, 64), (257, 129, 128), (128, 256, 128))
+    ),
+    sparse("128, N past the last block", 128, queries=129, keys=257, lists=Drawn(density=1.0), seed=2),
+    sparse("64, GQA, lists of heads", batch=2, seed=3, heads=6, kv_heads=2, layouts=BHND, lists=HEADS, lse=True),
+    sparse("64, lists of heads, no order", heads=3, lists=Drawn(sets=(1, 3), order="none")),
+    sparse("64, lists of batch entries", batch=3, heads=1, lists=Drawn(sets=(3, 1), order="none")),
+    sparse("128, lists of heads and batch entries", 128, batch=2, heads=4, kv_heads=2, layouts=MIXED, queries=150,
+           lists=Drawn(sets=(2, 4)), lse=True, seed=3),
+    sparse("MQA, mixed layouts, no order", batch=2, heads=2, kv_heads=1, layouts=OTHER, lists=Drawn(order="none")),
+    sparse("full blocks alone", queries=192, lists=Drawn(partial=0.0, kinds=1), lse=True),
+    sparse("partial blocks alone", lists=Drawn(partial=1.0), lse=True),
+    sparse("packed lists", lists=Drawn(spread=False, order="longest"), seed=2),
+    sparse("no blocks at all", batch=2, lists=Drawn(density=0.0, order="none"), masked_rows="nan", lse=True),
+    *(
+        sparse(f"rows without a key: {rule}", queries=150, heads=1, lists=Drawn(empty=True), masked_rows=rule, lse=True,
+               value_dim=40, seed=seed)
+        for seed, rule in enumerate(("zero", "uniform", "nan"))
+    ),
+    *(
+        sparse(f"blind by a key mask: {rule}", batch=2, hiding="empty", inputs=having(key_mask=(2, 1, 1, 110)),
+               masked_rows=rule, lse=True)
+        for rule in ("zero", "uniform", "nan")
+    ),
+    sparse("key mask", batch=2, inputs=having(key_mask=(2, 1, 1, 110))),
+    sparse("key mask of one axis, on the left", inputs=having(key_mask=(110,)), hiding="left", seed=2),
+    sparse("bias by heads", heads=3, inputs=having(bias=(1, 3, 110, 110)), seed=2),
+    sparse("bias of all axes in float32", batch=2, keys=200, inputs=having("float32", bias=(2, 2, 110, 200)), seed=3),
+    sparse("bias of one row", inputs=having(bias=(110,))),
+    sparse("sinks", heads=4, kv_heads=2, inputs=having(sinks=(4,)), lse=True),
+    sparse("one sink, rows without a key", inputs=having("float32", sinks=(1,)), lists=Drawn(empty=True),
+           masked_rows="nan", lse=True, seed=2),
+    sparse("counts", lists=Drawn(times=4), lse=True),
+    sparse("counts of heads, 128", 128, queries=300, lists=Drawn(times=4, sets=(1, 2)), head_dim=72, seed=3),
+    sparse("all inputs", batch=2, heads=4, kv_heads=2, lists=Drawn(times=3, sets=(2, 4)), lse=True, seed=3,
+           inputs=having(key_mask=(2, 1, 1, 110), bias=(4, 110, 110), sinks=(4,))),
+    sparse("bfloat16", dtype="bfloat16", lse=True, head_dim=64, seed=2),
+    sparse("bfloat16, all inputs", dtype="bfloat16", batch=2, heads=4, kv_heads=2, lists=Drawn(times=3), lse=True,
+           inputs=having("bfloat16", key_mask=(2, 1, 1, 110), bias=(4, 110, 110), sinks=(4,))),
+    sparse("large scores", values="large", lse=True, lists=Drawn(density=0.8)),
+    sparse("one key dominates", values="dominant", lse=True, seed=2),
+    sparse("equal keys", values="equal", lse=True),
+    sparse("scale", scale=0.31),
+)  # fmt: skip
+
+CASES = {"Attention": DENSE, "NeighborhoodAttention": GRID, "BlockSparseAttention": SPARSE}
 
 
 def named(op: str, name: str) -> Case:

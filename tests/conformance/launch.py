@@ -13,11 +13,15 @@ import torch
 
 from attncompile.core.kernel import STRIDE_UNIT, Program, Tactic
 from attncompile.plugins.attention import kernel as dense
+from attncompile.plugins.block_sparse import kernel as sparse
 from attncompile.plugins.neighborhood import kernel as grid
 from tests.conformance.case import Case
 
-KERNELS = {"Attention": (dense.AttentionKernel(), dense), "NeighborhoodAttention": (grid.NeighborhoodKernel(), grid)}
-FULL = {"key_mask": "BHQK", "bias": "BHQK", "mask": "BHQK", "sinks": "H", "key_lengths": "B"}
+KERNELS = {
+    "Attention": (dense.AttentionKernel(), dense), "NeighborhoodAttention": (grid.NeighborhoodKernel(), grid),
+    "BlockSparseAttention": (sparse.BlockSparseKernel(), sparse),
+}  # fmt: skip
+FULL = {"key_mask": "BHQK", "bias": "BHQK", "mask": "BHQK", "sinks": "H", "key_lengths": "B", "rows": "BHRX"}
 
 
 def program(case: Case, queries: int, keys: int) -> Program:
@@ -73,7 +77,7 @@ def symbols(case: Case, at: Mapping[str, torch.Tensor]) -> dict[str, int]:
             assert stride % STRIDE_UNIT == 0
             found[f"{name}_stride_{axis}"] = stride // STRIDE_UNIT
     for name in call.inputs:
-        axes, x = FULL[name], at[name]
+        axes, x = FULL.get(name, ""), at[name]
         for axis in axes:
             place = axes.index(axis) - len(axes) + x.ndim
             there = place >= 0 and x.shape[place] > 1

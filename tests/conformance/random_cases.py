@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.conformance.block_lists import Drawn
 from tests.conformance.case import Case
-from tests.conformance.cases import dense, grid
+from tests.conformance.cases import dense, grid, sparse
 
 MOST_SCORES = 1 << 24
 """Score elements of a case, over all heads and batch entries: 0.1 s in float64 on a CPU core or two."""
@@ -20,7 +21,7 @@ LENGTHS = (1, 2, 15, 17, 37, 50, 63, 65, 127, 129, 196, 197, 255, 257, 300, 577,
 
 def random_cases(op: str, seed: int, count: int, most_scores: int = MOST_SCORES) -> Iterator[Case]:
     """``count`` cases of ``op``; the n-th of a seed is always the same one."""
-    make = {"Attention": _dense, "NeighborhoodAttention": _grid}[op]
+    make = {"Attention": _dense, "NeighborhoodAttention": _grid, "BlockSparseAttention": _sparse}[op]
     for n in range(count):
         rng = np.random.default_rng([seed, n, len(op)])
         while True:
@@ -121,3 +122,26 @@ def _grid(name: str, rng: np.random.Generator) -> Case:
         ),
     }
     return grid(name, inputs={n: shapes[n] for n in shapes if rng.random() < 0.2}, **given, **common)
+
+
+def _sparse(name: str, rng: np.random.Generator) -> Case:
+    common = _common(rng)
+    batch, heads = common["batch"], common["heads"]
+    keys = _pick(rng, *LENGTHS)
+    queries = keys if rng.random() < 0.6 else _pick(rng, *LENGTHS)
+    drawn = Drawn(
+        sets=(_pick(rng, 1, 1, batch), _pick(rng, 1, heads)), density=float(rng.uniform(0.1, 1)),
+        partial=_pick(rng, 0.0, 0.3, 1.0), empty=bool(rng.random() < 0.2), causal=bool(rng.random() < 0.4),
+        kinds=int(rng.integers(1, 6)), times=_pick(rng, 1, 1, 1, 5), order=_pick(rng, "random", "longest", "none"),
+        spread=bool(rng.random() < 0.5),
+    )  # fmt: skip
+    shapes = {
+        "key_mask": ("bool", _pick(rng, (batch, 1, 1, keys), (keys,))),
+        "bias": (_pick(rng, "float32", common["dtype"]), _broadcast(rng, batch, heads, queries, keys)),
+        "sinks": (_pick(rng, "float32", common["dtype"]), _pick(rng, (heads,), (1,))),
+    }
+    chosen = {n: shapes[n] for n in shapes if rng.random() < 0.2}
+    return sparse(
+        name, _pick(rng, 64, 128), queries=queries, keys=keys, inputs=chosen, lists=drawn,
+        lse=bool(rng.random() < 0.4), **common,
+    )  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 
 from attncompile.core.errors import Unsupported
 from attncompile.plugins.attention import dense
+from attncompile.plugins.block_sparse import listed
 from tests.conformance import bodies, vectorised
 from tests.conformance.budget import wrong, wrong_sums
 from tests.conformance.case import Case
@@ -19,8 +20,13 @@ from tests.conformance.cases import CASES, named
 from tests.conformance.random_cases import random_cases
 
 NEWEST = 28
-WAYS = {"Attention": ((1, False), (3, False), (1, True), (3, True)), "NeighborhoodAttention": ((1, False),)}
+WAYS = {
+    "Attention": ((1, False), (3, False), (1, True), (3, True)), "NeighborhoodAttention": ((1, False),),
+    "BlockSparseAttention": ((1, True),),
+}  # fmt: skip
 """(chunks, dynamic lengths)."""
+COUNTS = {"Attention": 30, "NeighborhoodAttention": 30, "BlockSparseAttention": 8}
+"""Random cases of each op."""
 
 
 def verdict(case: Case, dtype: str, made: onnx.ModelProto) -> str:
@@ -30,7 +36,7 @@ def verdict(case: Case, dtype: str, made: onnx.ModelProto) -> str:
     low, low_lse = vectorised.expected(case.call, inputs, half=dtype, scores=True)
     said = wrong(got["output"], want, low, dtype)
     if "log_sum_exp" in got and not said:
-        said = wrong_sums(got["log_sum_exp"], lse, low_lse, case.call.attributes["softcap"])
+        said = wrong_sums(got["log_sum_exp"], lse, low_lse, case.call.attributes.get("softcap", 0.0))
     return said
 
 
@@ -50,12 +56,15 @@ def check(case: Case, **options: Any) -> None:
                 assert not said, (dtype, chunks, dynamic, said)
 
 
+RANDOM = [c for op, count in COUNTS.items() for c in random_cases(op, 11, count, 300_000)]
+
+
 @pytest.mark.parametrize("case", [c for cases in CASES.values() for c in cases], ids=str)
 def test_named(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("case", [c for op in CASES for c in random_cases(op, 11, 30, 300_000)], ids=str)
+@pytest.mark.parametrize("case", RANDOM, ids=str)
 def test_random(case: Case) -> None:
     check(case)
 
@@ -109,6 +118,8 @@ PLANTED: list[tuple[str, str, dict[str, Any]]] = [
     ("NeighborhoodAttention", "2-D, groups", {"stride": [2, 2]}),
     ("NeighborhoodAttention", "3-D, clamp", {"kernel_size": [2, 3, 2]}),
     ("NeighborhoodAttention", "2-D, ball", {"shape": "box"}),
+    ("BlockSparseAttention", "rows without a key: uniform", {"masked_rows": "zero"}),
+    ("BlockSparseAttention", "rows without a key: zero", {"masked_rows": "nan"}),
 ]
 
 
@@ -150,3 +161,30 @@ def test_an_error_planted_in_the_body_is_noticed(planted: str, monkeypatch: pyte
     assert not verdict(case, "float16", bodies.model(case, "float16", chunks=3))
     monkeypatch.setattr(dense, name, change(getattr(dense, name)))
     assert verdict(case, "float16", bodies.model(case, "float16", chunks=3))
+
+
+def _all_full(right: Any) -> Any:
+    return lambda self, entry, there, partial, *a: right(self, entry, there, self.op("Less", entry, self.ints(0)), *a)
+
+
+PLANTED_IN_LISTED = {
+    "the first block": ("_numbered", lambda right: lambda self, *a: self.op("Mul", right(self, *a), self.ints(0))),
+    "keys beyond the end": ("_visible", lambda right: lambda self, *a: right(self, *a[:-1], self.ints(1 << 20))),
+    "partial blocks taken for full ones": ("_visible", _all_full),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("planted", PLANTED_IN_LISTED)
+def test_an_error_planted_in_the_body_of_any_lists_is_noticed(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, change = PLANTED_IN_LISTED[planted]
+    case = named("BlockSparseAttention", "128, lists of heads and batch entries")
+    assert not verdict(case, "float16", bodies.model(case, "float16", dynamic=True))
+    monkeypatch.setattr(listed._Writer, name, change(getattr(listed._Writer, name)))
+    assert verdict(case, "float16", bodies.model(case, "float16", dynamic=True))
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23, NEWEST])
+def test_opsets_of_the_body_of_any_lists(opset: int) -> None:
+    for name in ("all inputs", "rows without a key: uniform"):
+        case = named("BlockSparseAttention", name)
+        assert not verdict(case, "float32", bodies.model(case, "float32", opset, dynamic=True))

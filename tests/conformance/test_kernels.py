@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = 2
 """Processes an op."""
 
-EXPECTED = {"Attention": 100, "NeighborhoodAttention": 60}
+EXPECTED = {"Attention": 100, "NeighborhoodAttention": 60, "BlockSparseAttention": 60}
 """Fewer cases than that would mean that some were lost."""
 
 

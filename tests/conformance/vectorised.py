@@ -1,4 +1,4 @@
-"""Both ops in float64 by whole matrices, in torch: fast enough for hundreds of configurations, on a GPU too. Shares no
+"""The ops in float64 by whole matrices, in torch: fast enough for hundreds of configurations, on a GPU too. Shares no
 code with kernels, bodies or the naive references; ``test_references.py`` compares it with those.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from attncompile.core.kernel import OpCall
+from tests.conformance.block_lists import matrix
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,6 +29,10 @@ def expected(
     wide = torch.float32 if half else torch.float64
     small = getattr(torch, half) if half else torch.float64
     given = {name: torch.from_numpy(np.ascontiguousarray(x)).to(device) for name, x in inputs.items()}
+    times = None
+    if "rows" in inputs:
+        counted = matrix(dict(inputs), call.query_length or 0, call.key_length or 0, call.attributes["block"])
+        times = torch.from_numpy(counted).to(device)
     seen_by_place = visible(call, device)
     batch, queries, keys = call.batch or 0, call.query_length or 0, call.key_length or 0
     out = torch.empty(batch, queries, call.heads, call.value_dim, dtype=torch.float64, device=device)
@@ -48,7 +53,7 @@ def expected(
                 s = softcap * torch.tanh(s / softcap)
             if "bias" in given:
                 s = s + _of(given["bias"], b, h).to(wide)
-            seen = seen_by_place
+            seen = seen_by_place if times is None else _of(times, b, h) > 0
             for name in ("key_mask", "mask"):
                 if name in given:
                     seen = seen & _of(given[name], b, h)
@@ -61,6 +66,8 @@ def expected(
             top = s.amax(1, keepdim=True)
             alive = top[:, 0] > -torch.inf
             weights = torch.exp(s - torch.where(alive[:, None], top, torch.zeros_like(top)))
+            if times is not None:
+                weights[:, :keys] *= _of(times, b, h).to(wide)
             total = weights.sum(1, keepdim=True)
             weights = weights[:, :keys].to(small).to(wide)
             row = weights @ value.to(wide) / torch.where(alive[:, None], total, torch.ones_like(total))

@@ -181,9 +181,9 @@ def test_a_mechanism_without_a_kernel_is_listed(tmp_path: Path) -> None:
     model = kernel_bundle._with_our_ops(path, pipeline.Options(), SilentProgress())
     for node in model.graph.node:
         if node.domain == HOUSE:
-            node.op_type = "BlockSparseAttention"
+            node.op_type = "PooledAttention"
     (found,) = calls.find(model, kernels())
-    assert found.verdict.code == "no-kernel" and "BlockSparseAttention" in found.verdict.reason
+    assert found.verdict.code == "no-kernel" and "PooledAttention" in found.verdict.reason
 
 
 def test_general_calls_forget_what_arguments_say() -> None:

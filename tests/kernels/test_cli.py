@@ -135,13 +135,13 @@ def test_nodes_without_a_kernel(folder: Path, capfd: pytest.CaptureFixture[str])
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("attncompile", 1)]
         onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), "model.onnx")
 
-    save("BlockSparseAttention", "Attention")
+    save("PooledAttention", "Attention")
     assert main(["kernels", "build", "model.onnx", "--arch", "80", "-q"]) == 0
     out, _ = capfd.readouterr()
-    assert "node0" in out and "there is no GPU kernel for BlockSparseAttention" in out
+    assert "node0" in out and "there is no GPU kernel for PooledAttention" in out
     nodes = Bundle.open(folder / "model.bundle").index["nodes"]
     assert [(n["name"], bool(n["call"])) for n in nodes] == [("node0", False), ("node1", True)]
-    save("BlockSparseAttention")
+    save("PooledAttention")
     assert main(["kernels", "build", "model.onnx", "--arch", "80", "-q"]) == 2
     assert "there is no kernel to compile: node0: there is no GPU kernel" in capfd.readouterr().err
 
@@ -169,10 +169,10 @@ def test_all_asks_for_the_standard_matrix(
     monkeypatch.setattr(compiler, "require_triton", lambda: "3.9.0")
     monkeypatch.setattr(build, "build", pretend)
     assert main(["kernels", "build", "--all", "-q"]) == 0
-    assert len(asked["calls"]) == 72 and asked["architectures"] == ARCHITECTURES
+    assert len(asked["calls"]) == 80 and asked["architectures"] == ARCHITECTURES
     assert (folder / "standard.bundle" / "bundle.json").is_file()
     assert main(["kernels", "build", "--all", "-q", "--dtype", "bfloat16", "--arch", "90a"]) == 0
-    assert len(asked["calls"]) == 36 and asked["architectures"] == (90,)
+    assert len(asked["calls"]) == 40 and asked["architectures"] == (90,)
     capfd.readouterr()
 
 

@@ -28,6 +28,7 @@ GRIDS = {
     "clamped": {"grid": [64, 64], "kernel_size": [16, 16], "border": "clamp"},
     "video": {"grid": [5, 30, 52], "kernel_size": [3, 15, 27], "prefix": 3},
 }
+LISTS = dict.fromkeys(("rows", "columns", "kinds", "masks", "order"), "int32")
 EVERYTHING = {"key_mask": "bool", "bias": "float16", "sinks": "float32", "mask": "bool", "key_lengths": "int32"}
 
 
@@ -37,6 +38,13 @@ def attention(dim: int, left: int = -1, right: int = -1, dtype: str = "float16")
 
 def neighborhood(dim: int, grid: str) -> OpCall:
     return OpCall("NeighborhoodAttention", "float16", 8, 2, dim, dim, attributes=GRIDS[grid])
+
+
+def listed(dim: int, block: int, **inputs: str) -> OpCall:
+    return OpCall(
+        "BlockSparseAttention", "float16", 8, 2, dim, dim, attributes={"block": block, "masked_rows": "zero"},
+        inputs={**LISTS, **inputs}, outputs=("output", "log_sum_exp") if inputs else ("output",),
+    )  # fmt: skip
 
 
 def full(dim: int) -> OpCall:
@@ -85,10 +93,38 @@ def test_default_tactics(architecture: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tactics_of_lists(architecture: int, tmp_path: Path) -> None:
+    """The best of each head dim and edge of blocks: no register spills on sm_80 and sm_90. The Gluon kernel keeps a few
+    numbers outside of its loops over keys; in them it has no local memory, and fits twice where it has one consumer.
+    """
+    calls = [listed(128, 128)]
+    if architecture in (80, 90):
+        calls += [listed(64, 64), listed(128, 64 if architecture == 90 else 128, bias="float16")]
+    jobs = [(c, architecture, programs(c, architecture)[0]) for c in calls]
+    if architecture == 90:
+        jobs += [(c, 90, programs(c, 90)[1]) for c in (listed(128, 128), listed(128, 64))]
+    for made in compiled(jobs):
+        entry = made.entry
+        ptx.check_parameters(made.ptx, entry.arguments)
+        assert entry.hidden == 0 and not entry.serialized and entry.abi == "plain", entry.tactic
+        if entry.language == "triton":
+            assert architecture not in (80, 90) or entry.spills == 0, (entry.tactic, entry.head_dim, entry.spills)
+            continue
+        assert entry.spills <= 128, (entry.tactic, entry.spills)
+        (tmp_path / "lists.cubin").write_bytes(made.cubin)
+        loops = sass.loops_over_keys(tmp_path / "lists.cubin")
+        assert loops and not any(sass.local_memory(loop) for loop in loops), entry.tactic
+        if entry.constants["CONSUMERS"] == 1:
+            # Two thread blocks on a multiprocessor: 64 K registers, 228 KB of shared memory, of which each takes 1 KB.
+            assert entry.registers <= 65536 // (2 * 32 * entry.warps) and 2 * (entry.shared + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_call_has_a_small_tactic(architecture: int) -> None:
     """Within what every launch may have without asking, at head dims from 32 to 256."""
     calls = [attention(dim, 0, 0) for dim in (32, 64, 72, 128, 160, 256)]
     calls += [attention(256, dtype="bfloat16"), full(64), full(128), full(256), neighborhood(256, "video")]
+    calls += [listed(256, 128)]
     jobs = [(c, architecture, programs(c, architecture)[-1]) for c in calls]
     for made in compiled(jobs):
         assert made.entry.shared <= SMALL_SHARED, (made.entry.tactic, made.entry.head_dim, made.entry.shared)

@@ -65,18 +65,35 @@ def piece(request, monkeypatch) -> int:
     module._made.cache_clear()
 
 
-@pytest.mark.parametrize("block", [8, 16, 64])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (37, 37), (64, 130), (75, 61)])
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (37, 37), (64, 130), (75, 61), (128, 128)])
 def test_the_lists_say_what_the_mask_says(queries, keys, block) -> None:
     rng = np.random.default_rng(queries)
     masks = [random_mask(1, queries, keys) if min(queries, keys) > 1 else np.ones((queries, keys), bool)]
     masks += [rng.random((queries, keys)) < 0.5, np.ones((queries, keys), bool), np.zeros((queries, keys), bool)]
     for mask in masks:
-        said = dict(lists(mask, block))
-        table = onnx.numpy_helper.to_array(said.pop("masks"))
-        np.testing.assert_array_equal(counts_of(**said, masks=table)[0], mask)
-    full = lists(np.ones((queries, keys), bool), block)
-    assert set(full["kinds"]) == {0}
+        said = lists(mask, block)
+        np.testing.assert_array_equal(counts_of((queries, keys), block, **said.arrays())[0, 0], mask)
+        assert said.rows.shape == (1, 1, -(-queries // block), 3) and all(x.size for x in said.arrays().values())
+        assert all(x.dtype == np.int32 for x in said.arrays().values())
+    rows = lists(np.ones((queries, keys), bool), block).rows
+    # Full wherever all keys of the block exist: no query that is there needs a mask.
+    assert (rows[..., 2] - rows[..., 1] == keys // block).all() and (rows[..., 1] - rows[..., 0] <= 1).all()
+
+
+def test_the_longest_rows_come_first() -> None:
+    mask = np.tril(np.ones((300, 300), bool))
+    assert lists(mask, 64).order.tolist() == [4, 3, 2, 1, 0]
+    heads = np.stack([mask & (np.arange(300) > 200), mask])
+    assert lists(heads, 64).order.tolist() == [9, 8, 7, 6, 5, 4, 3, 0, 1, 2]
+    assert sorted(lists(random_mask(0, 300, 200), 64).order.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_the_edge_of_blocks_is_chosen_by_the_mask() -> None:
+    """Large blocks where they hold little more than small ones."""
+    i = np.arange(1024)
+    assert lists(np.tril(np.ones((1024, 1024), bool))).block == 128
+    assert lists((i[:, None] // 64) == (i // 64)).block == 64
 
 
 def plan_is(mask: np.ndarray, made: planning.Plan) -> None:
@@ -202,15 +219,22 @@ def test_every_index_of_the_body_matters(piece, case) -> None:
     assert seeded >= (4 if piece == 4 else 1)
 
 
-def test_the_attributes_of_the_node_say_what_the_body_does(piece, case) -> None:
+def said_by(model: onnx.ModelProto) -> tuple[int, dict[str, np.ndarray]]:
+    """Edge of the blocks and lists of the model's one node."""
+    (node,) = model.graph.node
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    formal = onnx.defs.get_schema(node.op_type, 1, node.domain).inputs
+    given = {formal[i].name: stored[name] for i, name in enumerate(node.input) if name in stored}
+    return next(a.i for a in node.attribute if a.name == "block"), given
+
+
+def test_the_inputs_of_the_node_say_what_the_body_does(piece, case) -> None:
     mask = random_mask(7, 90, 101)
     at = case(queries=90, keys=101, static=True, visible=mask)
-    node = at.model(SUBJECT, {}).graph.node[0]
-    said: dict[str, Any] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    names = ("lengths", "block", "offsets", "columns", "kinds")
-    seen = counts_of(**{n: said[n] for n in names}, masks=onnx.numpy_helper.to_array(said["masks"]))
-    np.testing.assert_array_equal(seen, mask[None])
-    want = reference(**at.tensors(), visible=seen, scale=said["scale"])
+    block, said = said_by(at.model(SUBJECT, {}))
+    seen = counts_of((90, 101), block, **said)
+    np.testing.assert_array_equal(seen, mask[None, None])
+    want = reference(**at.tensors(), visible=seen, scale=at.scale)
     np.testing.assert_allclose(at.run(SUBJECT, {}), want, atol=1e-5)
 
 

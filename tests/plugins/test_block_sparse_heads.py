@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from attncompile.core.mask import MaskFacts, MaskPart
@@ -17,7 +15,7 @@ from attncompile.plugins.block_sparse import plan as planning
 from attncompile.plugins.block_sparse.op import lists
 from attncompile.plugins.block_sparse.reference import counts_of, reference
 from tests.plugins.conftest import ONCE, stored_mask
-from tests.plugins.test_block_sparse import documents, random_mask
+from tests.plugins.test_block_sparse import documents, random_mask, said_by
 
 SUBJECT = mechanism("BlockSparseAttention")
 LAYOUTS = [("BHND",) * 4, ("BNHD",) * 4, ("BNHD", "BHND", "BNHD", "BHND"), ("BHND", "BNHD", "BHND", "BNHD")]
@@ -48,17 +46,16 @@ def piece(request, monkeypatch) -> int:
     module._made.cache_clear()
 
 
-@pytest.mark.parametrize("block", [8, 16, 64])
+@pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize(("queries", "keys"), [(37, 37), (64, 130), (75, 61)])
 @pytest.mark.parametrize("times", [1, 2, 5])
 def test_the_lists_say_what_the_masks_say(queries, keys, block, times) -> None:
     for counts in (masks(3, 3, queries, keys, times=times), masks(3, 3, queries, keys, times=times)[:1]):
-        said = dict(lists(counts, block))
-        table = onnx.numpy_helper.to_array(said.pop("masks"))
-        assert ("counts" in said) == (times > 1) and said["lists"] == len(counts)
-        np.testing.assert_array_equal(counts_of(**said, masks=table), counts)
-    twice = dict(lists(np.full((queries, keys), 2, np.uint8), block))
-    assert set(twice["kinds"]) == {0} and set(twice["counts"]) == {2}  # a full block that counts twice has no bits
+        said = lists(counts, block)
+        assert (said.counts is not None) == (times > 1) and said.rows.shape[:2] == (1, len(counts))
+        np.testing.assert_array_equal(counts_of((queries, keys), block, **said.arrays())[0], counts)
+    twice = lists(np.full((queries, keys), 2, np.uint8), block)
+    assert set(twice.counts) == {2} and (twice.rows[..., 2] - twice.rows[..., 1] == keys // block).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -136,15 +133,14 @@ def test_one_changed_count_is_noticed(piece, case) -> None:
         assert difference[y, head] > 1e-3 and (np.delete(difference.reshape(-1), y * 4 + head) < 1e-5).all()
 
 
-def test_the_attributes_of_the_node_say_what_the_body_does(piece, case) -> None:
+def test_the_inputs_of_the_node_say_what_the_body_does(piece, case) -> None:
     counts = masks(7, 4, 90, 101, times=4)
     at = case(queries=90, keys=101, static=True, visible=counts)
-    node = at.model(SUBJECT, {}).graph.node[0]
-    said: dict[str, Any] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    names = ("lengths", "block", "offsets", "columns", "kinds", "counts", "lists")
-    seen = counts_of(**{n: said[n] for n in names}, masks=onnx.numpy_helper.to_array(said["masks"]))
-    np.testing.assert_array_equal(seen, counts)
-    want = reference(**at.tensors(), visible=seen, scale=said["scale"])
+    block, said = said_by(at.model(SUBJECT, {}))
+    assert {"counts", "order"} <= set(said)
+    seen = counts_of((90, 101), block, **said)
+    np.testing.assert_array_equal(seen[0], counts)
+    want = reference(**at.tensors(), visible=seen, scale=at.scale)
     np.testing.assert_allclose(at.run(SUBJECT, {}), want, atol=1e-5)
 
 

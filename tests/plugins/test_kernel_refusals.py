@@ -10,10 +10,13 @@ import pytest
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import ARCHITECTURES, Kernel, OpCall
 from attncompile.plugins.attention.kernel import AttentionKernel
+from attncompile.plugins.block_sparse.kernel import BlockSparseKernel
 from attncompile.plugins.neighborhood.kernel import NARROW, NeighborhoodKernel
 
 DENSE = OpCall("Attention", "float16", 4, 2, 64, 64)
 HOOD = OpCall("NeighborhoodAttention", "float16", 4, 2, 64, 64, attributes={"kernel_size": [3, 5], "grid": [9, 11]})
+LISTS = dict.fromkeys(("rows", "columns", "kinds", "masks"), "int32")
+SPARSE = OpCall("BlockSparseAttention", "float16", 4, 2, 64, 64, attributes={"block": 64}, inputs=LISTS)
 RING = {"kernel_size": [4, 4], "stride": [4, 4], "grid": [8, 12], "border": "circular"}
 SEQUENCE = {"kernel_size": [5], "grid": [37]}
 
@@ -41,6 +44,13 @@ REFUSED: dict[str, tuple[Kernel, OpCall, str, str]] = {
     "dense, softcap": (AttentionKernel(), having(DENSE, softcap=-1.0), "softcap", "positive"),
     "dense, lengths": (AttentionKernel(), replace(DENSE, inputs={"key_lengths": "uint8"}), "dtype", "key_lengths"),
     "dense, unknown": (AttentionKernel(), replace(DENSE, inputs={"past_key": "float16"}), "inputs", "past_key"),
+    "lists, block": (BlockSparseKernel(), having(SPARSE, block=32), "block", "kernels take 64 and 128"),
+    "lists, none": (BlockSparseKernel(), replace(SPARSE, inputs={"rows": "int32"}), "inputs", "columns, kinds, masks"),
+    "lists, int64": (BlockSparseKernel(), replace(SPARSE, inputs={**LISTS, "order": "int64"}), "dtype", "order is"),
+    "lists, unknown": (BlockSparseKernel(), replace(SPARSE, inputs={**LISTS, "mask": "bool"}), "inputs", "mask"),
+    "lists, float32": (BlockSparseKernel(), replace(SPARSE, dtype="float32"), "dtype", "float32"),
+    "lists, head dim": (BlockSparseKernel(), replace(SPARSE, head_dim=264), "head-dim", "264"),
+    "lists, scale": (BlockSparseKernel(), having(SPARSE, scale=-1.0), "scale", "positive"),
     "dense, heads": (AttentionKernel(), replace(DENSE, heads=5), "heads", "5 query heads"),
 }  # fmt: skip
 
@@ -59,6 +69,15 @@ TAKEN: dict[str, tuple[Kernel, OpCall]] = {
     "bias beside a prefix": (NeighborhoodKernel(), having(replace(HOOD, inputs={"bias": "float16"}), prefix=1)),
     "Swin's windows, truncated": (NeighborhoodKernel(), having(HOOD, **{**RING, "border": "truncate"})),
     "stride and dilation": (NeighborhoodKernel(), having(HOOD, stride=[2, 1], dilation=[1, 2], border="clamp")),
+    "all of BlockSparseAttention": (
+        BlockSparseKernel(),
+        replace(
+            having(SPARSE, block=128, masked_rows="uniform"), outputs=("output", "log_sum_exp"),
+            inputs={
+                **LISTS, "key_mask": "bool", "bias": "float32", "sinks": "float16", "order": "int32", "counts": "int32"
+            },
+        ),
+    ),
     "all of Attention": (
         AttentionKernel(),
         replace(

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import numpy as np
+from lists import arrays, kept
+
 from attncompile.core.kernel import OpCall
 
 
 @dataclass(frozen=True)
 class Case:
     """One call at one size. ``wanted``: least time of a peer over ours; ``flex`` is FlexAttention on tokens as they
-    stand. ``bound``: at most this times the touched keys at our dense rate.
+    stand. ``bound``: at most this times the touched keys at our dense rate. ``density`` of a causal case of lists.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Case:
     wanted: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "float16"
     bound: float | None = None
+    density: float | None = None
     note: str = ""
 
     @property
@@ -37,8 +41,18 @@ class Case:
     def causal(self) -> bool:
         return self.op == "Attention" and self.attributes.get("right") == 0 and self.attributes.get("left", -1) < 0
 
+    @property
+    def kept(self) -> np.ndarray | None:
+        """Bool [heads, R, R], where lists say which blocks are met."""
+        return None if self.density is None else kept(self.heads, self.tokens, self.attributes["block"], self.density)
+
+    def lists(self) -> dict[str, np.ndarray]:
+        """Inputs beside the operands, by their formal names."""
+        return {} if self.kept is None else arrays(self.kept, self.attributes["block"])
+
     def call(self) -> OpCall:
         sizes = {"batch": self.batch, "query_length": self.tokens, "key_length": self.tokens}
+        shapes = {name: x.shape for name, x in self.lists().items()}
         return OpCall(
             self.op,
             self.dtype,
@@ -47,6 +61,8 @@ class Case:
             self.dim,
             self.dim,
             attributes=dict(self.attributes),
+            inputs=dict.fromkeys(shapes, "int32"),
+            shapes=shapes,
             **sizes,
         )
 
@@ -65,6 +81,16 @@ def grid(
     return Case(name, "NeighborhoodAttention", b, h, h, prod(shape), d, attributes, wanted, bound=bound, note=note)
 
 
+def listed(block: int, density: float, rate: float, **wanted: float) -> Case:
+    """``rate``: the least share of our dense rate on the blocks that are kept."""
+    attributes = {"block": block, "masked_rows": "zero", "scale": 128**-0.5}
+    name = f"lists-{block}-causal-32768-{density:g}"
+    return Case(
+        name, "BlockSparseAttention", 1, 32, 32, 32768, 128, attributes, wanted, bound=1 / rate, density=density,
+        note="each head its own blocks",
+    )  # fmt: skip
+
+
 CASES = (
     dense("dense-d128-4608", 1, 24, 4608, 128, 0.78, "FLUX at 1024 px"),
     dense("dense-d128-32760", 1, 12, 32760, 128, 0.85, "Wan 2.1 1.3B, 480p, 81 frames"),
@@ -78,6 +104,10 @@ CASES = (
     grid("strided-64x64-w16", 1, 24, 128, (64, 64), (16, 16), "stride = tile", (8, 16), 1.15),
     grid("strided-128x128-w32", 1, 24, 128, (128, 128), (32, 32), "stride = tile", (8, 16), 1.15),
     grid("strided-20x32x48-w8x16x24", 1, 12, 128, (20, 32, 48), (8, 16, 24), "stride = tile", (4, 4, 8), 1.15),
+    listed(128, 0.1, 0.85, flex=1.25),
+    listed(128, 0.25, 0.85, flex=1.25),
+    listed(64, 0.1, 0.7),
+    listed(64, 0.25, 0.7),
     grid("na-32x32-w7", 8, 12, 64, (32, 32), (7, 7), "a small grid"),
     grid("na-16x16-w7", 8, 12, 64, (16, 16), (7, 7), "too small: dense wins where it does"),
 )

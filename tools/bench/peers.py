@@ -21,6 +21,8 @@ def peers(case: Case, q: Any, k: Any, v: Any) -> Iterator[tuple[str, Callable[[]
     first = tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         yield name, partial(sdpa, case, first, backend)
+    if case.kept is not None:
+        yield "flex", partial(flex_lists, case, first)
     if case.grid is None:
         return
     tiled = cache(partial(flex_tiled, case, first))
@@ -31,7 +33,7 @@ def peers(case: Case, q: Any, k: Any, v: Any) -> Iterator[tuple[str, Callable[[]
 
 
 def sdpa(case: Case, qkv: Any, backend: SDPBackend) -> Run:
-    """Dense: a neighborhood's time to beat, not its result."""
+    """Dense: the time to beat of a neighborhood or of lists, not their result."""
     gqa = case.heads != case.kv_heads
 
     def run() -> torch.Tensor:
@@ -79,6 +81,22 @@ def flex_of(case: Case, qkv: Any, order: torch.Tensor) -> Run:
 def flex(case: Case, qkv: Any) -> Run:
     run = flex_of(case, qkv, torch.arange(case.tokens, device="cuda"))
     return lambda: run().transpose(1, 2)
+
+
+def flex_lists(case: Case, qkv: Any) -> Run:
+    """FlexAttention with the same blocks, full and partial ones apart, in blocks of the same edge."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()
+    block, blocks = case.attributes["block"], torch.from_numpy(case.kept).cuda()
+
+    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return blocks[h, i // block, j // block] & (i >= j)
+
+    sizes = (None, case.heads, case.tokens, case.tokens)
+    mask = create_block_mask(seen, *sizes, device="cuda", BLOCK_SIZE=block, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(*qkv, block_mask=mask).transpose(1, 2)
 
 
 def flex_tiled(case: Case, qkv: Any) -> Run | str:

@@ -26,8 +26,12 @@ def window(case: Case, axis: int, place: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def visible(case: Case, rows: torch.Tensor) -> torch.Tensor | None:
-    """Bool [rows, tokens], or None where all see all."""
+    """Bool [rows, tokens], or [heads, rows, tokens], or None where all see all."""
     keys = torch.arange(case.tokens, device=rows.device)
+    if case.kept is not None:
+        block = case.attributes["block"]
+        blocks = torch.from_numpy(case.kept).to(rows.device)
+        return blocks[:, rows // block][:, :, keys // block] & (keys <= rows[:, None])
     if case.grid is None:
         left, right = case.attributes.get("left", -1), case.attributes.get("right", -1)
         if left < 0 and right < 0:
@@ -56,13 +60,16 @@ def truth(case: Case, q: Any, k: Any, v: Any, rows: torch.Tensor) -> torch.Tenso
         keys, values = k[:, :, head // group].double(), v[:, :, head // group].double()
         scores = torch.einsum("bid,bjd->bij", q[:, rows, head].double(), keys) * case.dim**-0.5
         if seen is not None:
-            scores = scores.masked_fill(~seen, -torch.inf)
+            scores = scores.masked_fill(~(seen[head] if seen.ndim == 3 else seen), -torch.inf)
         out.append(torch.softmax(scores, -1) @ values)
     return torch.stack(out, 2)
 
 
 def pairs(case: Case) -> float:
-    """How many (query, key) pairs see one another, of one head and batch entry."""
+    """How many (query, key) pairs see one another, of one head and batch entry (their mean)."""
+    if case.kept is not None:
+        block, blocks = case.attributes["block"], case.kept.sum() / case.heads
+        return float(blocks * block**2 - case.kept.shape[1] * block * (block - 1) / 2)
     if case.causal:
         return case.tokens * (case.tokens + 1) / 2
     if case.grid is not None:

@@ -79,7 +79,7 @@ def milliseconds(work: Work, program: Program, architecture: int) -> float:
 def constants(name: str) -> CostModel:
     """Those of ``model_name``. Raises ``Unsupported`` where nothing was measured."""
     if name not in table():
-        language, _, architecture = name.partition("-")
+        language, architecture = name.split("-")[:2]
         known = ", ".join(sorted(table()))
         raise Unsupported("cost", f"no cost was measured for {language} kernels on sm_{architecture} (only {known})")
     return table()[name]

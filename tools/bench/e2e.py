@@ -46,7 +46,8 @@ def shallow(module: torch.nn.Module, layers: int = 2) -> torch.nn.Module:
     """``module`` with its first layers only: all layers ask for the same kernels."""
     for inner in module.modules():
         for name, child in inner.named_children():
-            if isinstance(child, torch.nn.ModuleList) and len(child) > layers:
+            alike = isinstance(child, torch.nn.ModuleList) and len({type(c) for c in child}) == 1
+            if alike and len(child) > layers:
                 setattr(inner, name, child[:layers])
     return module
 

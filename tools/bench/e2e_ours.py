@@ -44,21 +44,16 @@ def replaced(path: Path, model: Model, tiny: bool) -> tuple[ModelProto, Loaded, 
     found = pipeline.inspect(path, Options())
     if not isinstance(found.normal, Loaded):
         raise TargetError(f"{path}: {found.normal.message}")
+    # No tiny model gains anything on a GPU: all that is right is wanted of them.
+    options = Options(policy="exact", target=TARGET, keep_slower=tiny)
     if model.neighborhood is None:
-        edits = pipeline.edits(found, _options(path.parent, tiny))
+        edits = pipeline.edits(found, options)
     else:
-        edits = _forced(found, model.neighborhood(tiny), _options(path.parent, tiny))
+        edits = _forced(found, model.neighborhood(tiny), options)
     done = {e.site.id: e.decision.mechanism for e in edits}
     said = [f"{s.id}: {s.mask.kind}, {done.get(s.id, 'kept')}" for s in found.detection.sites]
     proto = apply(found.index.model, [(e.site, e.lowering) for e in edits]) if edits else found.model.proto
     return proto, found.index.model, said, found.profile
-
-
-def _options(folder: Path, tiny: bool) -> Options:
-    """Exact replacements for a GPU; of tiny models all, though none pays."""
-    policy = folder / "all.toml"
-    policy.write_text('[exact]\nmechanisms = ["NeighborhoodAttention", "DenseAttention"]\nmin_gain = 0.0\n')
-    return Options(policy=str(policy) if tiny else "exact", target=TARGET)
 
 
 def _forced(found: pipeline.Inspection, parameters: dict[str, Any], options: Options) -> list[Edit]:

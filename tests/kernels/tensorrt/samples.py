@@ -85,8 +85,10 @@ def grid(name: str, more: Any = None, kind: int = HALF, attributes: Any = None, 
     )  # fmt: skip
 
 
-def sparse(name: str, sets: tuple[Dim, Dim], rows: Dim, entries: Dim, more: Any = None, kind: int = HALF,
-           outputs: tuple[str, ...] = ("output",), sizes: Any = None, attributes: Any = None, **of: Any) -> Sample:  # fmt: skip
+def sparse(
+    name: str, sets: tuple[Dim, Dim], rows: Dim, entries: Dim, more: Any = None, kind: int = HALF,
+    outputs: tuple[str, ...] = ("output",), sizes: Any = None, attributes: Any = None, **of: Any,
+) -> Sample:  # fmt: skip
     """``sets``: batch entries and heads that have lists of their own. Blocks of 64, three masks."""
     lists = {"rows": (INT32, (*sets, rows, 3)), "columns": (INT32, (entries,)), "kinds": (INT32, (entries,)),
              "masks": (INT32, (3, 64, 2))}  # fmt: skip

@@ -1,13 +1,14 @@
 """``attncompile env --selftest``: an engine of TensorRT for every op with kernels, built, run and compared here.
 
-Each op is one small float16 model with its body: ONNX Runtime runs the body on the CPU, the engine our kernels.
+Each op is one small float16 model (float32 where it holds states) with its body: ONNX Runtime runs the body on the CPU,
+the engine our kernels.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,12 @@ from attncompile.outputs import FP16_BUDGET
 from attncompile.plugins import kernels
 from attncompile.plugins.attention import dense
 from attncompile.plugins.attention import op as dense_op
+from attncompile.plugins.block_sparse import listed
+from attncompile.plugins.block_sparse import op as sparse_op
 from attncompile.plugins.body import DOMAIN
+from attncompile.plugins.linear_attention import function as linear
+from attncompile.plugins.linear_attention import op as linear_op
+from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.neighborhood import function as grid
 from attncompile.plugins.neighborhood import op as grid_op
 from attncompile.plugins.neighborhood.call import Call
@@ -97,20 +103,29 @@ def _row(op: str, proto: ModelProto, judge: Compare, target: TensorRT) -> Row:
 def _feed(proto: ModelProto, batch: int, tokens: int) -> Feed:
     rng = np.random.default_rng(0)
     sizes = {"batch": batch, "tokens": tokens}
-    return {
-        v.name: rng.standard_normal(
-            [sizes.get(d.dim_param, d.dim_value) for d in v.type.tensor_type.shape.dim]
-        ).astype(np.float16)
-        for v in proto.graph.input
-    }  # fmt: skip
+    feed = {}
+    for v in proto.graph.input:
+        tensor = v.type.tensor_type
+        drawn = rng.standard_normal([sizes.get(d.dim_param, d.dim_value) for d in tensor.shape.dim])
+        drawn = -np.abs(drawn) / 4 if v.name == "log_decay" else drawn
+        feed[v.name] = drawn.astype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return feed
 
 
-def _model(node: NodeProto, body: FunctionProto, tokens: int | str) -> ModelProto:
-    values = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", tokens, HEADS, DIM])
-        for name in ("query", "key", "value", "output")
-    ]
-    graph = helper.make_graph([node], "selftest", values[:3], values[3:])
+Value = tuple[int, Sequence[int | str]]
+
+
+def _model(
+    node: NodeProto, body: FunctionProto, tokens: int | str, inputs: Mapping[str, Value] | None = None,
+    outputs: Mapping[str, Value] | None = None, stored: Sequence[TensorProto] = (),
+) -> ModelProto:  # fmt: skip
+    """``inputs`` and ``outputs``: type and sizes; without them query, key, value, and the output."""
+    operand = TensorProto.FLOAT16, ("batch", tokens, HEADS, DIM)
+    given, results = (
+        [helper.make_tensor_value_info(name, kind, list(sizes)) for name, (kind, sizes) in values.items()]
+        for values in (inputs or dict.fromkeys(("query", "key", "value"), operand), outputs or {"output": operand})
+    )
+    graph = helper.make_graph([node], "selftest", given, results, initializer=list(stored))
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
 
@@ -140,5 +155,73 @@ def _neighborhood() -> ModelProto:
     return _model(node, grid.function(hood, call), 16 * 24)
 
 
-MODELS: Mapping[str, Callable[[], ModelProto]] = {"Attention": _attention, "NeighborhoodAttention": _neighborhood}
+def _lists() -> ModelProto:
+    """Every third key hidden from the second half of 333 queries, which see no key of the second half at all."""
+    sparse_op.register()
+    tokens = 333
+    seen = np.ones((tokens, tokens), bool)
+    seen[tokens // 2 :, ::3] = seen[tokens // 2 :, tokens // 2 :] = False
+    made = sparse_op.lists(seen, 64)
+    form, call = sparse_op.Form(64, inputs=("order",)), _call(tokens)
+    names = {name: f"{sparse_op.OP_TYPE}/{made.digest}/{name}" for name in made.arrays()}
+    inputs = form.place({"query": "query", "key": "key", "value": "value", **names})
+    node = sparse_op.node(form, call, inputs, ("output",), "lists")
+    return _model(node, listed.function(node, form, call), tokens, stored=made.initializers())
+
+
+def _linear(op: str, form: Form, inputs: Mapping[str, Value], outputs: Mapping[str, Value],
+            tokens: int | None = None) -> ModelProto:  # fmt: skip
+    linear_op.register()
+    sizes = Sizes(HEADS, HEADS, DIM, DIM, "float16", ("BNHD",) * 4, tokens, tokens, OPSET)
+    given, made = {name: name for name in inputs}, {name: name for name in outputs}
+    node = linear.node(op, form, sizes, given, made, "linear")
+    return _model(node, linear.function(op, form, sizes, given, made), 0, inputs, outputs)
+
+
+def _of(tokens: int | str) -> Value:
+    return TensorProto.FLOAT16, ("batch", tokens, HEADS, DIM)
+
+
+def _state(chunks: int | str) -> Value:
+    return TensorProto.FLOAT, ("batch", HEADS, chunks, DIM, DIM)
+
+
+def _linear_state() -> ModelProto:
+    """All tokens in one chunk."""
+    return _linear(
+        linear_op.STATE, Form("relu", "relu"), {"key": _of("tokens"), "value": _of("tokens")}, {"state": _state(1)}
+    )
+
+
+def _linear_combine() -> ModelProto:
+    return _linear(linear_op.COMBINE, Form(), {"state": _state(5)}, {"whole_state": _state(1)})
+
+
+def _linear_apply() -> ModelProto:
+    given = {"query": _of("tokens"), "state": _state(1)}
+    return _linear(linear_op.APPLY, Form("relu", "relu", scale=0.125), given, {"output": _of("tokens")})
+
+
+RETENTION = Form(causal=True, decay="token", chunk=64, scale=0.125)
+
+
+def _linear_states() -> ModelProto:
+    """160 tokens, in chunks of 64."""
+    decay = TensorProto.FLOAT, ("batch", 160, HEADS)
+    given = {"key": _of(160), "value": _of(160), "log_decay": decay}
+    return _linear(linear_op.STATES, RETENTION, given, {"state": _state(3)}, 160)
+
+
+def _linear_output() -> ModelProto:
+    """160 tokens, in chunks of 64."""
+    decay = TensorProto.FLOAT, ("batch", 160, HEADS)
+    given = {"query": _of(160), "key": _of(160), "value": _of(160), "state": _state(3), "log_decay": decay}
+    return _linear(linear_op.OUTPUT, RETENTION, given, {"output": _of(160)}, 160)
+
+
+MODELS: Mapping[str, Callable[[], ModelProto]] = {
+    "Attention": _attention, "NeighborhoodAttention": _neighborhood, sparse_op.OP_TYPE: _lists,
+    linear_op.STATE: _linear_state, linear_op.COMBINE: _linear_combine, linear_op.APPLY: _linear_apply,
+    linear_op.STATES: _linear_states, linear_op.OUTPUT: _linear_output,
+}  # fmt: skip
 """By op. The kernel of another op may have a method ``selftest`` that gives such a model."""

@@ -1,7 +1,7 @@
 """The tensors of one node as a runtime sees them: which there are, what sizes outputs get, what sizes inputs must have.
 
 Output sizes come from the op's own shape inference: every size that is not known is given a name such as ``query[1]``,
-and the inference carries it to the output. So a new op needs nothing here.
+and the inference carries it to the output. So a new op needs nothing here, unless its inputs' sizes are to be checked.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ _OF_OPERANDS: Mapping[str, Mapping[str, str]] = {
     "value": {"B": "B", "N": "NK", "H": "HKV", "D": "DV"},
 }  # fmt: skip
 _OF_BROADCAST = {"B": "B?", "H": "H?", "Q": "NQ?", "K": "NK?", "-": "1"}
+_OF_OTHERS: Mapping[str, tuple[str, ...]] = {
+    "state": ("B", "HKV", "C", "D", "DV"), "total": ("B", "HKV", "C", "D"), "top": ("B", "HKV", "C", "D"),
+    "mean": ("B", "HKV", "C", "DV"), "initial_state": ("B", "HKV", "D", "DV"), "initial_total": ("B", "HKV", "D"),
+    "key_weight": ("B", "NK", "HKV"),
+}  # fmt: skip
+_LOG_DECAY = {1: ("HKV",), 3: ("B", "NK", "HKV"), 4: ("B", "NK", "HKV", "D")}
+"""By the number of its axes."""
 MAY_BE_ONE = "?"
 """Behind a size that may also be 1."""
 
@@ -50,7 +57,8 @@ def of_node(
     inputs = tuple(schema.inputs[i].name if value else "" for i, value in enumerate(node.input))
     outputs = tuple(schema.outputs[i].name if value else "" for i, value in enumerate(node.output))
     sizes = _inferred(node, inputs, outputs, types, shapes, opset)
-    return NodeTensors(inputs, outputs, sizes, _expected(shapes, layouts))
+    block = next((a.i for a in node.attribute if a.name == "block"), 0)
+    return NodeTensors(inputs, outputs, sizes, _expected(shapes, layouts, block))
 
 
 def _inferred(
@@ -94,13 +102,21 @@ def _sizes(value: ValueInfoProto, known: set[str]) -> tuple[str, ...]:
     raise Unsupported("output-sizes", f"the sizes of {value.name} do not follow from those of the inputs")
 
 
-def _expected(shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout]) -> dict[str, tuple[str, ...]]:
+def _expected(shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout], block: int) -> dict[str, tuple[str, ...]]:
+    """``block``: edge of the blocks that the input ``rows`` lists."""
     found = {}
     for name in OPERANDS[:3]:
         axes = _OF_OPERANDS[name]
         if set(layouts[name]) <= set(axes):
             found[name] = tuple(axes[axis] for axis in layouts[name])
     for name, axes_of in BROADCAST.items():
-        if name in shapes:
+        if name in shapes and "*" not in axes_of:
             found[name] = tuple(_OF_BROADCAST[axis] for axis in axes_of[len(axes_of) - len(shapes[name]) :])
+    if "rows" in shapes:
+        found["rows"] = ("B?", "H?", f"cdiv(NQ, {block})", "3")
+    found |= {name: sizes for name, sizes in _OF_OTHERS.items() if name in shapes}
+    if "state" in shapes and "key" in shapes:
+        found["state"] = ("B", "HKV", "cdiv(NK, chunk)", "D", "DV")
+    if "log_decay" in shapes and len(shapes["log_decay"]) in _LOG_DECAY:
+        found["log_decay"] = _LOG_DECAY[len(shapes["log_decay"])]
     return found

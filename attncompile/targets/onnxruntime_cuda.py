@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, defs, helper, shape_inference
 
 from attncompile.core.errors import TargetError
 from attncompile.core.folder import copy_file
@@ -181,6 +181,8 @@ def _inlined_but(aside: ModelProto, proto: ModelProto, names: set[str]) -> Model
 def _refuse_float32(lowered: ModelProto) -> None:
     kinds = _value_types(lowered)
     for node in _ours(lowered):
+        if defs.has(node.op_type, 1, OURS) and defs.get_schema(node.op_type, 1, OURS).inputs[0].type_str != "T":
+            continue  # it combines states, which are float32 whatever the operands are
         if kinds.get(node.input[0], (TensorProto.UNDEFINED, None))[0] == TensorProto.FLOAT:
             raise TargetError(
                 f"node '{node.name}' is in float32: kernels take float16 and bfloat16", "add --fp16 or --bf16"

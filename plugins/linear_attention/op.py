@@ -42,7 +42,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Any
 
-from onnx import TensorProto, TypeProto, defs, helper
+from onnx import TensorProto, TensorShapeProto, TypeProto, defs, helper
 from onnx.defs import OpSchema
 
 from attncompile.core.errors import Unsupported
@@ -174,7 +174,7 @@ class _Shapes:
         return dim.dim_value if dim is not None and dim.HasField("dim_value") else None
 
     def give(self, place: int, axes: Sequence[Any], element: int) -> None:
-        """The type of an output: ``axes`` are names, or numbers; an axis of unknown size has none."""
+        """The type of an output: ``axes`` are names, numbers or dimensions; an axis of unknown size has none."""
         if place >= self.context.get_num_outputs():
             return
         made = TypeProto()
@@ -184,6 +184,8 @@ class _Shapes:
             dim = shape.dim.add()
             if isinstance(axis, int):
                 dim.dim_value = axis
+            elif isinstance(axis, TensorShapeProto.Dimension):
+                dim.CopyFrom(axis)
             elif axis is not None and axis in self.sizes:
                 dim.CopyFrom(self.sizes[axis])
         self.context.set_output_type(place, made)
@@ -206,8 +208,14 @@ class _Shapes:
         return 2 * dims[2].dim_value if len(dims) == 3 and dims[2].HasField("dim_value") else None
 
     def chunks(self) -> Any:
+        """Of tokens whose number has a name, an expression over it, as launch arguments are written."""
         chunk, tokens = int(self.attribute("chunk", 0)), self.known("M")
-        return 1 if not chunk else None if tokens is None else -(-tokens // chunk)
+        if not chunk:
+            return 1
+        if tokens is not None:
+            return -(-tokens // chunk)
+        name = self.sizes["M"].dim_param if "M" in self.sizes else ""
+        return TensorShapeProto.Dimension(dim_param=f"cdiv({name}, {chunk})") if name else None
 
     def output(self, place: int) -> None:
         layout = str(self.attribute("o_layout", "BNHD"))

@@ -196,7 +196,7 @@ def node_model(
         op, [n if n in shapes else "" for n in names], list(outputs), "site", domain="attncompile", **attributes
     )
     values = [helper.make_tensor_value_info(n, TYPES[types[n]], list(shapes[n])) for n in names if n in shapes]
-    results = [helper.make_tensor_value_info(o, TYPES[types.get(o, types["query"])], None) for o in outputs]
+    results = [helper.make_tensor_value_info(o, TYPES[types.get(o, types[names[0]])], None) for o in outputs]
     graph = helper.make_graph([node], "one", values, results)
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("attncompile", 1)]
     return helper.make_model(graph, opset_imports=imports, ir_version=10)

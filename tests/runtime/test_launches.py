@@ -14,7 +14,9 @@ import pytest
 
 from attncompile.kernels import symbols
 from attncompile.kernels.launcher import Function
+from attncompile.plugins import kernels
 from attncompile.plugins.attention.op import OPTIONAL
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES
 from attncompile.runtime import layout
 from tests.runtime.conftest import TYPES, Double, Launch, Made, Maker, needs_compiler, node_model
 
@@ -23,6 +25,14 @@ pytestmark = needs_compiler
 SMS = 108
 ATTENTION = ("query", "key", "value", *OPTIONAL)
 NEIGHBORHOOD = ("query", "key", "value", "key_mask", "bias", "sinks")
+SPARSE = ("query", "key", "value", "rows", "columns", "kinds", "masks", *NEIGHBORHOOD[3:], "order", "counts")
+ORDERS = {"Attention": ATTENTION, "NeighborhoodAttention": NEIGHBORHOOD, "BlockSparseAttention": SPARSE, **INPUTS}
+AXES = {
+    "log_sum_exp": "BHN", "state": "BGCFE", "total": "BGCF", "mean": "BGCE", "top": "BGCF", "final_state": "BGFE",
+    "final_total": "BGF", "whole_state": "BG1FE", "whole_total": "BG1F",
+}  # fmt: skip
+"""Of inputs and outputs beside the operands, from the definitions of the ops."""
+OF_OPERANDS = {"query": "BNHD", "key": "BMGF", "value": "BMGE"}
 GRID = {"grid": [5, 7], "kernel_size": [3, 3], "border": "clamp", "scale": 0.25}
 Shape = tuple[int, ...]
 
@@ -40,12 +50,11 @@ class Case:
     outputs: tuple[str, ...] = ("output",)
 
     def model(self) -> Any:
-        order = ATTENTION if self.op == "Attention" else NEIGHBORHOOD
-        return node_model(self.op, self.shapes, self.all_types(), self.outputs, order, **self.attributes)
+        return node_model(self.op, self.shapes, self.all_types(), self.outputs, ORDERS[self.op], **self.attributes)
 
     def all_types(self) -> dict[str, str]:
         found = {name: self.types.get(name, self.dtype) for name in self.shapes}
-        return found | {o: self.types[o] for o in self.outputs if o in self.types}
+        return found | {o: self.types.get(o, self.dtype if o == "output" else "float32") for o in self.outputs}
 
 
 def operands(layouts: str, n: Any = "n", m: Any = "m", heads: int = 6, kv: int = 2, dim: int = 64, vdim: int = 64,
@@ -65,6 +74,33 @@ SAME = ({"b": 1, "n": 35}, {"b": 2, "n": 35})
 
 def layouts(words: str) -> dict[str, str]:
     return {f"{x}_layout": w for x, w in zip("qkvo", words.split(), strict=True)}
+
+
+def lists(batch: int | str, heads: int) -> dict[str, Sequence[int | str]]:
+    """Shapes of the lists for blocks of 64."""
+    return {"rows": [batch, heads, "r", 3], "columns": ["e"], "kinds": ["e"], "masks": ["u", 64, 2]}
+
+
+LISTED = (
+    {"b": 1, "n": 1, "m": 1, "r": 1, "e": 1, "u": 1, "o": 6},
+    {"b": 2, "n": 130, "m": 53, "r": 3, "e": 9, "u": 2, "o": 36},
+)  # fmt: skip
+LIST_TYPES = {
+    **dict.fromkeys(("rows", "columns", "kinds", "masks", "order", "counts"), "int32"), "key_mask": "bool",
+    "sinks": "float32",
+}  # fmt: skip
+CHUNKED = ({"b": 1, "n": 1, "c": 1}, {"b": 2, "n": 37, "c": 2}, {"b": 3, "n": 256, "c": 8})
+"""``c`` is the number of chunks of 32 tokens."""
+WIDE = dict.fromkeys(("state", "total", "log_decay", "initial_state"), "float32")
+
+
+def linear(names: str, words: str, n: Any = "n") -> dict[str, Sequence[int | str]]:
+    """Shapes of the operands ``names`` in these layouts: 4 heads, 2 key heads, 64 features, 48 values."""
+    heads, dims = {"query": 4, "key": 2, "value": 2}, {"query": 64, "key": 64, "value": 48}
+    return {
+        name: [{"B": "b", "N": n, "H": heads[name], "D": dims[name]}[axis] for axis in word]
+        for name, word in zip(names.split(), words.split(), strict=True)
+    }
 
 
 CASES = [
@@ -103,6 +139,31 @@ CASES = [
          SAME, GRID, {"bias": "float16"}),
     Case("NeighborhoodAttention", "float16", operands("BNHD BNHD BNHD", m="n"), ({"b": 2, "n": 70}, {"b": 1, "n": 9}),
          {"kernel_size": [33], "grid": [-1], "causal": [1], "scale": 0.5}),
+    *(
+        Case("BlockSparseAttention", dtype, {**operands("BNHD BHND BNHD"), **lists(batch, heads), **more}, LISTED,
+             {"scale": 0.125, "block": 64, **layouts("BNHD BHND BNHD BHND")}, LIST_TYPES, outputs)
+        for dtype, batch, heads, more, outputs in (
+            ("float16", 1, 6, {}, ("output",)), ("bfloat16", "b", 1, {}, ("output", "log_sum_exp")),
+            ("float16", "b", 6, {"key_mask": ["b", 1, 1, "m"], "sinks": [6], "order": ["o"], "counts": ["e"]},
+             ("output", "log_sum_exp")),
+        )
+    ),
+    Case(STATE, "float16", linear("key value", "BNHD BNHD"), CHUNKED, {"key_map": "relu", "chunk": 48},
+         {}, ("state", "total")),
+    Case(STATE, "bfloat16", {**linear("key value", "BHND BHDN", n=40), "key_weight": ["b", 40, 2]},
+         ({"b": 1}, {"b": 3}), {"key_map": "softmax", "k_layout": "BHND", "v_layout": "BHDN"},
+         {"key_weight": "float32"}, ("state", "total", "mean", "top")),
+    Case(COMBINE, "float32", {"state": ["b", 2, "c", 64, 48], "total": ["b", 2, "c", 64]}, CHUNKED, {},
+         {}, ("whole_state", "whole_total")),
+    Case(APPLY, "float16", {**linear("query", "BHND"), "state": ["b", 2, 1, 64, 48],
+         "total": ["b", 2, 1, 64]}, CHUNKED, {"query_map": "elu+1", "normaliser": "sum", "epsilon": 1e-6,
+         "q_layout": "BHND"}, WIDE),
+    Case(STATES, "bfloat16", {**linear("key value", "BNHD BNHD"), "log_decay": ["b", "n", 2],
+         "initial_state": ["b", 2, 64, 48]}, CHUNKED, {"chunk": 32}, WIDE, ("state", "total", "final_state")),
+    Case(OUTPUT, "float16", {**linear("query key value", "BNHD BHND BNHD"), "log_decay": [2],
+         "state": ["b", 2, "c", 64, 48]}, CHUNKED, {"chunk": 32, "scale": 0.5, **layouts("BNHD BHND BNHD BHND")}, WIDE),
+    Case(OUTPUT, "bfloat16", {**linear("query key value", "BNHD BNHD BNHD"), "state":
+         ["b", 2, "c", 64, 48], "log_decay": ["b", "n", 2, 64]}, CHUNKED, {"chunk": 32}, WIDE),
 ]  # fmt: skip
 DEVICES = (80, 86, 89, 90, 100, 120, 87, 121, 103)
 
@@ -166,14 +227,25 @@ def test_a_launch_is_what_python_computes(number: int, make: Maker, double: Doub
 
 def check_results(case: Case, shapes: Mapping[str, Shape], results: Sequence[Any]) -> None:
     """Sizes and types of the outputs, from the definitions."""
-    axes = {x: str(case.attributes.get(f"{x}_layout", "BNHD")) for x in "qvo"}
-    query, v = dict(zip(axes["q"], shapes["query"], strict=True)), dict(zip(axes["v"], shapes["value"], strict=True))
-    query["D"] = v["D"]
-    assert results[0].shape() == [query[a] for a in axes["o"]]
-    assert results[0].element_type() == TYPES[case.dtype]
-    if len(results) > 1:
-        assert results[1].shape() == [query[a] for a in "BHN"]
-        assert results[1].element_type() == TYPES["float32"]
+    sizes = {"1": 1}
+    for name, shape in shapes.items():
+        axes = AXES.get(name, "")
+        if name in OF_OPERANDS:
+            layout_of = str(case.attributes.get(f"{name[0]}_layout", "BNHD"))
+            axes = layout_of.translate(str.maketrans("BNHD", OF_OPERANDS[name]))
+        sizes |= dict(zip(axes, shape, strict=True)) if axes else {}
+    if "M" in sizes:
+        chunk = int(case.attributes.get("chunk", 0)) or sizes["M"]
+        sizes.setdefault("C", (sizes["M"] + chunk - 1) // chunk)
+    written = str(case.attributes.get("o_layout", "BNHD")).replace("D", "E")
+    for name, result in zip(case.outputs, results, strict=True):
+        assert result.shape() == [sizes[a] for a in AXES.get(name, written)], name
+        assert result.element_type() == TYPES[case.dtype if name == "output" else "float32"]
+
+
+def test_every_op_with_kernels_has_a_case() -> None:
+    missing = set(kernels()) - {case.op for case in CASES}
+    assert not missing, f"add a node of {', '.join(sorted(missing))}"
 
 
 def test_several_nodes_in_one_model_and_an_if(make: Maker, double: Double) -> None:

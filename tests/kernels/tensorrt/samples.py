@@ -8,9 +8,12 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES
+
 HOUSE = "attncompile"
 Dim = int | str
 HALF, BRAIN, FLOAT, BOOL = TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.BOOL
+INT32 = TensorProto.INT32
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,10 @@ class Sample:
         while given and not given[-1]:
             given.pop()
         node = helper.make_node(self.op, given, list(self.outputs), "node", domain=HOUSE, **self.attributes)
-        kinds = {"log_sum_exp": FLOAT}
         first = next(iter(self.inputs.values()))[0]
         graph = helper.make_graph(
             [node], "g", [helper.make_tensor_value_info(n, k, d) for n, (k, d) in self.inputs.items()],
-            [helper.make_tensor_value_info(n, kinds.get(n, first), None) for n in self.outputs],
+            [helper.make_tensor_value_info(n, first if n == "output" else FLOAT, None) for n in self.outputs],
         )  # fmt: skip
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(HOUSE, 1)], ir_version=10
@@ -50,6 +52,9 @@ class Sample:
 LONG = {"B": (1, 2, 3), "N": (1, 100, 333), "M": (1, 130, 401)}
 DENSE = ("query", "key", "value", "key_mask", "bias", "sinks", "mask", "key_lengths")
 HOOD = ("query", "key", "value", "key_mask", "bias", "sinks", "window_bias")
+SPARSE = (
+    "query", "key", "value", "rows", "columns", "kinds", "masks", "key_mask", "bias", "sinks", "order", "counts"
+)  # fmt: skip
 
 
 def operands(
@@ -80,6 +85,31 @@ def grid(name: str, more: Any = None, kind: int = HALF, attributes: Any = None, 
     )  # fmt: skip
 
 
+def sparse(
+    name: str, sets: tuple[Dim, Dim], rows: Dim, entries: Dim, more: Any = None, kind: int = HALF,
+    outputs: tuple[str, ...] = ("output",), sizes: Any = None, attributes: Any = None, **of: Any,
+) -> Sample:  # fmt: skip
+    """``sets``: batch entries and heads that have lists of their own. Blocks of 64, three masks."""
+    lists = {"rows": (INT32, (*sets, rows, 3)), "columns": (INT32, (entries,)), "kinds": (INT32, (entries,)),
+             "masks": (INT32, (3, 64, 2))}  # fmt: skip
+    return Sample(
+        name, "BlockSparseAttention", {**operands(kind, **of), **lists, **(more or {})}, SPARSE, outputs,
+        {"scale": 0.25, "block": 64, **(attributes or {})}, sizes or {},
+    )  # fmt: skip
+
+
+def linear(name: str, op: str, inputs: Any, outputs: tuple[str, ...] = ("output",), sizes: Any = None,
+           **attributes: Any) -> Sample:  # fmt: skip
+    return Sample(name, op, inputs, INPUTS[op], outputs, attributes, LINEAR if sizes is None else sizes)
+
+
+LINEAR = {"B": (1, 2, 3), "N": (1, 100, 333)}
+CHUNKED = {**LINEAR, "C": (1, 3, 7)}
+KEY, VALUE = (HALF, ("B", "N", 2, 32)), (HALF, ("B", "N", 2, 48))
+QUERY, DECAY = (HALF, ("B", "N", 4, 32)), (FLOAT, ("B", "N", 2))
+CHUNKS, SUMS = (FLOAT, ("B", 2, "C", 32, 48)), (FLOAT, ("B", 2, "C", 32))
+WHOLE, WHOLE_SUM = (FLOAT, ("B", 2, 1, 32, 48)), (FLOAT, ("B", 2, 1, 32))
+
 QUICK = (
     dense("dense"),
     dense("causal, bfloat16, heads first", kind=BRAIN, layouts="hhhh", attributes={"right": 0}),
@@ -87,6 +117,15 @@ QUICK = (
     dense("static", batch=2, queries=37, keys=50, sizes={}),
     dense("key mask", {"key_mask": (BOOL, ("B", 1, 1, "M"))}),
     grid("neighborhood"),
+    sparse("lists of a file", (1, 4), 2, 5, queries=100, keys=90, sizes={"B": (1, 2, 3)}),
+    linear("states of chunks", STATE, {"key": KEY, "value": VALUE}, ("state", "total"), key_map="relu", chunk=48),
+    linear("chunks combined", COMBINE, {"state": CHUNKS, "total": SUMS}, ("whole_state", "whole_total"),
+           {"B": (1, 2, 3), "C": (1, 5, 9)}),
+    linear("whole state applied", APPLY, {"query": QUERY, "state": WHOLE, "total": WHOLE_SUM}, query_map="relu",
+           normaliser="sum", epsilon=1e-6),
+    linear("states before chunks", STATES, {"key": KEY, "value": VALUE, "log_decay": DECAY}, ("state",), chunk=32),
+    linear("output of chunks", OUTPUT, {"query": QUERY, "key": KEY, "value": VALUE, "state": CHUNKS,
+                                        "log_decay": DECAY}, sizes=CHUNKED, chunk=32, scale=0.5),
 )  # fmt: skip
 SLOW = (
     dense("log-sum-exp", outputs=("output", "log_sum_exp"), layouts="hhhn"),
@@ -102,6 +141,30 @@ SLOW = (
     grid("neighborhood with inputs", {"key_mask": (BOOL, ("B", 1, 1, 35)), "bias": (HALF, (1, 4, 35, 35))}),
     Sample("sliding window", "NeighborhoodAttention", operands(keys="N"), HOOD, ("output",),
            {"scale": 0.25, "kernel_size": [9], "left": [8], "causal": [1]}, LONG),
+    sparse(
+        "lists of a GPU, bfloat16", ("B", 4), "R", "E", {
+            "key_mask": (BOOL, ("B", 1, 1, "M")), "bias": (BRAIN, (1, 4, "N", "M")), "sinks": (FLOAT, (4,)),
+            "order": (INT32, ("R4",)), "counts": (INT32, ("E",)),
+        }, BRAIN, ("output", "log_sum_exp"), {**LONG, "R": (1, 2, 6), "R4": (4, 16, 72), "E": (1, 9, 40)},
+        {"o_layout": "BHND", "masked_rows": "zero"},
+    ),
+    linear(
+        "state of a softmax, tokens last, bfloat16", STATE, {
+            "key": (BRAIN, ("B", 2, 32, 40)), "value": (BRAIN, ("B", 2, 40, 48)), "key_weight": (FLOAT, ("B", 40, 2)),
+        }, ("state", "total", "mean", "top"), {"B": (1, 2, 3)}, key_map="softmax", k_layout="BHDN", v_layout="BHND",
+    ),
+    linear("chunks of a softmax combined", COMBINE, {"state": CHUNKS, "total": SUMS, "mean": (FLOAT, ("B", 2, "C", 48)),
+           "top": SUMS}, ("whole_state", "whole_total", "whole_mean"), {"B": (1, 2, 3), "C": (1, 5, 9)}),
+    linear("MALA applied, heads first", APPLY, {"query": (HALF, ("B", 4, "N", 32)), "state": WHOLE, "total": WHOLE_SUM,
+           "mean": (FLOAT, ("B", 2, 1, 48))}, query_map="elu+1", normaliser="mala", q_layout="BHND"),
+    linear("states and the last ones", STATES, {
+        "key": KEY, "value": VALUE, "log_decay": (HALF, (2,)), "initial_state": (FLOAT, ("B", 2, 32, 48)),
+        "initial_total": (FLOAT, ("B", 2, 32)),
+    }, ("state", "total", "final_state", "final_total"), key_map="exp", chunk=16),
+    linear("gates of every channel, static", OUTPUT, {
+        "query": (HALF, (2, 37, 4, 32)), "key": (HALF, (2, 37, 2, 32)), "value": (HALF, (2, 37, 2, 48)),
+        "state": (FLOAT, (2, 2, 3, 32, 48)), "log_decay": (FLOAT, (2, 37, 2, 32)),
+    }, sizes={}, chunk=16, o_layout="BHND"),
 )  # fmt: skip
 SAMPLES = (*QUICK, *(replace(s, slow=True) for s in SLOW))
 """Head dims are small: kernels then compile in about a second. Every op that has kernels is here (tested)."""

@@ -15,7 +15,7 @@ from attncompile.kernels.arguments import grid, int32
 from attncompile.kernels.tensorrt.register import register
 from attncompile.plugins import kernels
 from tests.kernels.tensorrt.conftest import SMS, Prepared, prepare
-from tests.kernels.tensorrt.samples import SAMPLES
+from tests.kernels.tensorrt.samples import SAMPLES, Sample
 from tests.kernels.tensorrt.walk import Launch, assemble, check_entry, walk
 
 
@@ -45,10 +45,31 @@ def expected(one: Prepared, launch: Launch, sizes: dict[str, int], multiprocesso
     assert one.node.symbols is not None
     values = {**symbols.values(one.node.symbols, shapes), "SMS": multiprocessors}
     numbers = [int32(a, values, "") for a in entry.arguments if a.kind == "int32"]
-    named = {"B": values["B"], "N": values["NQ"], "H": values["H"], "D": values["DV"]}
-    layout = one.sample.attributes.get("o_layout", "BNHD")
-    outputs = {"output": tuple(named[a] for a in layout), "log_sum_exp": (named["B"], named["H"], named["N"])}
-    return entry, grid(entry, values, ""), numbers, [outputs[n] for n in one.sample.outputs]
+    return entry, grid(entry, values, ""), numbers, output_shapes(one.sample, shapes)
+
+
+AXES = {
+    "log_sum_exp": "BHN", "state": "BGCFE", "total": "BGCF", "mean": "BGCE", "top": "BGCF", "final_state": "BGFE",
+    "final_total": "BGF", "whole_state": "BG1FE", "whole_total": "BG1F", "whole_mean": "BG1E",
+}  # fmt: skip
+"""Of inputs and outputs beside the operands, from the definitions of the ops."""
+OF_OPERANDS = {"query": "BNHD", "key": "BMGF", "value": "BMGE"}
+
+
+def output_shapes(sample: Sample, shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """From the definitions of the ops. Without feature maps there are as many features as the head dim."""
+    sizes = {"1": 1}
+    for name, shape in shapes.items():
+        axes = AXES.get(name, "")
+        if name in OF_OPERANDS:
+            layout = str(sample.attributes.get(f"{name[0]}_layout", "BNHD"))
+            axes = layout.translate(str.maketrans("BNHD", OF_OPERANDS[name]))
+        sizes |= dict(zip(axes, shape, strict=True)) if axes else {}
+    if "M" in sizes:
+        chunk = int(sample.attributes.get("chunk", 0)) or sizes["M"]
+        sizes.setdefault("C", (sizes["M"] + chunk - 1) // chunk)
+    layout = str(sample.attributes.get("o_layout", "BNHD")).replace("D", "E")
+    return [tuple(sizes[a] for a in AXES.get(name, layout)) for name in sample.outputs]
 
 
 SLOW = pytest.mark.slow

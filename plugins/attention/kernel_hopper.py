@@ -182,8 +182,15 @@ def consume(
             m, l, acc1, acc2, stage, phase, go = consume_last(state, work, turn, SPEC)
             turn += 1
         if HAS_SINKS:
-            l += gl.exp2(gl.load(sinks + h * sinks_h).to(gl.float32) * LOG2E - m)
-        inverse = reciprocal(l, RULE)
+            # It may be far above all scores, and is all that a row without a key has.
+            sink = gl.load(sinks + h * sinks_h).to(gl.float32) * LOG2E
+            top = gl.maximum(m, sink)
+            alpha = gl.exp2(m - top)
+            l = l * alpha + gl.exp2(sink - top)
+            m = top
+            inverse = reciprocal(l, RULE) * alpha
+        else:
+            inverse = reciprocal(l, RULE)
         out = output + (b * o_b + h * o_h + mine.to(gl.int64) * o_n) * 8
         store_run(out, NQ - mine, o_n * 8, acc1 * per_row(inverse, V1)[:, None], 0, DV)
         if DV > V1:

@@ -205,7 +205,6 @@ def consume(
                 state = consume_run(state, work, middle, tiles, hide, BLOCK, False, SPEC)
             m, l, acc1, acc2, stage, phase, go = consume_last(state, work, turn, SPEC)
             turn += 1
-        alpha = gl.full((ROWS,), 1.0, gl.float32, gl.SliceLayout(1, accumulator(BN)))
         if HAS_SINKS:
             # It may be far above all scores, and is all that a row without a key has.
             sink = gl.load(sinks + h * sinks_h).to(gl.float32) * LOG2E
@@ -213,7 +212,9 @@ def consume(
             alpha = gl.exp2(m - top)
             l = l * alpha + gl.exp2(sink - top)
             m = top
-        inverse = reciprocal(l, RULE) * alpha
+            inverse = reciprocal(l, RULE) * alpha
+        else:
+            inverse = reciprocal(l, RULE)
         out = output + (b * o_b + h * o_h + mine.to(gl.int64) * o_n) * 8
         store_run(out, NQ - mine, o_n * 8, acc1 * per_row(inverse, V1)[:, None], 0, DV)
         if DV > V1:

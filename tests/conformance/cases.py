@@ -137,6 +137,8 @@ DENSE = (
     dense("bias of one row", batch=2, inputs=having(bias=(37,))),
     dense("sinks", heads=4, kv_heads=2, inputs=having(sinks=(4,)), left=7, right=0, lse=True),
     dense("one sink for all heads", heads=4, inputs=having("float32", sinks=(1,)), lse=True),
+    dense("sinks, windows without a key", queries=50, keys=17, inputs=having("float32", sinks=(2,)), left=5, right=0,
+          lse=True),
     dense("sinks, rows without a key", batch=2, inputs=having(sinks=(2,), key_mask=(2, 1, 1, 37)),
           hiding="empty", masked_rows="nan", lse=True),
     dense("mask of all axes", batch=2, heads=3, inputs=having(mask=(2, 3, 37, 50)), keys=50),

@@ -16,7 +16,12 @@ from tests.conformance.cases import CASES, named
 
 pytestmark = pytest.mark.slow
 
-DENSE = ("17 queries, 50 keys, window", "GQA, batch 2, heads first", "head dim 72, value dim 72")
+DENSE = (
+    "17 queries, 50 keys, window",
+    "GQA, batch 2, heads first",
+    "head dim 72, value dim 72",
+    "sinks, windows without a key",
+)
 TAKEN = {"rows", "columns", "kinds", "masks", "order", "sinks"}
 SPARSE = [
     c
@@ -97,6 +102,7 @@ PLANTED = {
     "heads that share lists": (MANY, "place", ("n // count % sets_h + copy % alike", "copy % alike")),
     "one full block less": ("full blocks alone", "span_of", ("gl.load(at + 2)", "gl.load(at + 2) - 1")),
     "sinks forgotten in the sum": ("sinks", "consume", ("l = l * alpha + gl.exp2(sink - top)", "l = l * alpha")),
+    "sinks that scale nothing": ("sinks", "consume", ("reciprocal(l, RULE) * alpha", "reciprocal(l, RULE)")),
     "the row after the next": ("128", "row_at", ("n = number % listed", "n = (number + 1) // 2 % listed")),
     "rows out of step": (MANY, "consume", ("row_at(number + 2 * step", "row_at(number + step")),
 }  # fmt: skip

@@ -14,6 +14,9 @@ TOKENS ?= 2048
 WINDOW ?= 256
 POLICY ?= sparse
 
+# Test processes.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
 .PHONY: help demo test lint format typecheck clean
 
 help:
@@ -44,7 +47,7 @@ demo: $(DEMO)/mistral-$(TOKENS)-$(WINDOW).onnx
 # The contract tests take TensorRT's Python package from wheels of its bindings; without them they are skipped (CI: fail).
 test: lint
 	-$(BIN)/python tools/tensorrt_bindings.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

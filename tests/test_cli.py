@@ -7,10 +7,10 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -506,11 +506,17 @@ def test_works_where_no_framework_is_installed(arguments: list[str], model: Path
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
+    """In seconds of the processor: the clock would tell what else the machine does."""
+
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = spent()
         assert _python(["-m", "attncompile", "--help"], tmp_path).returncode == 0
-        seconds.append(time.perf_counter() - start)
+        seconds.append(spent() - start)
     assert min(seconds) < 0.5
 
 

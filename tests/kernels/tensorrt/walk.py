@@ -192,7 +192,8 @@ def _at_sizes(model: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
 
 def _values(model: ModelProto) -> dict[str, Any]:
     graph = shape_inference.infer_shapes(model, data_prop=True).graph
-    return {v.name: v.type for v in (*graph.output, *graph.value_info, *graph.input)}
+    stored = {t.name: helper.make_tensor_type_proto(t.data_type, list(t.dims)) for t in graph.initializer}
+    return stored | {v.name: v.type for v in (*graph.output, *graph.value_info, *graph.input)}
 
 
 def _merged(value: str, symbols: list[Size], at: Sequence[list[Size]], sizes: dict[str, Any]) -> list[Size]:

@@ -55,9 +55,9 @@ def test_an_engine_is_compared(error: float, passes: bool, tmp_path: Path, monke
     feeds = [{"x": np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)}]
     if not passes:
         with pytest.raises(GateFailed, match=r"the engine is too far from model\.onnx"):
-            outputs._parity(found, TensorRT(), result, feeds, None)
+            outputs._parity(found, TensorRT(), result, feeds, None, onnx.ModelProto())
         return
-    compared, times = outputs._parity(found, TensorRT(), result, feeds, None)
+    compared, times = outputs._parity(found, TensorRT(), result, feeds, None, onnx.ModelProto())
     assert "relative L2 1.0e-03" in compared
     assert times == "2 layers take 0.040 ms, our plugins 0.010 ms of it: model.layers.json"
     written = json.loads((tmp_path / "model.layers.json").read_text())

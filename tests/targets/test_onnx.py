@@ -107,7 +107,7 @@ def test_build_and_open(attention: Callable[..., ModelProto], as_model: AsModel,
 
 
 def test_registry() -> None:
-    assert base.names() == ("onnx", "onnxruntime-cuda", "tensorrt-rtx")
+    assert base.names() == ("onnx", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt")
     with pytest.raises(BadArguments, match="no target 'tensorrt9'"):
         base.get("tensorrt9")
     for name in base.names():

@@ -199,7 +199,8 @@ def test_dense_attention_says_where_it_wins(case) -> None:
     assert answer(guarded(added, padding, fills=(-3e38,))).code == "masked-rows"
     assert answer(guarded(causal, padding, rows="zero")).parameters["chunks"] == 8
     assert answer(guarded(causal, padding, fills=(-3e38,))).parameters["chunks"] == 8
-    assert answer(guarded(), dtype="float16", softmax_dtype="float16").code == "guard"
+    half = answer(guarded(), dtype="float16", softmax_dtype="float16")
+    assert half.parameters == {**plain, "guard": True}
     assert "leaves nothing out" in answer(guarded(), form="attention-op").reason
     once = replace(causal, certificate=ONCE)
     assert only(subject.exact_candidates(case().site(mask=guarded(once)))).code == "certificate"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,21 +27,13 @@ REGISTER = "attncompile.kernels.tensorrt.register:register_folder"
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", None: "float32"}
 
 
-def always(node: NodeCall) -> Verdict:
-    """The rule of a run that has no prediction: what was replaced becomes a plugin."""
-    return Verdict.yes()
-
-
 @dataclass(slots=True)
 class KernelPlugins:
-    """Plugins for a GPU of this ``capability`` and number of ``multiprocessors``. ``worth`` says of each node whether a
-    plugin is predicted to gain enough (the target's ``least_gain`` and ``barrier``); its body stays otherwise.
-    """
+    """Plugins for a GPU of this ``capability`` and number of ``multiprocessors``."""
 
     kernels: Mapping[str, Kernel]
     capability: int
     multiprocessors: int
-    worth: Callable[[NodeCall], Verdict] = always
     cache: Cache = field(default_factory=Cache.default)
     _built: Built = field(default_factory=lambda: Built({}, ()))
     _made: dict[str, plugin.Plugin] = field(default_factory=dict)
@@ -63,8 +55,7 @@ class KernelPlugins:
     def _verdict(self, node: NodeCall) -> Verdict:
         if node.call is None:
             return node.verdict
-        verdict = self.kernels[node.call.op].supports(node.call, self.architecture)
-        return self.worth(node) if verdict.ok else verdict
+        return self.kernels[node.call.op].supports(node.call, self.architecture)
 
     def replace(self, lowered: ModelProto) -> tuple[ModelProto, Mapping[str, Verdict]]:
         nodes = [n for n in calls.find(lowered, self.kernels, DTYPES[None]) if not n.scope]

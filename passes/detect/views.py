@@ -70,6 +70,8 @@ class Atoms:
                     raise Unsupported("reshape", f"a reshape to {list(shape)} changes the number of elements")
                 atom = pending.pop()
                 have = self.sizes[atom]
+                if have == 0:
+                    raise Unsupported("reshape", f"a reshape to {list(shape)} of a tensor without elements")
                 if rest % have == 0:
                     axis.append(atom)
                     rest //= have

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,8 @@ def windowed(tmp_path: Path) -> Model:
     return Model(path, proto, "sha256:0", 18)
 
 
-def made(worth: Callable[[Any], Verdict] = tensorrt_plugins.always) -> target.TensorRT:
-    return target.TensorRT(plugins=tensorrt_plugins.KernelPlugins(kernels(), 80, 108, worth))
+def made() -> target.TensorRT:
+    return target.TensorRT(plugins=tensorrt_plugins.KernelPlugins(kernels(), 80, 108))
 
 
 def ours(proto: ModelProto) -> list[str]:
@@ -127,16 +126,17 @@ def test_in_float32_bodies_stay(windowed: Model) -> None:
     assert "MatMul" in {n.op_type for n in lowered.graph.node}
 
 
-def test_a_plugin_that_gains_too_little_is_not_made(windowed: Model) -> None:
-    seen = []
-
-    def worth(node: Any) -> Verdict:
-        seen.append(node.name)
-        return Verdict.no("gain", "predicted to gain 1.1")
-
-    lowered = made(worth).lower(windowed.proto, windowed, "fp16")
-    assert ours(lowered) == [] and len(seen) >= 1
-    assert (made().least_gain, made().barrier) == (1.3, 0.0)
+def test_a_site_whose_gain_does_not_pay_for_a_plugin_is_kept(windowed: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan decides, by what the target wants: 1.3 times the speed of the attention that TensorRT fuses."""
+    assert (made().runs_kernels, made().least_gain, made().barrier) == (True, 1.3, 0.0)
+    source = windowed.path.with_name("source.onnx")
+    source.write_bytes(graph_of(SPEC).SerializeToString())
+    found = pipeline.inspect(source, pipeline.Options())
+    wanted = pipeline.Options(target="tensorrt", precision="fp16")
+    for gain, kept in ((1.29, True), (1.31, False)):
+        monkeypatch.setattr("attncompile.gpu_cost.GpuCost.gain", lambda *_, gain=gain: gain)
+        (decision,) = pipeline.plan(found, wanted).decisions
+        assert decision.kept == kept
 
 
 def test_without_a_compiler_bodies_stay(windowed: Model, monkeypatch: pytest.MonkeyPatch) -> None:

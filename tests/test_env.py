@@ -22,7 +22,8 @@ def _fresh() -> Iterator[None]:
 
 def _module(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, name, sys)  # so that what the test imports is forgotten afterwards
+    del sys.modules[name]
     monkeypatch.syspath_prepend(str(folder))
 
 

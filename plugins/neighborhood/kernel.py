@@ -306,7 +306,7 @@ def work(call: OpCall, program: Program) -> Work:
     runs = sum(-(-n // bn) for n in (hood.prefix, hood.suffix))
     met = made.keys_met(bn, program.language == "gluon")
     scores = float(made.tiles * (met + runs * bn) + ceil(apart / bm) * ceil(hood.tokens / bn) * bn) * bm
-    masked = 0.0 if made.all_seen else float(made.tiles * met) * bm
+    masked = 0.0 if made.all_seen and not call.inputs else float(made.tiles * met) * bm
     size = 2 * call.batch * hood.tokens * (call.heads + call.kv_heads) * (call.head_dim + call.value_dim)
     dims = padded(call.head_dim) + padded(call.value_dim)
     blocks = (made.tiles + ceil(apart / bm)) * heads

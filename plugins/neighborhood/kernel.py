@@ -250,7 +250,9 @@ class NeighborhoodKernel:
             del constants["BALL"], constants["CLIP"]  # see ``on_hopper``
         grid = (str(made.tiles + extra), "H", "B")
         if hopper:
-            grid = (f"min({made.tiles + extra} * H * B, SMS)", "1", "1")
+            # One consumer leaves room for another block beside it.
+            at_once = "SMS" if tiling["CONSUMERS"] == 2 else "SMS * 2"
+            grid = (f"min({made.tiles + extra} * H * B, {at_once})", "1", "1")
         module = "kernel_hopper" if hopper else "kernel_triton"
         return Program(
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
@@ -283,7 +285,7 @@ def on_hopper(call: OpCall, hood: Neighborhood, tactic: Tactic) -> bool:
     if any(a.clip for a in made.axes) or (wide and made.axes[1].extent > 1):
         return False
     tables = 2 * 4 * ceil(plane / keys) * keys
-    return hopper_shared(call, tactic) + tables <= HOPPER_SHARED
+    return (hopper_shared(call, tactic) + tables) * (3 - consumers) <= HOPPER_SHARED
 
 
 def arguments(call: OpCall, optional: Sequence[str], hopper: bool) -> list[Argument]:

@@ -377,9 +377,14 @@ def neighborhood(
     operands = (
         rings, barriers, places, total, H, group, query, key, value, (q_b, q_n, q_h), (k_b, k_n, k_h), (v_b, v_n, v_h),
     )  # fmt: skip
-    gl.static_assert(CONSUMERS == 2)
-    gl.warp_specialize([
-        (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-        (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-        (produce, (operands, SHAPE, PLANES, CONSUMERS, DK, DV, BN, STAGES)),
-    ], [4, 4], [TAKE, GIVE])  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, 2, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, 2, DK, DV, BN, STAGES, TURNS))),
+            (produce, (operands, SHAPE, PLANES, 2, DK, DV, BN, STAGES)),
+        ], [4, 4], [TAKE, GIVE])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, 1, DK, DV, BN, STAGES, False))),
+            (produce, (operands, SHAPE, PLANES, 1, DK, DV, BN, STAGES)),
+        ], [4], [GIVE])  # fmt: skip

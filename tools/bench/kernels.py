@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import peers as other
 import torch
@@ -17,7 +17,7 @@ from cases import CASES, Case
 from measure import ceilings, times
 from truth import pairs, sample, truth
 
-from attncompile.core.kernel import ARCHITECTURES, OpCall, Program
+from attncompile.core.kernel import ARCHITECTURES, Kernel, OpCall, Program
 from attncompile.kernels.build import build, general
 from attncompile.kernels.bundle import Bundle, write
 from attncompile.kernels.cache import Cache
@@ -30,11 +30,29 @@ ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half a unit in the last place, relative."""
 
 
+class BestOnly:
+    """A kernel without its further tactics in a language."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+    def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
+        best: dict[str, Program] = {}
+        for program in self._kernel.programs(call, architecture):
+            best.setdefault(program.language, program)
+        return list(best.values())
+
+
 def prepare(out: Path, architectures: Sequence[int], cases: Sequence[Case] = CASES) -> None:
-    """Compile what the cases need, on a machine that needs no GPU."""
+    """Compile what the cases need, on a machine that needs no GPU. Of a sweep the best tactic in each language."""
     import triton
 
-    known = kernels()
+    known: Mapping[str, Kernel] = kernels()
+    if cases is not CASES:
+        known = {op: cast(Kernel, BestOnly(kernel)) for op, kernel in known.items()}
     calls = [routed(c) for c in cases]
     built = build([], calls, known, architectures or ARCHITECTURES, Cache.default())
     write(out, built, triton.__version__)
@@ -155,12 +173,12 @@ def one(
 def further(
     case: Case, bundle: Bundle, capability: int, at: dict[str, torch.Tensor], stream: int
 ) -> Iterator[tuple[Program, Launch]]:
-    """Our other tactics: of lists all, else the first in Triton. Each writes the output, poisoned before."""
+    """Our other tactics: of dense attention the first in Triton alone. Each writes the output, poisoned before."""
     known = kernels()
     call = general(known, routed(case))
     programs = {p.tactic: p for p in known[call.op].programs(call, capability)}
     best, *others = bundle.kernels(key_of(call), capability)
-    if case.kept is None:
+    if case.op == "Attention":
         others = [c for c in others if c.entry.language != best.entry.language][:1]
     for compiled in others:
         at["output"].fill_(float("nan"))

@@ -27,6 +27,7 @@ def main() -> None:
     measure.add_argument("--only", nargs="*", default=[])
     measure.add_argument("--rounds", type=int, default=25)
     measure.add_argument("--no-peers", action="store_true")
+    measure.add_argument("--without", nargs="*", default=[], metavar="PEER", help="natten compiles for minutes")
     measure.add_argument("--sweep", type=int, default=0, help="as it was prepared")
     whole = verbs.add_parser("e2e", help="whole models: prepare compiles (no GPU), run measures, table prints")
     whole.add_argument("step", choices=("prepare", "run", "table"))
@@ -64,7 +65,7 @@ def main() -> None:
         from report import table
 
         cases = sweep(given.sweep) if given.sweep else CASES
-        result = run(given.bundle, given.only, given.rounds, not given.no_peers, cases)
+        result = run(given.bundle, given.only, given.rounds, None if given.no_peers else given.without, cases)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(result))
     elif given.verb == "e2e":

@@ -64,9 +64,12 @@ def routed(case: Case) -> OpCall:
 
 
 def run(
-    bundle: Path, names: Sequence[str], rounds: int, with_peers: bool, cases: Sequence[Case] = CASES
+    bundle: Path, names: Sequence[str], rounds: int, without: Sequence[str] | None, cases: Sequence[Case] = CASES
 ) -> dict[str, Any]:
-    """Measure the cases called ``names`` (all without any) on this GPU. What is wrong is not timed: see ``wrong``."""
+    """Measure the cases called ``names`` (all without any) on this GPU. What is wrong is not timed: see ``wrong``.
+
+    ``without``: peers that are left out; None: all of them.
+    """
     device = torch.cuda.get_device_properties(0)
     capability = device.major * 10 + device.minor
     opened = Bundle.open(bundle)
@@ -78,7 +81,7 @@ def run(
         if names and case.name not in names:
             continue
         try:
-            result["cases"].append(one(case, opened, capability, rounds, with_peers, result))
+            result["cases"].append(one(case, opened, capability, rounds, without, result))
             print(json.dumps(result["cases"][-1]["summary"]), flush=True)
         except Wrong as problem:
             result["wrong"][case.name] = str(problem)
@@ -99,7 +102,7 @@ class Wrong(Exception):
 
 
 def one(
-    case: Case, bundle: Bundle, capability: int, rounds: int, with_peers: bool, ceiling: dict[str, Any]
+    case: Case, bundle: Bundle, capability: int, rounds: int, without: Sequence[str] | None, ceiling: dict[str, Any]
 ) -> dict[str, Any]:
     """One case: ours, its peers, the limits."""
     known = kernels()
@@ -143,7 +146,10 @@ def one(
         else:
             left_out[name] = f"wrong: {errors[name]:.1e}"
             print(f"{case.name}: {name} is wrong: {errors[name]:.1e}, budget {budget:.1e}", flush=True)
-    for name, make in other.peers(case, q, k, v) if with_peers else ():
+    for name, make in other.peers(case, q, k, v) if without is not None else ():
+        if name in (without or ()):
+            left_out[name] = "left out by --without"
+            continue
         try:
             made = make()
             if isinstance(made, str):

@@ -279,6 +279,8 @@ def on_hopper(call: OpCall, hood: Neighborhood, tactic: Tactic) -> bool:
     if any(c and s > k for c, s, k in zip(hood.causal, hood.stride, hood.kernel_size, strict=True)):
         return False  # queries without a window
     keys, consumers = int(tactic.constants["BN"] or 0), int(tactic.constants["CONSUMERS"] or 0)
+    if tactic.constants.get("OVERLAP") and (hood.prefix or hood.suffix):
+        return False
     made = cut(hood, HOPPER_ROWS * consumers, keys, True)
     plane = made.box if made.all_seen else made.axes[1].extent * made.axes[2].extent
     wide = max(a.reach for a in made.axes) >= NARROW

@@ -1,7 +1,7 @@
 """Whole models: the same weights and inputs through torch, ONNX Runtime and ours, correctness first, in one run.
 
-``e2e_export.py`` made the files. Each case is a process of its own, so that a kernel that breaks its CUDA context breaks
-no other case: all get ready side by side, then one after another has the GPU to itself and is timed.
+``e2e_export.py`` made the files. Each case is a process of its own, so that a kernel that breaks its CUDA context
+breaks no other case: all get ready side by side, then one after another has the GPU to itself and is timed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 class RmsNorm(nn.Module):
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(shape).transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=rope is not None)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=rope is not None)
         return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, hidden))
 
 
@@ -62,7 +62,7 @@ class GatedMlp(nn.Module):
         self.down_proj = nn.Linear(ffn, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Mlp(nn.Module):
@@ -74,7 +74,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(ffn, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(functional.gelu(self.up_proj(x), approximate="tanh"))
 
 
 def grid_positions(rows: int, columns: int, hidden: int, device: torch.device) -> Tensor:

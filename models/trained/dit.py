@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from attncompile.models.trained.blocks import Attention, Mlp, first_weights, grid_positions, patches_of
 from attncompile.models.trained.recipe import DitRecipe
@@ -59,8 +59,8 @@ class Dit(nn.Module):
         rates = torch.exp(-math.log(1e4) * torch.arange(half, device=x.device).float() / half)
         angles = 1000.0 * time.float()[:, None] * rates[None, :]
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(x.dtype)
-        condition = self.time_out(F.silu(self.time_in(waves))) + self.label(label).to(x.dtype)
-        modulation = self.modulate_zero(F.silu(condition)).view(batch, 6, self.hidden)
+        condition = self.time_out(functional.silu(self.time_in(waves))) + self.label(label).to(x.dtype)
+        modulation = self.modulate_zero(functional.silu(condition)).view(batch, 6, self.hidden)
         for layer in self.layers:
             x = layer(x, modulation)
         out = self.head_zero(self.norm(x)).view(batch, rows, columns, 3, self.patch, self.patch)

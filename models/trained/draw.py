@@ -49,7 +49,9 @@ class Glyphs:
     striped: Tensor
 
 
-def scene(batch: int, side: int, generator: torch.Generator, device: torch.device, full: bool = False) -> tuple[Tensor, Tensor]:
+def scene(
+    batch: int, side: int, generator: torch.Generator, device: torch.device, full: bool = False
+) -> tuple[Tensor, Tensor]:
     """Images float32 [batch, 3, side, side] in -1 to 1 and labels int64 [batch]; ``full``: as many glyphs as fit."""
     cells = max(2, round(side / _CELLS))
     most = min(8, cells * cells - 1)
@@ -104,7 +106,9 @@ def family(batch: int, side: int, generator: torch.Generator, device: torch.devi
     return _render(drawn, ground, side, noise=0.0, generator=generator), label.to(device)
 
 
-def _placed(kind: Tensor, colour: Tensor, row: Tensor, column: Tensor, cell: float, uniform: object) -> tuple[Tensor, ...]:
+def _placed(
+    kind: Tensor, colour: Tensor, row: Tensor, column: Tensor, cell: float, uniform: object
+) -> tuple[Tensor, ...]:
     """Shape, colour, x, y, radius and angle of glyphs that stay inside their cells."""
     draw = uniform
     assert callable(draw)

@@ -1,7 +1,7 @@
 """``python -m attncompile.models.trained.evaluate lm|vit|dit MODEL.onnx``: scores of an ONNX file by ONNX Runtime.
 
-With ``--reference`` another file, a rewritten model's dense one, runs too, and ``dit`` gives the PSNR of its images from
-the same noise.
+With ``--reference`` another file, a rewritten model's dense one, runs too, and ``dit`` gives the PSNR of images
+from the same noise.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Session:
         return torch.cat([self(*(value[index : index + 1] for value in values)) for index in range(len(values[0]))])
 
 
-def evaluate(name: str, run: Session, recipes: Recipes, count: int | None, data: Path, split: str, tokens: int | None) -> dict[str, Any]:
+def evaluate(
+    name: str, run: Session, recipes: Recipes, count: int | None, data: Path, split: str, tokens: int | None
+) -> dict[str, Any]:
     """The scores of ``run``: on ``count`` windows of the held-out ``split``, or that many images."""
     if name == "lm":
         length = tokens or recipes.lm.context

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from attncompile.models.trained.blocks import Attention, GatedMlp, RmsNorm, first_weights
 from attncompile.models.trained.recipe import LmRecipe
@@ -50,11 +50,11 @@ class Lm(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.features(input_ids, self.embedding.weight.dtype)
-        return F.linear(x, self.embedding.weight)
+        return functional.linear(x, self.embedding.weight)
 
 
 def token_losses(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy in nats, float32 [batch, tokens]; 0 where the target is -100."""
-    logits = F.linear(features, head.to(features.dtype)).float()
-    flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+    logits = functional.linear(features, head.to(features.dtype)).float()
+    flat = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
     return flat.view_as(targets)

@@ -1,4 +1,4 @@
-"""Training inside a budget of wall-clock time: the rate falls to 0 as the time runs out, whatever the machine's speed."""
+"""Training inside a budget of wall-clock time: the rate falls to 0 as the time runs out, on any machine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def optimizers(model: nn.Module, recipe: Training) -> list[torch.optim.Optimizer
 
 
 def train(run: Run, loss_of: Callable[[Phase, torch.Generator], Tensor]) -> None:
-    """Steps until the budget is spent. ``loss_of`` draws a batch of a phase and gives its mean loss."""
+    """Steps until the budget is spent, then writes the weights. ``loss_of`` draws a batch of a phase and gives its mean
+    loss.
+    """
     pair = optimizers(run.model, run.recipe)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in pair]
     _resume(run, pair)
@@ -91,7 +93,8 @@ def train(run: Run, loss_of: Callable[[Phase, torch.Generator], Tensor]) -> None
             if run.elapsed - told > run.seconds / 80 or run.step < 4:
                 told = run.elapsed
                 line = {"step": run.step - 1, "seconds": round(told, 2), "size": phase.size, "seen": run.seen,
-                        "loss": round(value, 5), "norm": round(late[1].item(), 4), "factor": round(factor, 4)}  # fmt: skip
+                        "loss": round(value, 5), "norm": round(late[1].item(), 4),
+                        "factor": round(factor, 4)}  # fmt: skip
                 run.curve.append(line)
                 tell(run, " ".join(f"{key} {value}" for key, value in line.items()))
         late = (loss.detach(), norm.detach())
@@ -101,6 +104,7 @@ def train(run: Run, loss_of: Callable[[Phase, torch.Generator], Tensor]) -> None
     if run.state is not None:
         checkpoint(run, pair)
     run.model.eval()
+    save(run.model, run.out, run.name)
 
 
 def checkpoint(run: Run, pair: list[torch.optim.Optimizer]) -> None:
@@ -128,8 +132,7 @@ def _resume(run: Run, pair: list[torch.optim.Optimizer]) -> None:
 
 
 def finish(run: Run, evaluation: dict[str, Any]) -> None:
-    """Writes the weights as float16 and the curve with the evaluation as ``NAME.json``."""
-    save(run.model, run.out, run.name)
+    """Writes the curve and the evaluation as ``NAME.json``; ``train`` has written the weights."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     record = {
         "name": run.name, "parameters": sum(p.numel() for p in run.model.parameters()), "device": device,

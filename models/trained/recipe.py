@@ -78,9 +78,7 @@ def load(path: Path | None = None) -> Recipes:
     """Reads ``path``, or the committed file; raises ``TypeError`` for a field that is missing or unknown."""
     text = (path or Path(__file__).with_name("recipe.toml")).read_text()
     tables = tomllib.loads(text)
-    return Recipes(
-        _read(LmRecipe, tables["lm"]), _read(VitRecipe, tables["vit"]), _read(DitRecipe, tables["dit"])
-    )
+    return Recipes(_read(LmRecipe, tables["lm"]), _read(VitRecipe, tables["vit"]), _read(DitRecipe, tables["dit"]))
 
 
 def _read(kind: type[_R], table: dict[str, Any]) -> _R:

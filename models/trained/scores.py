@@ -20,7 +20,9 @@ _CPU = torch.device("cpu")
 Losses = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def language(held: Tensor, recipe: LmRecipe, losses: Losses, batch: int = 1, probes: int | None = None) -> dict[str, Any]:
+def language(
+    held: Tensor, recipe: LmRecipe, losses: Losses, batch: int = 1, probes: int | None = None
+) -> dict[str, Any]:
     """Perplexity on the windows ``held`` [window, tokens + 1] and, with as many of them (or ``probes``) as ground,
     the accuracy of looked up records and of repeated segments.
     """
@@ -45,13 +47,16 @@ def language(held: Tensor, recipe: LmRecipe, losses: Losses, batch: int = 1, pro
     }
 
 
-def classes(recipe: VitRecipe, logits: Callable[[Tensor], Tensor], count: int, batch: int) -> dict[str, Any]:
-    """Top-1 on ``count`` images that show as many glyphs as they may."""
+def classes(
+    recipe: VitRecipe, logits: Callable[[Tensor], Tensor], count: int, batch: int, device: torch.device = _CPU
+) -> dict[str, Any]:
+    """Top-1 on ``count`` images that show as many glyphs as they may, painted on ``device``."""
     generator = torch.Generator().manual_seed(_SEED)
     hits = 0
     loss = 0.0
     for _ in range(count // batch):
-        images, labels = draw.scene(batch, recipe.side, generator, _CPU, full=True)
+        images, labels = draw.scene(batch, recipe.side, generator, device, full=True)
+        labels = labels.cpu()
         out = logits(images)
         hits += int((out.argmax(1) == labels).sum())
         loss += torch.nn.functional.cross_entropy(out, labels).item() * batch

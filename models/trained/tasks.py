@@ -29,7 +29,9 @@ class Probes:
     distance: Tensor
 
 
-def mixed(windows: Tensor, vocab: int, needles: float, copies: float, generator: torch.Generator, coin: random.Random) -> tuple[Tensor, Tensor]:
+def mixed(
+    windows: Tensor, vocab: int, needles: float, copies: float, generator: torch.Generator, coin: random.Random
+) -> tuple[Tensor, Tensor]:
     """``windows`` int64 [batch, tokens + 1] of code as inputs and targets [batch, tokens], of which the parts
     ``needles`` and ``copies`` (on average, where they are not whole sequences) hold records and repeated segments.
     """
@@ -117,7 +119,7 @@ def _known_of_copies(probes: Probes) -> Tensor:
 
 
 def right(predicted: Tensor, probes: Probes) -> Tensor:
-    """Which answers are right: bool [window, probe, token] from ``predicted`` [window, tokens], the token after each."""
+    """Which answers are right: bool [window, probe, token] from ``predicted`` [window, tokens], each's next token."""
     rows, probe, width = probes.answers.shape
     at = probes.answers.flatten(1)
     return (predicted.gather(1, at - 1) == probes.windows.gather(1, at)).view(rows, probe, width)

@@ -28,7 +28,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("lm", "vit", "dit"))
-    parser.add_argument("--seconds", type=float, required=True, help="wall-clock budget, compilation and evaluation included")
+    parser.add_argument(
+        "--seconds", type=float, required=True, help="wall-clock budget, compilation and evaluation included"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and curve")
     parser.add_argument("--data", type=Path, help="folder that attncompile.models.trained.corpus wrote (lm only)")
     parser.add_argument("--state", type=Path, help="checkpoint to write, and to go on from where it exists")
@@ -102,7 +104,7 @@ def _vit(recipes: Recipes, start: Callable[[torch.nn.Module], Run], data: Path |
             return model(images.to(run.device)).float().cpu()
 
     count = 2000 if run.device.type == "cuda" else 20
-    finish(run, scores.classes(recipe, logits, count=count, batch=100 if count > 100 else 20))
+    finish(run, scores.classes(recipe, logits, count=count, batch=100 if count > 100 else 20, device=run.device))
 
 
 def _dit(recipes: Recipes, start: Callable[[torch.nn.Module], Run], data: Path | None) -> None:

@@ -29,5 +29,5 @@ def arrays(blocks: np.ndarray, block: int) -> dict[str, np.ndarray]:
     bits = np.tril(np.ones((block, block), np.uint64)).reshape(block, -1, 32) << np.arange(32, dtype=np.uint64)
     return {
         "rows": rows, "columns": column[order].astype(np.int32), "kinds": np.zeros(len(column), np.int32),
-        "masks": bits.sum(-1).astype(np.uint32).view(np.int32)[None], "order": longest_first(rows),
+        "masks": np.ascontiguousarray(bits.sum(-1).astype(np.uint32).view(np.int32)[None]), "order": longest_first(rows),
     }  # fmt: skip

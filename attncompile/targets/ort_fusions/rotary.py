@@ -14,6 +14,20 @@ from attncompile.targets.ort_fusions.view import CONTRIB, KINDS, Dims, View, att
 _OURS = "attncompile"
 
 
+def identities(view: View) -> int:
+    """Copies, which exporters leave between writes to one tensor, are passed by."""
+    done = 0
+    for node in view.nodes("Identity"):
+        source, copy = node.input[0], node.output[0]
+        readers = view.readers(copy)
+        if view.is_output(copy) or not readers or any(copy not in r.input for r in readers):
+            continue
+        for reader in {id(r): r for r in readers}.values():
+            view.set_inputs(reader, [source if v == copy else v for v in reader.input])
+        done += 1
+    return done
+
+
 def interleaved(view: View) -> int:
     """Two ScatterNDs that write the even and the odd rows of one tensor, as a stack of their updates."""
     done = 0
@@ -210,7 +224,12 @@ def rotary_halves(view: View) -> int:
     for total in view.nodes("Add"):
         out = total.output[0]
         shape, kind = view.shape(out), view.kind(out)
-        if not shape or len(shape) != 4 or kind not in KINDS or not all(isinstance(d, int) for d in (shape[1], shape[3])):
+        if (
+            not shape
+            or len(shape) != 4
+            or kind not in KINDS
+            or not all(isinstance(d, int) for d in (shape[1], shape[3]))
+        ):
             continue
         found = _half_rotation(view, total, shape)
         if found is None:
@@ -285,7 +304,9 @@ def _half(view: View, table: str, tokens: int | str, width: int, kind: int) -> s
     if shape != (1, 1, tokens, width) or not _repeats(view, table, width):
         return None
     ends = [view.tensor("fusions/number", np.array([n], np.int64)) for n in (0, width // 2, 3)]
-    return _reshape(view, view.node("Slice", [table, *ends], kind, (1, 1, tokens, width // 2)), kind, (tokens, width // 2))
+    return _reshape(
+        view, view.node("Slice", [table, *ends], kind, (1, 1, tokens, width // 2)), kind, (tokens, width // 2)
+    )
 
 
 def _repeats(view: View, value: str, width: int) -> bool:
@@ -341,6 +362,3 @@ def operands(view: View) -> int:
             view.set_inputs(node, [*node.input[:i], turned.input[0], *node.input[i + 1 :]])
             done += 1
     return done
-
-
-

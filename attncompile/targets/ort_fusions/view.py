@@ -75,8 +75,8 @@ class View:
     def kind(self, value: str) -> int:
         """The element type; 0 where it is unknown."""
         if value in self._tensors:
-            return self._tensors[value].data_type
-        return self._types[value].type.tensor_type.elem_type if value in self._types else 0
+            return int(self._tensors[value].data_type)
+        return int(self._types[value].type.tensor_type.elem_type) if value in self._types else 0
 
     def shape(self, value: str) -> Dims | None:
         """Sizes, or names of those that are not static; None where one is neither."""
@@ -158,7 +158,7 @@ class View:
         self._new.remove(made.name)
         self._tensors[made.name] = self._proto.graph.initializer.add()
         self._tensors[made.name].CopyFrom(made)
-        return made.name
+        return str(made.name)
 
     def node(self, op_type: str, inputs: Sequence[str], kind: int, shape: Dims, **attributes: Any) -> str:
         """A new node of the standard domain and the name of its output; an equal one that is there is used again."""
@@ -182,14 +182,18 @@ class View:
         node.input[:] = inputs
         self._enter(node)
 
-    def finish(self) -> None:
-        """Writes the graph back without what nobody reads any more, in an order in which it can run."""
+    def sweep(self) -> None:
+        """Drops what nobody reads any more."""
         pending = list(self._nodes.values())
         while pending:
             node = pending.pop()
             if id(node) in self._nodes and not any(self.is_read(o) for o in node.output if o):
                 self._leave(node)
                 pending.extend(self._maker[v] for v in g.reads(node) if v in self._maker)
+
+    def finish(self) -> None:
+        """Writes the graph back, in an order in which it can run."""
+        self.sweep()
         graph = self._proto.graph
         described = {v.name for v in graph.value_info}
         made = {o for n in self._nodes.values() if n.domain not in _STANDARD or n.op_type in UNKNOWN for o in n.output}

@@ -17,7 +17,9 @@ from pathlib import Path
 from onnx import ModelProto
 
 from attncompile.targets.ort_fusions import gelu, norm, rotary, skip
-from attncompile.targets.ort_fusions.view import View
+from attncompile.targets.ort_fusions.view import CONTRIB, View
+
+__all__ = ["AROUND_OURS", "CONTRIB", "FUSIONS", "Fused", "fuse"]
 
 FUSIONS: tuple[tuple[str, Callable[[View], int]], ...] = (
     ("copies", rotary.identities),

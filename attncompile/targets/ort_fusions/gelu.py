@@ -22,7 +22,7 @@ _DEPTH = 8
 _erf = np.vectorize(erf, otypes=[np.float64])
 _OPS: dict[str, Callable[..., np.ndarray]] = {
     "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power, "Neg": np.negative,
-    "Tanh": np.tanh, "Erf": _erf,
+    "Tanh": np.tanh, "Erf": _erf, "Cast": np.asarray,
 }  # fmt: skip
 _WANTED = {
     "Tanh": 0.5 * _SAMPLES * (1 + np.tanh(sqrt(2 / pi) * (_SAMPLES + 0.044715 * _SAMPLES**3))),
@@ -94,7 +94,7 @@ def _evaluate(view: View, value: str, memo: dict[str, np.ndarray], region: set[i
         known = view.scalar(value)
         return None if known is None else np.full(1, known)
     node = view.maker(value, *_OPS)
-    if node is None or left == 0:
+    if node is None or left == 0 or view.kind(value) not in KINDS:
         return None
     inputs = [_evaluate(view, v, memo, region, left - 1) for v in node.input]
     if any(i is None for i in inputs):

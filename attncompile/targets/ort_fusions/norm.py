@@ -59,15 +59,25 @@ def _normalised(view: View, mean: str, x: str) -> tuple[str, float] | None:
     root = view.only(add.output[0], "Sqrt")
     if epsilon is None or not 0 < epsilon <= _LARGEST_EPSILON or root is None:
         return None
-    last = view.only(root.output[0], "Reciprocal", "Div")
-    if last is not None and last.op_type == "Div" and list(last.input) == [x, root.output[0]]:
+    factor, operands = _cast_back(view, root.output[0], x)
+    last = view.only(factor, "Reciprocal", "Div")
+    if last is not None and last.op_type == "Div" and last.input[0] in operands and last.input[1] == factor:
         return last.output[0], epsilon
-    if last is None or (last.op_type == "Div" and view.scalar(last.input[0]) != 1.0):
+    if last is None or factor != root.output[0] or (last.op_type == "Div" and view.scalar(last.input[0]) != 1.0):
         return None
-    product = view.only(last.output[0], "Mul")
-    if product is None or set(product.input) != {x, last.output[0]}:
+    factor, operands = _cast_back(view, last.output[0], x)
+    product = view.only(factor, "Mul")
+    if product is None or not any(set(product.input) == {o, factor} for o in operands):
         return None
     return product.output[0], epsilon
+
+
+def _cast_back(view: View, factor: str, x: str) -> tuple[str, tuple[str, ...]]:
+    """``factor`` and what it may scale: ``x``, or, where it is cast to fp16, what ``x`` was cast from."""
+    cast, half = view.only(factor, "Cast"), view.uncast(x)
+    if cast is not None and half is not None and view.kind(cast.output[0]) == _HALF:
+        return cast.output[0], (half,)
+    return factor, (x,)
 
 
 def _weighted(view: View, x: str, y: str, shape: Dims, epsilon: float) -> bool:
@@ -76,6 +86,11 @@ def _weighted(view: View, x: str, y: str, shape: Dims, epsilon: float) -> bool:
     reader = view.only(y, "Cast", "Mul")
     if reader is None:
         return False
+    if view.kind(y) == _HALF:  # what a conversion to fp16 leaves of one: only the factor is computed in float32
+        weight = next((w for a, w in view.sides(reader) if a == y), "") if reader.op_type == "Mul" else ""
+        if half is None or view.shape(weight) != (width,) or view.kind(weight) != _HALF:
+            return False
+        return _simplified(view, half, weight, reader.output[0], epsilon)
     if reader.op_type == "Cast":  # to fp16, then weighted
         product = view.only(reader.output[0], "Mul")
         if product is None or half is None or view.kind(reader.output[0]) != _HALF:

@@ -17,6 +17,7 @@ from attncompile import verify
 from attncompile.core.errors import AttncompileError
 from attncompile.core.model import Model
 from attncompile.core.verdict import Verdict
+from attncompile.runtime import layout
 from attncompile.targets import graph as g
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.engine import save
@@ -36,13 +37,17 @@ _TO_FLOAT: Mapping[int, int] = {TensorProto.FLOAT16: TensorProto.FLOAT, TensorPr
 
 def check(
     proto: ModelProto, model: Model, precision: Precision | None, feeds: Sequence[Mapping[str, np.ndarray]],
-    counts: Mapping[str, int],
+    counts: Mapping[str, int], lowered: ModelProto,
 ) -> Verdict:  # fmt: skip
     """``proto``, made from ``model``, with fusions against itself without. ``counts``: how often each was found in what
-    is deployed; here they must be found as often, else this would prove nothing of it.
+    is deployed, ``lowered``; here they must be found as often, else this would prove nothing of it.
     """
     folder = model.path.resolve().parent
     plain = onnx_target.TARGET.lower(proto, model, precision) if precision else g.inlined(proto)
+    launched = {o for n in lowered.graph.node if n.domain == layout.DOMAIN for o in n.output}
+    known = {v.name for v in (*plain.graph.value_info, *plain.graph.output)}
+    # A body does not say its sizes as the op does.
+    plain.graph.value_info.extend(v for v in lowered.graph.value_info if v.name in launched - known)
     fused = fuse(plain, folder)
     for name, count in counts.items():
         if name not in AROUND_OURS and fused.counts.get(name, 0) < count:

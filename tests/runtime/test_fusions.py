@@ -26,13 +26,13 @@ def with_gelu(folder: Path) -> Path:
     proto = build(WINDOWED)
     graph = proto.graph
     (end,) = graph.output
-    y, width = end.name, 16
+    y, width = end.name, 32
     rows = np.random.default_rng(0).standard_normal((2, width)).astype(np.float32)
     numbers = {"three": 3.0, "cubic": 0.044715, "root": 0.7978845608, "one": 1.0, "half": 0.5, "two": 2.0, "tiny": 1e-5}
-    graph.initializer.extend(numpy_helper.from_array(np.float32(v), n) for n, v in numbers.items())
-    graph.initializer.extend([numpy_helper.from_array(rows[0], "bias"), numpy_helper.from_array(rows[1], "weight"),
-                              numpy_helper.from_array(np.array([-1]), "last"),
-                              numpy_helper.from_array(np.array([1, -1, width]), "flat")])  # fmt: skip
+    graph.initializer.extend(numpy_helper.from_array(np.float32(v), f"fusible.{n}") for n, v in numbers.items())
+    graph.initializer.extend([numpy_helper.from_array(rows[0], "fusible.bias"), numpy_helper.from_array(rows[1], "fusible.weight"),
+                              numpy_helper.from_array(np.array([-1]), "fusible.last"),
+                              numpy_helper.from_array(np.array([1, -1, width]), "fusible.flat")])  # fmt: skip
     for op_type, inputs, output in (
         ("Add", [y, "bias"], "x"), ("Pow", ["x", "three"], "x3"), ("Mul", ["cubic", "x3"], "cx3"),
         ("Add", ["x", "cx3"], "inner"), ("Mul", ["root", "inner"], "scaled"), ("Tanh", ["scaled"], "bent"),
@@ -42,9 +42,10 @@ def with_gelu(folder: Path) -> Path:
         ("Sqrt", ["more"], "deviation"), ("Reciprocal", ["deviation"], "inverse"), ("Mul", ["s", "inverse"], "normal"),
         ("Mul", ["normal", "weight"], "z"),
     ):  # fmt: skip
-        graph.node.append(helper.make_node(op_type, inputs, [output]))
+        names = [v if v == y else f"fusible.{v}" for v in (*inputs, output)]  # others have those already
+        graph.node.append(helper.make_node(op_type, names[:-1], names[-1:]))
     del graph.output[:]
-    graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 600, width]))
+    graph.output.append(helper.make_tensor_value_info("fusible.z", TensorProto.FLOAT, [1, 300, width]))
     return save(proto, folder, "fusible.onnx")
 
 
@@ -95,11 +96,11 @@ def test_a_wrong_fusion_is_undone(tmp_path: Path, no_triton: None, monkeypatch: 
 def test_what_is_not_found_again_proves_nothing(tmp_path: Path) -> None:
     model = pipeline.load(with_gelu(tmp_path))
     feeds = [{"query": np.zeros(1)}]
-    verdict = fusion_check.check(model.proto, model, None, feeds, {"GELU": 2})
+    verdict = fusion_check.check(model.proto, model, None, feeds, {"GELU": 2}, model.proto)
     assert not verdict.ok and verdict.code == "unlike"
 
 
 def test_nothing_compared_is_no_pass(tmp_path: Path) -> None:
     model = pipeline.load(with_gelu(tmp_path))
-    verdict = fusion_check.check(model.proto, model, None, [], {"GELU": 1})
+    verdict = fusion_check.check(model.proto, model, None, [], {"GELU": 1}, model.proto)
     assert not verdict.ok

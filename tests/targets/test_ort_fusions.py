@@ -79,9 +79,7 @@ def fused(proto: ModelProto, tolerance: float = 2e-5, **sizes: int) -> Fused:
     result = fuse(proto, Path())
     assert proto.SerializeToString() == before
     wide = {HALF: FLOAT}
-    for want, got in zip(
-        run(retype(proto, wide), 1, sizes), run(retype(result.proto, wide), 1, sizes), strict=True
-    ):
+    for want, got in zip(run(retype(proto, wide), 1, sizes), run(retype(result.proto, wide), 1, sizes), strict=True):
         assert np.isfinite(want).all() and np.abs(want).max() > 0.01
         assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
     return result
@@ -115,7 +113,11 @@ def erf_gelu(g: Graph, x: str, root: float = 1.41421356) -> str:
 @pytest.mark.parametrize("kind", [FLOAT, HALF])
 @pytest.mark.parametrize(
     ("build", "plain", "biased"),
-    [(tanh_gelu, "FastGelu", "FastGelu"), (tanh_gelu_otherwise, "FastGelu", "FastGelu"), (erf_gelu, "Gelu", "BiasGelu")],
+    [
+        (tanh_gelu, "FastGelu", "FastGelu"),
+        (tanh_gelu_otherwise, "FastGelu", "FastGelu"),
+        (erf_gelu, "Gelu", "BiasGelu"),
+    ],
 )
 def test_gelu(kind: int, build: Callable[[Graph, str], str], plain: str, biased: str) -> None:
     tolerance = 5e-5 if kind == HALF else 1e-6  # fp16's nearest numbers to the constants

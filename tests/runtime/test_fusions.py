@@ -30,9 +30,8 @@ def with_gelu(folder: Path) -> Path:
     rows = np.random.default_rng(0).standard_normal((2, width)).astype(np.float32)
     numbers = {"three": 3.0, "cubic": 0.044715, "root": 0.7978845608, "one": 1.0, "half": 0.5, "two": 2.0, "tiny": 1e-5}
     graph.initializer.extend(numpy_helper.from_array(np.float32(v), f"fusible.{n}") for n, v in numbers.items())
-    graph.initializer.extend([numpy_helper.from_array(rows[0], "fusible.bias"), numpy_helper.from_array(rows[1], "fusible.weight"),
-                              numpy_helper.from_array(np.array([-1]), "fusible.last"),
-                              numpy_helper.from_array(np.array([1, -1, width]), "fusible.flat")])  # fmt: skip
+    arrays = {"bias": rows[0], "weight": rows[1], "last": np.array([-1]), "flat": np.array([1, -1, width])}
+    graph.initializer.extend(numpy_helper.from_array(v, f"fusible.{n}") for n, v in arrays.items())
     for op_type, inputs, output in (
         ("Add", [y, "bias"], "x"), ("Pow", ["x", "three"], "x3"), ("Mul", ["cubic", "x3"], "cx3"),
         ("Add", ["x", "cx3"], "inner"), ("Mul", ["root", "inner"], "scaled"), ("Tanh", ["scaled"], "bent"),

@@ -233,9 +233,16 @@ def test_modulated_norm() -> None:
     assert [a.f for a in norm.attribute if a.name == "epsilon"] == [pytest.approx(1e-6)]
 
 
-@pytest.mark.parametrize(("shape", "changes"), [((B, 1, C), {}), ((1, N, C), {}), ((1, 1, 1), {}),
-                                                ((1, 1, C), {"ones": np.full(C, 1.5, np.float32)}),
-                                                ((1, 1, C), {"axis": 1, "ones": np.ones((N, C), np.float32)})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((B, 1, C), {}),
+        ((1, N, C), {}),
+        ((1, 1, 1), {}),
+        ((1, 1, C), {"ones": np.full(C, 1.5, np.float32)}),
+        ((1, 1, C), {"axis": 1, "ones": np.ones((N, C), np.float32)}),
+    ],
+)
 def test_what_is_nearly_a_modulated_norm(shape: tuple[int, ...], changes: dict[str, Any]) -> None:
     g = Graph(x=(B, N, C), scale=shape, shift=shape)
     assert fused(g.model(modulated(g, "x", "scale", "shift", **changes))).counts == {}

@@ -30,7 +30,7 @@ class View:
         inferred = shape_inference.infer_shapes(proto).graph
         described = (*inferred.input, *inferred.output, *inferred.value_info)
         self._types = {v.name: v for v in described}
-        self._tensors = {t.name: t for t in proto.graph.initializer}
+        self._tensors: dict[str, TensorProto] = {t.name: t for t in proto.graph.initializer}
         self._outputs = {o.name for o in proto.graph.output}
         self._nodes: dict[int, NodeProto] = {}
         self._new: list[str] = []
@@ -152,7 +152,8 @@ class View:
         """A new constant; one that is there already is used again."""
         made = numpy_helper.from_array(np.ascontiguousarray(array), "")
         for name, tensor in self._tensors.items():
-            if name.startswith(base) and tensor.raw_data == made.raw_data and tensor.dims == made.dims:
+            same = tensor.data_type == made.data_type and tensor.dims == made.dims
+            if same and name.startswith(base) and tensor.raw_data == made.raw_data:
                 return name
         made.name = self.value(base, made.data_type, array.shape)
         self._new.remove(made.name)

@@ -170,9 +170,9 @@ class Interpreter:
     device, architecture = "cpu", 80
 
     def __init__(self) -> None:
-        from tests.conformance.interpret import products_of_bfloat16
+        from tests.conformance.interpret import mend
 
-        products_of_bfloat16()
+        mend()
 
     def launch(
         self, call: OpCall, wide: OpCall, program: Program, tensors: Mapping[str, Any], layouts: Mapping[str, str]

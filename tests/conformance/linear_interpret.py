@@ -23,7 +23,7 @@ import triton.language as tl
 from attncompile.core.kernel import Program
 from tests.conformance import launch, linear
 from tests.conformance.budget import wrong
-from tests.conformance.interpret import products_of_bfloat16
+from tests.conformance.interpret import mend
 from tests.conformance.linear import CASES, Linear, Tensors
 
 KERNELS = "attncompile.plugins.linear_attention.kernel_triton"
@@ -128,7 +128,7 @@ def planted(name: str) -> str:
 
 
 def main(part: int, parts: int) -> None:
-    products_of_bfloat16()
+    mend()
     warnings.simplefilter("ignore")
     work: list[tuple[str, Callable[[], str]]] = [(c.name, lambda c=c: verdict(c)) for c in CASES]
     work += [(f"planted: {name}", lambda n=name: planted(n)) for name in PLANTED]

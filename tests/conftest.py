@@ -27,3 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if WORKER not in os.environ:
         shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that keep what is slower: rounds that nothing depends on are the fewest there may be."""
+    from attncompile import measure
+
+    right = measure.paired_conclusive
+    monkeypatch.setattr(
+        measure, "paired_conclusive", lambda *given, budget_seconds, **more: right(*given, budget_seconds=0.05, **more)
+    )

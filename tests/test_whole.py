@@ -18,6 +18,8 @@ from attncompile.pipeline import Options
 from attncompile.plugins.neighborhood.mechanism import NeighborhoodAttention
 from tests.passes.attention_graphs import Spec, build, save
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 PADDED = Spec(
     batch=2, heads=2, kv_heads=2, length=300, head_dim=8, mask="window", left=15, right=0, padding=True, guard=True,
     mask_form="where",

@@ -30,6 +30,8 @@ from attncompile.report import Report
 from attncompile.verification.linear_reference import linear_output
 from tests.passes.linear_graphs import Spec, build, detected
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 LINEAR = mechanism("LinearAttention")
 
 

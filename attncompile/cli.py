@@ -85,6 +85,7 @@ def _compile(
     fp16: opt.Fp16 = False,
     bf16: opt.Bf16 = False,
     arch: opt.Arch = [],  # noqa: B006
+    no_fusions: opt.NoFusions = False,
     engine_profile: opt.EngineProfiles = [],  # noqa: B006
     min_shapes: opt.MinShapes = [],  # noqa: B006
     opt_shapes: opt.OptShapes = [],  # noqa: B006
@@ -108,7 +109,8 @@ def _compile(
     options = _options(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
         plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
-        fp16=fp16, bf16=bf16, arch=arch, grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed,
+        fp16=fp16, bf16=bf16, arch=arch, fusions=not no_fusions, grid=grid, sites=site, threads=threads,
+        hash_weights=hash_weights, seed=seed,
         engine=engine_options.parse(workspace, timing_cache, weight_streaming, refit, engine_level, engine_profile),
         ranges=engine_options.ranges(model, min_shapes, opt_shapes, max_shapes),
     )  # fmt: skip

@@ -86,6 +86,10 @@ RequireSites = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if any replacement had to be rolled back.")]
 KeepSlower = Annotated[bool, typer.Option("--keep-slower", help="Keep replacements that are measured to be slower.")]
+NoFusions = Annotated[
+    bool,
+    typer.Option("--no-fusions", help="Leave what lies between the sites as it is, for onnxruntime-cuda."),
+]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="Build the engine, or the model for onnxruntime-cuda, in float16.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="The same in bfloat16.")]
 Grid = Annotated[

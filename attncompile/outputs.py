@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from onnx import ModelProto
 
-from attncompile import engine_profile, report_html, tensorrt_plugins, verify
+from attncompile import engine_profile, fusion_check, report_html, tensorrt_plugins, verify
 from attncompile import report as reports
 from attncompile.core import plan_toml
 from attncompile.core.errors import AttncompileError, BadArguments, GateFailed, MissingDependency
@@ -30,6 +30,7 @@ from attncompile.targets import onnx as onnx_target
 from attncompile.targets.base import BuildResult, Target
 from attncompile.targets.engine import METADATA, EngineTarget
 from attncompile.targets.kernels import Launching
+from attncompile.targets.onnxruntime_cuda import OnnxRuntimeCuda
 from attncompile.targets.tensorrt import TensorRT
 
 if TYPE_CHECKING:
@@ -122,9 +123,13 @@ def build(
         if isinstance(target, Launching):
             architectures = options.architectures or default_architectures()
             target = target.equipped(Kit(architectures, progress, found.detection.sites))
-        lowered = target.lower(proto, found.model, precision)
+        said: tuple[str, ...] = ()
+        if isinstance(target, OnnxRuntimeCuda):
+            target, lowered, said = _fused(found, target.fusing(options.fusions), proto, precision, evidence)
+        else:
+            lowered = target.lower(proto, found.model, precision)
         result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
-        notes = _parity(found, target, result, evidence(), precision, proto)
+        notes = (*said, *_parity(found, target, result, evidence(), precision, proto))
     except AttncompileError as error:
         # A half-made engine, or one that failed its parity, must not be deployed by mistake.
         half_made = ("model*engine*", "model.layers.json", "model.onnxruntime-cuda.*")
@@ -133,9 +138,24 @@ def build(
         hint = f" ({error.hint})" if error.hint else ""
         # What was missing says which target it was for.
         missing = isinstance(error, MissingDependency)
-        said = error.message if missing else f"target {target.name}: {error.message}"
-        return Built((portable,), (f"{said}{hint}",), missing)
+        why = error.message if missing else f"target {target.name}: {error.message}"
+        return Built((portable,), (f"{why}{hint}",), missing)
     return Built((portable, _report(result, folder, notes)))
+
+
+def _fused(
+    found: Inspection, target: OnnxRuntimeCuda, proto: ModelProto, precision: Precision | None,
+    evidence: Callable[[], Sequence[Feed]],
+) -> tuple[OnnxRuntimeCuda, ModelProto, tuple[str, ...]]:  # fmt: skip
+    """The lowered model, with fusions if those leave its outputs what they were; the target, and what to say."""
+    lowered = target.lower(proto, found.model, precision)
+    if not target.fused:
+        return target, lowered, ()
+    verdict = fusion_check.check(proto, found.model, precision, evidence(), target.fused, lowered)
+    if verdict.ok:
+        return target, lowered, (verdict.reason,)
+    plain = target.fusing(False)
+    return plain, plain.lower(proto, found.model, precision), (f"nothing was fused: {verdict.reason}",)
 
 
 def _parity(

@@ -49,7 +49,8 @@ from attncompile.targets.engine import EngineOptions
 class Options:
     """What the command line can say. ``profile`` holds only the ranges that the user gave; ``sites`` limits the run to
     these ids; ``precision`` is that of the engine (``fp16`` or ``bf16``), None for the model's own; ``architectures``
-    those that kernels are compiled for, empty for the GPUs of this machine, or all where it has none.
+    those that kernels are compiled for, empty for the GPUs of this machine, or all where it has none; ``fusions``
+    whether what lies between the sites is fused for ONNX Runtime's GPU provider.
     """
 
     policy: str = "exact"
@@ -71,6 +72,7 @@ class Options:
     seed: int = 0
     sites: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
+    fusions: bool = True
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 

@@ -26,6 +26,7 @@ from attncompile.targets import precision as conversion
 from attncompile.targets.base import BuildResult, Precision
 from attncompile.targets.engine import save
 from attncompile.targets.kernels import KernelKit, NodeKernel, by_name
+from attncompile.targets.ort_fusions import fuse
 
 OURS = "attncompile"
 """Domain of our ops."""
@@ -46,13 +47,20 @@ class OnnxRuntimeCuda:
     least_gain = 0.0
     barrier = 0.0
 
-    def __init__(self, kit: KernelKit | None = None) -> None:
+    def __init__(self, kit: KernelKit | None = None, fusions: bool = True) -> None:
         self._kit = kit
+        self._fusions = fusions
+        self.fused: Mapping[str, int] = {}
+        """Fusion -> how often, of what was lowered last."""
         self._notes: list[str] = []
         self._seconds = 0.0
 
     def equipped(self, kit: KernelKit) -> OnnxRuntimeCuda:
-        return OnnxRuntimeCuda(kit)
+        return OnnxRuntimeCuda(kit, self._fusions)
+
+    def fusing(self, fusions: bool) -> OnnxRuntimeCuda:
+        """The target with or without the fusions of ``ort_fusions``."""
+        return OnnxRuntimeCuda(self._kit, fusions)
 
     def available(self) -> Verdict:
         """Judged without importing anything."""
@@ -86,7 +94,7 @@ class OnnxRuntimeCuda:
             if failed.keys() <= left_out.keys():
                 raise TargetError(f"node '{min(failed)}' cannot be written out in standard ops", "report this model")
             left_out |= failed
-        self._notes = _notes(made, left_out, kit)
+        self._notes = [*_notes(made, left_out, kit), *self._said()]
         self._seconds = time.perf_counter() - start
         return _launching(lowered, made)
 
@@ -114,7 +122,15 @@ class OnnxRuntimeCuda:
         if precision is not None:
             lowered = conversion.convert(lowered, model.path.resolve().parent, precision)
         _refuse_float32(lowered)
+        if self._fusions:
+            result = fuse(lowered, model.path.resolve().parent)
+            lowered, self.fused = result.proto, result.counts
         return lowered
+
+    def _said(self) -> list[str]:
+        return (
+            [f"fused for ONNX Runtime: {', '.join(f'{n} ({c})' for n, c in self.fused.items())}"] if self.fused else []
+        )
 
     def build(
         self, lowered: ModelProto, model: Model, profile: ShapeProfile, folder: Path,

@@ -44,7 +44,9 @@ def main() -> None:
     whole.add_argument("--rounds", type=int, default=25)
     whole.add_argument("--limit", type=float, default=280.0, help="seconds that run may take")
     whole.add_argument("--serial", action="store_true", help="cases get ready one after another too")
+    whole.add_argument("--without", nargs="*", default=[], metavar="PEER", help="leave these peers out")
     whole.add_argument("--lock", type=int, help="of a case that run starts")
+    whole.add_argument("--order", nargs="*", default=[], help="all cases, in the order in which they are timed")
     whole.add_argument("--tiny", action="store_true", help="the same structure, small")
     whole.add_argument("--cpu", action="store_true", help="a dry run without a GPU, ours through function bodies")
     made = verbs.add_parser("prepare-linear", help="compile the kernels of linear attention into a bundle")
@@ -112,10 +114,10 @@ def _e2e(given: argparse.Namespace) -> None:
         import e2e
 
         if given.step == "case":
-            e2e.case(given.work, given.only[0], given.rounds, given.lock, given.cpu)
+            e2e.case(given.work, given.only[0], given.rounds, given.lock, given.cpu, given.without, given.order)
             return
         if given.step == "run":
-            result = e2e.run(given.work, given.only, given.rounds, given.limit, given.cpu, given.serial)
+            result = e2e.run(given.work, given.only, given.rounds, given.limit, given.cpu, given.serial, given.without)
             given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         else:
             result = json.loads(given.folder.read_text(encoding="utf-8"))

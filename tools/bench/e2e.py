@@ -1,7 +1,8 @@
 """Whole models: the same weights and inputs through torch, ONNX Runtime and ours, correctness first, in one run.
 
 ``e2e_export.py`` made the files. Each case is a process of its own, so that a kernel that breaks its CUDA context
-breaks no other case: all get ready side by side, then one after another has the GPU to itself and is timed.
+breaks no other case: all get ready side by side, then one after another has the GPU to itself and is timed; when all
+are, one after another is profiled. What is known is in the result also if the time runs out.
 """
 
 from __future__ import annotations
@@ -26,17 +27,20 @@ from e2e_models import BEST_ORT, ORT, Model, chosen
 Run = Callable[[], torch.Tensor]
 BUDGET = 3.0
 """Our distance from float32 over that of torch's eager fp16, at most."""
-SECONDS = 6.0
+SECONDS = 4.0
 """What the timed rounds of one case may take, about."""
+TIMED = "timed"
+"""Beside a case's result: it has been timed, or never will be."""
 LEAST = 7
 """Rounds that everything near the best is timed in, at least."""
 
 
 def run(
-    work: Path, names: Sequence[str], rounds: int, limit: float, cpu: bool, serial: bool = False
+    work: Path, names: Sequence[str], rounds: int, limit: float, cpu: bool, serial: bool = False,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Measure on this GPU, for at most ``limit`` seconds. A case whose ours is wrong is not timed. ``serial``: one case
-    after another, also while they get ready.
+    after another, also while they get ready. ``without``: peers that are left out of all cases.
     """
     start = time.monotonic()
     gate = work / "gpu.lock"
@@ -55,14 +59,18 @@ def run(
         if "ms" not in found and "failed" not in found:
             said = log.read_text(errors="replace").strip().split("\n")[-1][:600]
             found["failed"] = f"stopped after {limit:.0f} s" if late else f"exit {process.returncode}: {said}"
+        (work / name / TIMED).touch()  # whoever comes after it waits no longer
         cases[name] = found
         brief = {k: v for k, v in found.items() if k not in ("breakdown", "sites")}
         print(json.dumps({"at_s": round(time.monotonic() - start), **brief}), flush=True)
 
+    order = [m.name for m in chosen(names)]
+    for model in chosen(names):
+        for left in ("result.json", TIMED):
+            (work / model.name / left).unlink(missing_ok=True)
     for model in chosen(names):
         place = work / model.name
         place.mkdir(parents=True, exist_ok=True)
-        (place / "result.json").unlink(missing_ok=True)
         log = place / "run.log"
         # The lock is shared while a case gets ready, and taken for it here, so that none is timed before all are ready.
         with gate.open() as held, log.open("w") as to:
@@ -70,7 +78,8 @@ def run(
                 fcntl.flock(held, fcntl.LOCK_SH)
             process = subprocess.Popen(
                 [sys.executable, str(HERE), "e2e", "case", "-", "--work", str(work), "--only", model.name,
-                 "--rounds", str(rounds), "--lock", str(held.fileno()), *(["--cpu"] if cpu else [])],
+                 "--rounds", str(rounds), "--lock", str(held.fileno()), *(["--cpu"] if cpu else []),
+                 "--without", *without, "--order", *([model.name] if serial else order)],
                 stdout=to, stderr=subprocess.STDOUT, pass_fds=[held.fileno()],
             )  # fmt: skip
         running[model.name] = (process, log)
@@ -96,8 +105,12 @@ def run(
 class Case:
     """One model on one device, in this process."""
 
-    def __init__(self, model: Model, work: Path, rounds: int, lock: int | None, cpu: bool) -> None:
+    def __init__(
+        self, model: Model, work: Path, rounds: int, lock: int | None, cpu: bool, without: Sequence[str] = (),
+        order: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.model, self.work, self.rounds, self.cpu = model, work, rounds, cpu
+        self.without, self.order = without, order
         self._lock = lock
         self.shape: tuple[int, ...] = ()
         if lock is not None:
@@ -133,10 +146,12 @@ class Case:
             self.module = self.module.cuda()
         self.inputs = {n: v if self.cpu else v.cuda() for n, v in inputs.items()}
         sites = json.loads((work / model.name / "sites.json").read_text(encoding="utf-8"))
-        left_out, seconds = dict(model.left_out), {}
+        left_out, seconds = {**model.left_out, **dict.fromkeys(self.without, "not asked for in this run")}, {}
         runs: dict[str, Run] = {}
-        for name, make in self.makers().items():
-            if name in model.left_out:
+        makers = self.makers()
+        left_out = {name: why for name, why in left_out.items() if name in makers}
+        for name, make in makers.items():
+            if name in left_out:
                 continue
             start = time.perf_counter()
             try:
@@ -158,19 +173,35 @@ class Case:
             raise RuntimeError(f"ours is wrong: {errors['ours']:.1e}, torch's eager fp16 {low:.1e}")
         if not self.cpu:
             torch.cuda.empty_cache()
-        if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        took, counts = self.alternate(runs)
+        self.write(ready_total_s=round(time.perf_counter() - self._clock, 1))
+        self.turn(self.order[: self.order.index(model.name)])
+        took, counts = self.alternate({n: go for n, go in runs.items() if n != "eager"})
         ort = {n: ms for n, ms in took.items() if n.startswith("onnxruntime")}
         if ort:
             took[BEST_ORT] = min(ort.values())
         best = min(ms for n, ms in took.items() if n.startswith("ours"))
         ratios = {n: best / ms for n, ms in took.items() if not n.startswith("ours")}
-        met = {n: n in ratios and ratios[n] <= most for n, most in model.wanted.items()}
+        asked = {n: most for n, most in model.wanted.items() if n not in self.without}
+        met = {n: n in ratios and ratios[n] <= most for n, most in asked.items()}
         self.write(ms=took, counts=counts, ratios=ratios, met=met)
+        (work / model.name / TIMED).touch()
+        if self._lock is not None:  # all are timed before any is profiled
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+        self.turn(self.order)
         shown = [n for n in ("ours", "compile", "compile flex") if n in runs]
         self.write(breakdown={n: self.breakdown(runs[n]) for n in shown},
                    total_s=round(time.perf_counter() - self._clock, 1))  # fmt: skip
+
+    def turn(self, others: Sequence[str]) -> None:
+        """Waits until all that run are ready, and ``others`` have been timed; then nobody else has the GPU."""
+        while True:
+            if self._lock is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if all((self.work / name / TIMED).is_file() for name in others):
+                return
+            if self._lock is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            time.sleep(0.02)
 
     def wait(self) -> None:
         if not self.cpu:
@@ -406,10 +437,13 @@ def attention_mask(mask: torch.Tensor | None) -> Iterator[None]:
         raise RuntimeError("no attention over so many tokens went through torch's function: nothing was compared")
 
 
-def case(work: Path, name: str, rounds: int, lock: int | None, cpu: bool) -> None:
+def case(
+    work: Path, name: str, rounds: int, lock: int | None, cpu: bool, without: Sequence[str], order: Sequence[str],
+) -> None:  # fmt: skip
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work.resolve() / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each of the cases that get ready at a time
     (model,) = chosen([name])
-    Case(model, work, rounds, lock, cpu).go()
+    Case(model, work, rounds, lock, cpu, without, order or [name]).go()
 
 
 def table(result: Mapping[str, Any]) -> str:

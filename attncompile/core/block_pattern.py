@@ -6,8 +6,8 @@ Written as a person writes it in plan.toml:
 - ``mean``: nothing, every query gets the mean of all values (attention that is uniform);
 - ``sinks S window W``: the first S blocks of keys, and the blocks at most W away (A-shape, streaming heads:
   arXiv:2309.17453, arXiv:2407.02490, arXiv:2502.14866);
-- ``columns C.. diagonals D..``: whole columns of blocks, and the blocks at these distances behind the query's own, ahead
-  of it where negative (vertical-slash: arXiv:2407.02490; multi-diagonal and stripes: arXiv:2506.03065);
+- ``columns C.. diagonals D..``: whole columns of blocks, and the blocks at these distances behind the query's own,
+  ahead of it where negative (vertical-slash: arXiv:2407.02490; multi-diagonal and stripes: arXiv:2506.03065);
 - ``grid 7x9``: the blocks that a neighborhood of 7x9 on the site's token grid touches (arXiv:2204.07143);
 - ``blocks TEXT``: these blocks, a bitmap that is compressed and written in base64.
 
@@ -88,11 +88,11 @@ class BlockPattern:
             return np.zeros((count, count), bool)
         if self.kind == "dense":
             return geometry.all
-        seen = {"streaming": self._streaming, "slash": self._slash, "grid": self._grid, "blocks": self._bitmap}[
-            self.kind
-        ](geometry)
+        made = {"streaming": self._streaming, "slash": self._slash, "grid": self._grid, "blocks": self._bitmap}
+        seen = made[self.kind](geometry)
         np.fill_diagonal(seen, True)
-        return np.asarray(seen & geometry.all)
+        out: np.ndarray = seen & geometry.all
+        return out
 
     def _numbers(self) -> list[list[int]]:
         match = _FORMS[self.kind].fullmatch(self.text)
@@ -104,7 +104,7 @@ class BlockPattern:
         place = np.arange(geometry.count)
         seen = np.abs(place[:, None] - place[None, :]) <= window
         seen[:, :sinks] = True
-        return seen
+        return np.asarray(seen)
 
     def _slash(self, geometry: BlockGeometry) -> np.ndarray:
         columns, diagonals = self._numbers()
@@ -141,7 +141,7 @@ class BlockPattern:
         bits = np.unpackbits(np.frombuffer(data, np.uint8))
         if not count * count <= len(bits) < count * count + 8:
             raise Unsupported("pattern", f"a bitmap for other sizes than {count}x{count} blocks", "plan it anew")
-        return bits[: count * count].reshape(count, count).astype(bool)
+        return np.asarray(bits[: count * count].reshape(count, count) > 0)
 
 
 def _kind(text: str) -> str:
@@ -169,8 +169,8 @@ def streaming(sinks: int, window: int) -> BlockPattern:
 
 def slash(columns: Sequence[int], diagonals: Sequence[int]) -> BlockPattern:
     """Whole columns and diagonals of blocks; at least one of either."""
-    parts = [(name, sorted({int(x) for x in values})) for name, values in (("columns", columns), ("diagonals", diagonals))]
-    return BlockPattern(" ".join(f"{name} {','.join(map(str, values))}" for name, values in parts if values))
+    parts = [(name, sorted({int(x) for x in v})) for name, v in (("columns", columns), ("diagonals", diagonals)) if v]
+    return BlockPattern(" ".join(f"{name} {','.join(map(str, values))}" for name, values in parts))
 
 
 def bitmap(seen: np.ndarray) -> BlockPattern:

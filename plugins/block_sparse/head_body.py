@@ -2,7 +2,8 @@
 
 Queries, keys and values are cut into blocks once; each group of rows gathers its blocks of keys and values whole, and
 is one batched product, softmax and product. A mask is added where there is something to hide: the causal half of the
-diagonal, which is the first block of every row, and columns of keys that only fill a row up, do not exist or are padding.
+diagonal, which is the first block of every row, and columns of keys that only fill a row up, do not exist or are
+padding.
 
 Shapes in comments: B batch, H heads, G key heads, R blocks a side, e their edge, T rows of a group, W blocks of each.
 """

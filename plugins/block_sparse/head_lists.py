@@ -1,7 +1,8 @@
-"""Blocks that each head meets, chosen and not read from a mask: their lists for the op, and how the body goes about them.
+"""Blocks that each head meets, chosen and not read from a mask: their lists for the op, and how the body goes about
+them.
 
-``seen`` is bool [H, R, R] throughout: which of the R blocks of keys each block of queries of a head meets. A causal site
-meets its diagonal in every row, and nothing above it.
+``seen`` is bool [H, R, R] throughout: which of the R blocks of keys each block of queries of a head meets. A causal
+site meets its diagonal in every row, and nothing above it.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class HeadPlan:
 
 
 def lists_of(seen: np.ndarray, geometry: BlockGeometry) -> Lists:
-    """The lists of ``seen``, one set for all heads where they are equal. Partial are the diagonal of a causal site and a
-    last block of keys that is not full.
+    """The lists of ``seen``, one set for all heads where they are equal. Partial are the diagonal of a causal site and
+    a last block of keys that is not full.
     """
     if bool((seen == seen[:1]).all()):
         seen = seen[:1]

@@ -63,8 +63,8 @@ class _Mask:
 
 class BlockSparseAttention:
     """Parameters: ``masked_rows`` (zero | uniform | nan) and ``mask``, a digest of the bits of the site's own mask. The
-    bits themselves are read from the site. An approximation has ``edge`` and ``heads`` instead of ``mask``: a pattern of
-    blocks for each head (``core/block_pattern.py``, ``per_head.py``).
+    bits themselves are read from the site. An approximation has ``edge`` and ``heads`` instead of ``mask``: a pattern
+    of blocks for each head (``core/block_pattern.py``, ``per_head.py``).
     """
 
     name = OP_TYPE

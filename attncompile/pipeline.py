@@ -229,7 +229,7 @@ def _plan(
     found: Inspection, options: Options, registry: Sequence[Mechanism], target: Target, worlds: Worlds
 ) -> Plan:  # fmt: skip
     policy = load_policy(options.policy, registry)
-    if options.max_error is None and options.metric not in (None, policy.metric):
+    if options.density is None and options.max_error is None and options.metric not in (None, policy.metric):
         raise BadArguments(f"--metric {options.metric} has no default budget", "give one with --max-error")
     unknown = [s for s in options.sites if s not in {site.id for site in found.detection.sites}]
     if unknown:
@@ -251,7 +251,8 @@ def _plan(
     if policy.approximate and options.inputs is None:
         notes.append(f"policy {policy.name}: exact replacements only, because no --inputs were given")
     budget = policy.max_error if options.max_error is None else options.max_error
-    settings = {"max_error": budget, "metric": options.metric or policy.metric}
+    asked = {"max_error": budget} if options.density is None else {"density": options.density}
+    settings = {**asked, "metric": options.metric or policy.metric}
     return Plan(found.model.hash, policy.name, decisions, settings if policy.approximate else {}, tuple(notes))
 
 

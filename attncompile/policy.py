@@ -20,7 +20,12 @@ _KEYS: Mapping[str, Mapping[str, Any]] = {
     "": {"description": str},
     "exact": {"mechanisms": list, "min_gain": float},
     "approximate": {
-        "mechanisms": list, "max_error": float, "metric": str, "keep_first": int, "keep_last": int, "confidence": float,
+        "mechanisms": list,
+        "max_error": float,
+        "metric": str,
+        "keep_first": int,
+        "keep_last": int,
+        "confidence": float,
     },
 }
 

@@ -19,8 +19,6 @@ from typing import Any, Protocol
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.search.tasks import Task
 
-EXECUTORS = ("local", "ray")
-
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Workers are as many as there are cores: threads of NumPy's libraries on top of them would wait for one another."""
 

@@ -1,7 +1,7 @@
 """A model whose heads have patterns that are known: they are made by positions, contents only blur them.
 
-x [1, N, C] -> y [1, N, C]: ``layers`` times x + attention(x) W. Heads in order: near tokens, the first tokens, one stripe
-of tokens, all tokens alike.
+x [1, N, C] -> y [1, N, C]: ``layers`` times x + attention(x) W. Heads in order: near tokens, the first tokens, one
+stripe of tokens, all tokens alike.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         ("policy", "exact"), ("target", None), ("out", None), ("inputs", None), ("profile", {}), ("max_error", None),
         ("metric", "relative_l2"), ("dry_run", False), ("plan", None), ("require_sites", None), ("strict", False),
         ("keep_slower", False), ("precision", None), ("grid", None), ("threads", None), ("hash_weights", False),
-        ("seed", 0), ("sites", ()), ("architectures", ()), ("engine", EngineOptions()),
+        ("seed", 0), ("sites", ()), ("architectures", ()), ("density", None), ("jobs", None), ("executor", "local"),
+        ("engine", EngineOptions()),
     )  # fmt: skip
     made = [(name, Any, dataclasses.field(default_factory=lambda value=value: value)) for name, value in fields]
     module.Options = dataclasses.make_dataclass("Options", made, frozen=True)  # type: ignore[attr-defined]

@@ -202,7 +202,7 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
 
     kept = [e for e in edits if _stays(results[e.site.id], target)]
     with outputs.staged(out) as folder:
-        gpu = _gpu(options, target, worlds)
+        gpu = gpu_of(options, target, worlds)
         run = whole.Run(found, options, found.feeds, kept, results, registry, worlds, checker, progress, folder,
                         out.with_name(f".{out.name}.search"), gpu)  # fmt: skip
         outcome = run.finish(chosen)
@@ -234,7 +234,7 @@ def _plan(
     unknown = [s for s in options.sites if s not in {site.id for site in found.detection.sites}]
     if unknown:
         raise BadArguments(f"--site: the model has no site '{unknown[0]}'", "list its sites: attncompile inspect MODEL")
-    gpu = _gpu(options, target, worlds)
+    gpu = gpu_of(options, target, worlds)
     if gpu is not None and options.keep_slower:
         policy = replace(policy, min_gain=0.0)
     decisions = tuple(_decide(found, policy, site, registry, options.sites, gpu) for site in found.detection.sites)
@@ -256,7 +256,7 @@ def _plan(
     return Plan(found.model.hash, policy.name, decisions, settings if policy.approximate else {}, tuple(notes))
 
 
-def _gpu(options: Options, target: Target, worlds: Worlds) -> GpuCost | None:
+def gpu_of(options: Options, target: Target, worlds: Worlds) -> GpuCost | None:
     """What the target's GPU takes; None where sites are judged on this CPU."""
     if not target.runs_kernels:
         return None

@@ -108,7 +108,7 @@ class Search:
         self._policy = policy
         self._by_name = {m.name: m for m in registry}
         self._registry = registry
-        self._feeds = feeds
+        self.feeds = feeds
         self._worlds = worlds
         self._exact = list(exact)
         self._write = write
@@ -123,16 +123,36 @@ class Search:
         self._whole: dict[str, list[Edit]] = {}
         self._refusals: dict[str, str] = {}
         self._opset = found.index.model.opset
+        self._files = [scratch / "inputs" / f"{i}.npz" for i in range(len(feeds))]
+        self._executor: executors.Executor | None = None
+        self._state: State | None = None
 
     def run(self, sites: Sequence[AttentionSite]) -> Result:
         """Searches among ``sites``."""
+        try:
+            spaces = self.spaces(sites)
+            if not spaces:
+                text = "no site has an approximation with a predicted gain worth it at the inputs' sizes"
+                return Result(kept=self._refusals, warnings=(text,))
+            if self._settings.density is not None:
+                return self._by_density(spaces, self._settings.density)
+            return self._by_budget(spaces)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._executor is not None:
+            self._executor.close()
+
+    def spaces(self, sites: Sequence[AttentionSite]) -> list[SiteSpace]:
+        """All that ``sites`` can become, scored on the calibration inputs. ``close`` ends what is started for it."""
         for site in sites:
             self._open(site)
         if not self._heads and not self._whole:
-            text = "no site has an approximation with a predicted gain worth it at the inputs' sizes"
-            return Result(kept=self._refusals, warnings=(text,))
+            return []
         key = key_of(
-            self._found.model.hash, self._feeds,
+            self._found.model.hash, self.feeds,
             {**self._settings.to_json(), "version": __version__, "sites": [*self._heads, *self._whole],
              "policy": repr(self._policy), "exact": [(e.site.id, e.decision.mechanism) for e in self._exact],
              "gpu": self._gpu.said if self._gpu else ""},
@@ -140,10 +160,15 @@ class Search:
         self._state = State(self._state_folder, key)
         threads = self._settings.threads or measure.default_threads()
         self._executor = executors.make(self._settings.executor, self._settings.jobs, threads)
-        try:
-            return self._run()
-        finally:
-            self._executor.close()
+        folder = self._scratch / "inputs"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, feed in zip(self._files, self.feeds, strict=True):
+            save(path, feed)
+        self._score_heads()
+        spaces = [*(self._space(p) for p in self._heads.values()), *self._whole_spaces()]
+        if self._state.resumed:
+            self._progress.note(f"{self._state.resumed} pieces of an earlier search were taken up")
+        return self._weighed(spaces)
 
     # What each site can become.
 
@@ -168,21 +193,6 @@ class Search:
         edits = whole_sites.options_for(site, self._policy, self._registry, known, self._opset, self._gpu)
         if edits:
             self._whole[site.id] = edits
-
-    def _run(self) -> Result:
-        folder = self._scratch / "inputs"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._files = [folder / f"{i}.npz" for i in range(len(self._feeds))]
-        for path, feed in zip(self._files, self._feeds, strict=True):
-            save(path, feed)
-        self._score_heads()
-        spaces = [*(self._space(p) for p in self._heads.values()), *self._whole_spaces()]
-        if self._state.resumed:
-            self._progress.note(f"{self._state.resumed} pieces of an earlier search were taken up")
-        spaces = self._weighed(spaces)
-        if self._settings.density is not None:
-            return self._by_density(spaces, self._settings.density)
-        return self._by_budget(spaces)
 
     def _score_heads(self) -> None:
         if not self._heads:
@@ -228,6 +238,7 @@ class Search:
         self, work: Sequence[tuple[str, tasks.Task]], arrays_of: Callable[[Any], Mapping[str, np.ndarray]]
     ) -> list[Mapping[str, np.ndarray]]:
         """Results as arrays, in order; what is stored is not computed again, and what is computed is stored."""
+        assert self._state is not None and self._executor is not None
         found: list[Mapping[str, np.ndarray] | None] = [self._state.arrays(name) for name, _ in work]
         for _ in (f for f in found if f is not None):
             self._progress.advance()
@@ -273,7 +284,7 @@ class Search:
             return []
         self._progress.stage("score approximations", len(sites) * len(self._known))
         scored = whole_sites.score_sites(
-            self._whole, sites, [self._feeds[i] for i in self._known], [self._worlds[i] for i in self._known],
+            self._whole, sites, [self.feeds[i] for i in self._known], [self._worlds[i] for i in self._known],
             self._found.index.model.proto, self._write_capture, self._settings.threads, self._progress.advance,
         )  # fmt: skip
         spaces = []
@@ -308,14 +319,15 @@ class Search:
         decision = Decision(site, plan.mechanism.name, reason, False, given, gain)
         return Edit.of(plan.site, decision, plan.mechanism, self._opset)
 
-    def edits(self, choice: Choice, spaces: Sequence[SiteSpace]) -> list[Edit]:
-        """The exact edits that stay, and those of ``choice``."""
+    def edits(self, choice: Choice, spaces: Sequence[SiteSpace] = ()) -> list[Edit]:
+        """The exact edits that stay, and those of ``choice``. Without ``spaces`` their gains are not predicted."""
         by_site = {s.site: s for s in spaces}
         kept = [e for e in self._exact if e.site.id not in choice]
-        return [*kept, *(self._edit(site, picks, by_site[site]) for site, picks in choice.items())]
+        return [*kept, *(self._edit(site, picks, by_site.get(site)) for site, picks in choice.items())]
 
-    def _errors(self, choice: Choice, spaces: Sequence[SiteSpace], inputs: Sequence[int], metric: str) -> list[float]:
-        """Badness of the whole model on these inputs."""
+    def errors(self, choice: Choice, spaces: Sequence[SiteSpace], inputs: Sequence[int], metric: str) -> list[float]:
+        """How far the whole model with ``choice`` is from the original on these inputs: see ``tasks.badness``."""
+        assert self._state is not None and self._executor is not None
         text = json.dumps([metric, sorted((s, list(p)) for s, p in choice.items())])
         stamp = hashlib.sha256(text.encode()).hexdigest()[:16]
         names = [f"error-{stamp}-{i}" for i in inputs]
@@ -336,6 +348,7 @@ class Search:
     def _baselines(self, inputs: Sequence[int]) -> None:
         missing = [i for i in inputs if not self._outputs(i).is_file()]
         path = self._found.model.path.resolve()
+        assert self._executor is not None
         self._executor.map([tasks.Baseline(path, self._files[i], self._outputs(i)) for i in missing])
 
     def _weighed(self, spaces: Sequence[SiteSpace]) -> list[SiteSpace]:
@@ -349,7 +362,7 @@ class Search:
             damage = sum(float(u.damage[k]) for u, k in zip(space.units, picks, strict=True))
             weight = 1.0
             if damage > 0 and any(picks):
-                errors = self._errors({space.site: picks}, spaces, inputs, "relative_l2")
+                errors = self.errors({space.site: picks}, spaces, inputs, "relative_l2")
                 weight = float(np.mean(np.square(np.minimum(errors, 1e6)))) / damage
             found.append(
                 SiteSpace(space.site, space.base, space.fixed, space.units, max(weight, 1e-9), space.least_gain)
@@ -368,18 +381,18 @@ class Search:
         self._progress.stage("search", limits.evaluations)
 
         def measured(choice: Choice) -> list[float]:
-            return self._errors(choice, spaces, self._known, settings.metric)
+            return self.errors(choice, spaces, self._known, settings.metric)
 
         best, points = choose.tune(spaces, limits, measured, self._progress.advance)
         held: tuple[float, ...] = ()
         refused = 0
-        if len(self._feeds) == 1:
+        if len(self.feeds) == 1:
             self._warnings.append("one input served for calibration and as the held-out check: give more with --inputs")
         elif best is not None:
             self._progress.stage("check on held-out inputs")
             first = best
             best, held, refused = choose.corrected(
-                spaces, best, limits, measured, lambda c: self._errors(c, spaces, self._held, settings.metric)
+                spaces, best, limits, measured, lambda c: self.errors(c, spaces, self._held, settings.metric)
             )
             if refused:
                 self._warnings.append("what keeps the budget on the calibration inputs breaks it on held-out ones: "
@@ -392,19 +405,23 @@ class Search:
         return self._result(spaces, best, points, held, refused)
 
     def _by_density(self, spaces: Sequence[SiteSpace], limit: float) -> Result:
-        choice = choose.within_density(spaces, limit, lambda c: self._density(c))
+        choice = choose.within_density(spaces, limit, self.density)
         self._progress.stage("measure", 1)
         point = None
         held: tuple[float, ...] = ()
         if choice:
-            errors = tuple(self._errors(choice, spaces, self._known, self._settings.metric))
-            held = tuple(self._errors(choice, spaces, self._held, self._settings.metric))
+            errors = tuple(self.errors(choice, spaces, self._known, self._settings.metric))
+            held = tuple(self.errors(choice, spaces, self._held, self._settings.metric))
             base = sum(s.base for s in spaces) or 1.0
             damage = choose.damage_of(spaces, choice)
             point = Point(choose.time_of(spaces, choice) / base, damage, errors, max(errors), choice)
         return self._result(spaces, point, [point] if point else [], held, 0)
 
-    def _density(self, choice: Choice) -> float:
+    def kept(self, site: str) -> list[np.ndarray]:
+        """Of each head of a site the share of attention weight that its candidates keep, in their order."""
+        return self._heads[site].kept if site in self._heads else []
+
+    def density(self, choice: Choice) -> float:
         """Blocks over dense blocks, of all sites that have heads to choose for."""
         have = whole = 0
         for name, plan in self._heads.items():
@@ -444,7 +461,7 @@ class Search:
         by_density = settings.density is not None
         report = SearchReport(
             settings.metric, None if by_density else settings.budget, settings.confidence, len(self._known), curve,
-            held, refused, self._density(choice) if self._heads else None, shown,
+            held, refused, self.density(choice) if self._heads else None, shown,
         )  # fmt: skip
         return Result(edits, fidelity, kept, tuple(self._warnings), report)
 
@@ -462,7 +479,7 @@ class Search:
 
     def done(self) -> None:
         """The result is in the output: nothing needs to be taken up again."""
-        if hasattr(self, "_state"):
+        if self._state is not None:
             self._state.remove()
 
 

@@ -123,7 +123,7 @@ def test_held_out_inputs_are_touched_last_and_refuse(full, tmp_path: Path, monke
     """The models of other inputs are never run before there is a choice; what they refuse is made smaller."""
     asked: list[tuple[int, ...]] = []
     scale: list[float] = []
-    right = run.Search._errors
+    right = run.Search.errors
 
     def errors(self: Any, choice: Any, spaces: Any, inputs: Sequence[int], metric: str) -> list[float]:
         asked.append(tuple(inputs))
@@ -133,14 +133,14 @@ def test_held_out_inputs_are_touched_last_and_refuse(full, tmp_path: Path, monke
         scale.append(1.5 * 0.03 / max(found))  # the first choice exceeds the budget by a half
         return [scale[0] * e for e in found]
 
-    monkeypatch.setattr(run.Search, "_errors", errors)
+    monkeypatch.setattr(run.Search, "errors", errors)
     found = compiled(full, tmp_path, max_error=0.03)
     assert found.outcome == "replaced" and found.search is not None
     first = asked.index((1, 3, 5))
     assert all(set(inputs) <= {0, 2, 4} for inputs in asked[:first])
     assert found.search.refused == asked.count((1, 3, 5)) - 1 > 0 and max(found.search.held) <= 0.03
     assert any("breaks it on held-out ones" in w for w in found.warnings)
-    monkeypatch.setattr(run.Search, "_errors", lambda *a: [np.inf] * len(a[3]) if 1 in a[3] else right(*a))
+    monkeypatch.setattr(run.Search, "errors", lambda *a: [np.inf] * len(a[3]) if 1 in a[3] else right(*a))
     nothing = compiled(full, tmp_path / "none", max_error=0.03)
     assert nothing.outcome == "unchanged" and nothing.search is not None and not nothing.search.sites
     assert (tmp_path / "none/out/model.onnx").read_bytes() == full[0].read_bytes()

@@ -44,6 +44,9 @@ Feed = Mapping[str, np.ndarray]
 PROBES = 2
 """Calibration inputs on which it is measured how much the outputs follow each site."""
 
+FEW = 6
+"""Calibration inputs below which the bound on others is wide, because little is known of how they differ."""
+
 PROBE_DAMAGE = 0.02
 """Squared change of a site's output that it is probed with, or the nearest that its candidates offer."""
 
@@ -401,6 +404,8 @@ class Search:
                 points.append(best)
         if best is None:
             text = f"no approximation keeps {settings.metric} within {settings.budget:g} at the outputs"
+            if any(p.mean <= budget for p in points) and len(self._known) < FEW:
+                text += f" with confidence: {len(self._known)} calibration inputs say little about others, give more"
             self._warnings.append(text)
         return self._result(spaces, best, points, held, refused)
 

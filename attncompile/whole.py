@@ -218,9 +218,8 @@ class Run:
         scratch = self._folder / _SCRATCH
         scratch.mkdir(exist_ok=True)
         self._search = search.Search(
-            self._found, self._policy, self._registry, self._feeds, worlds, exact,
-            lambda edits: self._write_scratch(self._proto(edits)), scratch, settings, self._progress, self._gpu,
-            self._state,
+            self._found, self._policy, self._registry, self._feeds, worlds, exact, scratch, settings, self._progress,
+            self._gpu, self._state,
         )  # fmt: skip
         result = self._search.run(chosen)
         self._warnings += result.warnings

@@ -139,7 +139,7 @@ def main() -> None:
         settings = Settings(given.metric, given.max_error, None, 0.99, given.jobs)
         search = Search(
             found, policy.load_policy(given.policy, registry), registry, found.feeds,
-            [worlds(binding_of(found, f)) for f in found.feeds], exact, write, folder, settings,
+            [worlds(binding_of(found, f)) for f in found.feeds], exact, folder, settings,
             LineProgress(Console(stderr=True)), pipeline.gpu_of(options, target, worlds), folder / "state",
         )  # fmt: skip
         try:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnx import ModelProto, ValueInfoProto
 
 from attncompile import __version__, measure
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
@@ -33,8 +32,8 @@ from attncompile.search.arrays import save
 from attncompile.search.candidates import candidates
 from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
+from attncompile.search.slim import SlimModel
 from attncompile.search.state import State, key_of
-from attncompile.targets import onnx as onnx_target
 
 if TYPE_CHECKING:
     from attncompile.console import Progress
@@ -100,12 +99,14 @@ def split(count: int) -> tuple[list[int], list[int]]:
 
 
 class Search:
-    """One search. ``write`` writes the model with these edits and gives its path; ``exact`` are the edits in force."""
+    """One search. ``exact`` are the edits in force; ``scratch`` is a folder for models and captured outputs, ``state``
+    one for what is to be taken up after an interruption.
+    """
 
     def __init__(
         self, found: Inspection, policy: Policy, registry: Sequence[Mechanism], feeds: Sequence[Feed],
-        worlds: Sequence[World], exact: Sequence[Edit], write: Callable[[Sequence[Edit]], Path], scratch: Path,
-        settings: Settings, progress: Progress, gpu: GpuCost | None, state: Path,
+        worlds: Sequence[World], exact: Sequence[Edit], scratch: Path, settings: Settings, progress: Progress,
+        gpu: GpuCost | None, state: Path,
     ) -> None:  # fmt: skip
         self._found = found
         self._policy = policy
@@ -114,7 +115,7 @@ class Search:
         self.feeds = feeds
         self._worlds = worlds
         self._exact = list(exact)
-        self._write = write
+        self._slim: SlimModel | None = None
         self._scratch = scratch
         self._settings = settings
         self._progress = progress
@@ -167,6 +168,7 @@ class Search:
         folder.mkdir(parents=True, exist_ok=True)
         for path, feed in zip(self._files, self.feeds, strict=True):
             save(path, feed)
+        self._slim = SlimModel(self._found.index.model, self._scratch / "models")
         self._score_heads()
         spaces = [*(self._space(p) for p in self._heads.values()), *self._whole_spaces()]
         if self._state.resumed:
@@ -200,7 +202,8 @@ class Search:
     def _score_heads(self) -> None:
         if not self._heads:
             return
-        model = self._capture_model()
+        assert self._slim is not None
+        model = self._slim.with_outputs([n for p in self._heads.values() for n in p.spec.read], "capture.onnx")
         sizes = {n: 4 * int(np.prod(s)) for n, s in self._worlds[0].shapes.items()}
         groups = tasks.groups([p.spec for p in self._heads.values()], sizes, whole_sites.CAPTURE_BYTES)
         self._progress.stage("read attention maps", len(groups) * len(self._known))
@@ -255,17 +258,6 @@ class Search:
                 self._state.store(work[i][0], found[i] or {})
         return [f for f in found if f is not None]
 
-    def _capture_model(self) -> Path:
-        proto = self._found.index.model.proto
-        present = {o.name for o in proto.graph.output} | {i.name for i in proto.graph.input}
-        wanted = sorted({n for p in self._heads.values() for n in p.spec.read} - present)
-        extended = ModelProto()
-        extended.CopyFrom(proto)
-        extended.graph.output.extend(ValueInfoProto(name=n) for n in wanted)
-        folder = self._scratch / "capture"
-        folder.mkdir(exist_ok=True)
-        return onnx_target.write(extended, self._found.model, folder)
-
     def _base(self, site: AttentionSite, dense: float) -> float:
         """Time of the site with its exact replacement, if it has one."""
         exact = next((e for e in self._exact if e.site.id == site.id), None)
@@ -286,9 +278,11 @@ class Search:
         if not sites:
             return []
         self._progress.stage("score approximations", len(sites) * len(self._known))
+        slim = self._slim
+        assert slim is not None
         scored = whole_sites.score_sites(
             self._whole, sites, [self.feeds[i] for i in self._known], [self._worlds[i] for i in self._known],
-            self._found.index.model.proto, self._write_capture, self._settings.threads, self._progress.advance,
+            lambda names: slim.with_outputs(names, "sites.onnx"), self._settings.threads, self._progress.advance,
         )  # fmt: skip
         spaces = []
         for site, options in zip(sites, scored, strict=True):
@@ -301,11 +295,6 @@ class Search:
             damage[~np.isfinite(damage)] = 1e30
             spaces.append(SiteSpace(site.id, base, 0.0, (Unit(labels, time, damage),), 1.0, self._policy.min_gain))
         return spaces
-
-    def _write_capture(self, proto: ModelProto) -> Path:
-        folder = self._scratch / "capture"
-        folder.mkdir(exist_ok=True)
-        return onnx_target.write(proto, self._found.model, folder)
 
     # Whole models.
 
@@ -330,7 +319,7 @@ class Search:
 
     def errors(self, choice: Choice, spaces: Sequence[SiteSpace], inputs: Sequence[int], metric: str) -> list[float]:
         """How far the whole model with ``choice`` is from the original on these inputs: see ``tasks.badness``."""
-        assert self._state is not None and self._executor is not None
+        assert self._state is not None and self._executor is not None and self._slim is not None
         text = json.dumps([metric, sorted((s, list(p)) for s, p in choice.items())])
         stamp = hashlib.sha256(text.encode()).hexdigest()[:16]
         names = [f"error-{stamp}-{i}" for i in inputs]
@@ -338,7 +327,7 @@ class Search:
         missing = [k for k, found in enumerate(known) if found is None]
         if missing:
             self._baselines([inputs[k] for k in missing])
-            path = self._write(self.edits(choice, spaces))
+            path = self._slim.write(self.edits(choice, spaces))
             work = [tasks.Error(path, stamp, self._files[inputs[k]], self._outputs(inputs[k]), metric) for k in missing]
             for k, error in zip(missing, self._executor.map(work), strict=True):
                 known[k] = {"error": np.array(error)}

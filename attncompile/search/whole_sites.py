@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from onnx import ModelProto, ValueInfoProto
 
 from attncompile import measure, metrics
 from attncompile.core.errors import Unsupported
@@ -96,17 +95,13 @@ def score(edits: Sequence[Edit], world: World, captured: Captured, threads: int 
 
 
 def capture(
-    proto: ModelProto, write: Callable[[ModelProto], Path], sites: Sequence[AttentionSite], names: Sequence[set[str]],
+    with_outputs: Callable[[Sequence[str]], Path], sites: Sequence[AttentionSite], names: Sequence[set[str]],
     feed: Feed, threads: int | None,
 ) -> list[Captured]:  # fmt: skip
     """Runs the original once with the sites' operands as extra outputs. ``names``: the values each site reads."""
     wanted = sorted({n for group in names for n in group} | {s.output.value for s in sites})
-    present = {o.name for o in proto.graph.output}
-    extended = ModelProto()
-    extended.CopyFrom(proto)
-    extended.graph.output.extend(ValueInfoProto(name=n) for n in wanted if n not in present and n not in feed)
-    session: ort.InferenceSession = measure.open_session(write(extended), threads)
     outputs = [n for n in wanted if n not in feed]
+    session: ort.InferenceSession = measure.open_session(with_outputs(outputs), threads)
     values = dict(zip(outputs, measure.run_session(session, feed, outputs), strict=True))
     values.update({n: feed[n] for n in wanted if n in feed})
     return [
@@ -123,14 +118,16 @@ def operand_names(site: AttentionSite, world: World) -> set[str]:
 
 def score_sites(
     edits: Mapping[str, list[Edit]], sites: Sequence[AttentionSite], feeds: Sequence[Feed], worlds: Sequence[World],
-    proto: ModelProto, write: Callable[[ModelProto], Path], threads: int | None, advance: Callable[[], None],
+    with_outputs: Callable[[Sequence[str]], Path], threads: int | None, advance: Callable[[], None],
 ) -> list[list[Option]]:  # fmt: skip
-    """Options of every site, in the order of ``sites``."""
+    """Options of every site, in the order of ``sites``. ``with_outputs`` writes the original with these values as
+    outputs too.
+    """
     found: dict[str, list[list[float]]] = {s.id: [] for s in sites}
     for feed, world in zip(feeds, worlds, strict=True):
         for group in _groups(sites, world):
             names = [operand_names(s, world) for s in group]
-            for site, captured in zip(group, capture(proto, write, group, names, feed, threads), strict=True):
+            for site, captured in zip(group, capture(with_outputs, group, names, feed, threads), strict=True):
                 try:
                     scores = score(edits[site.id], world, captured, threads)
                 except Unsupported:

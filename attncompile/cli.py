@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from attncompile.pipeline import Options
 
 EXECUTORS = ("local", "ray")
+PROVIDERS = ("cpu", "cuda")
 VERBS = ("compile", "inspect", "explain", "plan", "verify", "profile", "bench", "kernels", "env")
 
 _UsageError = typer.BadParameter.__bases__[0]
@@ -81,6 +82,7 @@ def _compile(
     density: opt.Density = None,
     jobs: opt.Jobs = None,
     executor: opt.Executor = "local",
+    provider: opt.Provider = "cpu",
     plan: opt.PlanFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write plan.toml only, like `plan`.")] = False,
     require_sites: opt.RequireSites = None,
@@ -113,7 +115,7 @@ def _compile(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
         plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
         fp16=fp16, bf16=bf16, arch=arch, grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed,
-        density=density, jobs=jobs, executor=executor,
+        density=density, jobs=jobs, executor=executor, provider=provider,
         engine=engine_options.parse(workspace, timing_cache, weight_streaming, refit, engine_level, engine_profile),
         ranges=engine_options.ranges(model, min_shapes, opt_shapes, max_shapes),
     )  # fmt: skip
@@ -420,6 +422,7 @@ def _options(**given: Any) -> Options:
             raise BadArguments("--density and --max-error exclude each other", "keep one of the two")
     if "executor" in known:
         opt.choice(known["executor"], EXECUTORS, "--executor")
+        opt.choice(known["provider"], PROVIDERS, "--provider")
     if known.get("require_sites") is not None and known["require_sites"] < 0:
         raise BadArguments("--require-sites is negative", "give the number of sites that must be found")
     if known.get("plan") is not None and known.get("dry_run"):

@@ -94,6 +94,9 @@ Jobs = Annotated[
 Executor = Annotated[
     str, typer.Option("--executor", metavar="local|ray", help="Where they run; ray: the cluster of RAY_ADDRESS.")
 ]
+Provider = Annotated[
+    str, typer.Option("--provider", metavar="cpu|cuda", help="Where the search runs the model, in ONNX Runtime.")
+]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", show_default=False, help="Apply this (edited) plan.toml.")
 ]

@@ -27,6 +27,7 @@ from attncompile.env import environment
 from attncompile.gate import Edit, SiteGate, SiteResult
 from attncompile.gpu_cost import GpuCost, gpu_cost
 from attncompile.ledger import Ledger
+from attncompile.measure import Provider
 from attncompile.passes.detect import detect
 from attncompile.passes.equal_lengths import with_sums
 from attncompile.passes.evaluate import GraphIndex, World
@@ -51,7 +52,7 @@ class Options:
     these ids; ``precision`` is that of the engine (``fp16`` or ``bf16``), None for the model's own; ``architectures``
     those that kernels are compiled for, empty for the GPUs of this machine, or all where it has none. ``density`` asks
     for so many of the blocks of full attention in place of an error budget; ``jobs`` (None: one a core) processes of
-    ``executor`` do the search.
+    ``executor`` do the search, in sessions of ``provider``.
     """
 
     policy: str = "exact"
@@ -76,6 +77,7 @@ class Options:
     density: float | None = None
     jobs: int | None = None
     executor: str = "local"
+    provider: Provider = "cpu"
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 

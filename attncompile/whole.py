@@ -211,7 +211,7 @@ class Run:
         options = self._options
         settings = search.Settings(
             self._metric(), self._limit(), options.density, self._policy.confidence,
-            options.jobs or measure.default_threads(), options.executor, options.threads,
+            options.jobs or measure.default_threads(), options.executor, options.threads, options.provider,
         )  # fmt: skip
         exact = list(self._edits)
         worlds = [self._worlds(binding_of(self._found, feed)) for feed in self._feeds]

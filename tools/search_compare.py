@@ -93,9 +93,9 @@ def uniform(
     return found
 
 
-def perplexity_of(path: Path, feeds: Sequence[dict[str, np.ndarray]], tokens: str) -> float:
+def perplexity_of(path: Path, feeds: Sequence[Any], tokens: str, provider: Any) -> float:
     """Over all feeds: exp of the mean negative log-likelihood."""
-    session = measure.open_session(path)
+    session = measure.open_session(path, provider=provider)
     name = session.get_outputs()[0].name
     logs = [np.log(metrics.perplexity(measure.run_session(session, f, [name])[0], f[tokens])) for f in feeds]
     return float(np.exp(np.mean(logs)))
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--fp16", action="store_true")
     parser.add_argument("--grid")
     parser.add_argument("--jobs", type=int, default=measure.default_threads())
+    parser.add_argument("--provider", default="cpu", choices=("cpu", "cuda"), help="where the search runs the model")
     parser.add_argument("--time", action="store_true", help="time the chosen models in ONNX Runtime, in paired rounds")
     parser.add_argument("--tokens", help="input of token numbers, for perplexity")
     parser.add_argument("--json", type=Path)
@@ -136,7 +137,7 @@ def main() -> None:
             proto = apply(found.index.model, [(e.site, e.lowering) for e in edits])
             return onnx_target.write(proto, found.model, folder / place)
 
-        settings = Settings(given.metric, given.max_error, None, 0.99, given.jobs)
+        settings = Settings(given.metric, given.max_error, None, 0.99, given.jobs, provider=given.provider)
         search = Search(
             found, policy.load_policy(given.policy, registry), registry, found.feeds,
             [worlds(binding_of(found, f)) for f in found.feeds], exact, folder, settings,
@@ -193,11 +194,11 @@ def report(
 ) -> None:
     """Prints the table; with --time and --tokens measures the models first."""
     held = [search.feeds[i] for i in split(len(search.feeds))[1]]
-    before = perplexity_of(found.model.path, held, given.tokens) if given.tokens else None
+    before = perplexity_of(found.model.path, held, given.tokens, given.provider) if given.tokens else None
     for i, row in enumerate(rows):
         path = write(search.edits(row.choice), f"chosen{i}")
         if given.tokens:
-            row.perplexity = perplexity_of(path, held, given.tokens)
+            row.perplexity = perplexity_of(path, held, given.tokens, given.provider)
         if given.time:
             pair = [measure.open_session(p) for p in (found.model.path, path)]
             row.measured = measure.paired_conclusive(*pair, held[0], budget_seconds=20.0).gain

@@ -25,6 +25,7 @@ from attncompile.core.verdict import Verdict
 from attncompile.cost import dense_cost, shape_of
 from attncompile.gate import Edit
 from attncompile.gpu_cost import GpuCost
+from attncompile.measure import Provider
 from attncompile.passes.evaluate import World
 from attncompile.report import SiteFidelity
 from attncompile.search import choose, executors, heads, tasks, whole_sites
@@ -61,10 +62,17 @@ class Settings:
     jobs: int = 1
     executor: str = "local"
     threads: int | None = None
+    provider: Provider = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """What decides about the result."""
-        return {"metric": self.metric, "budget": self.budget, "density": self.density, "confidence": self.confidence}
+        return {
+            "metric": self.metric,
+            "budget": self.budget,
+            "density": self.density,
+            "confidence": self.confidence,
+            "provider": self.provider,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +211,13 @@ class Search:
         if not self._heads:
             return
         assert self._slim is not None
+        provider = self._settings.provider
         model = self._slim.with_outputs([n for p in self._heads.values() for n in p.spec.read], "capture.onnx")
         sizes = {n: 4 * int(np.prod(s)) for n, s in self._worlds[0].shapes.items()}
         groups = tasks.groups([p.spec for p in self._heads.values()], sizes, whole_sites.CAPTURE_BYTES)
         self._progress.stage("read attention maps", len(groups) * len(self._known))
         work = [
-            (f"mass-{i}-{g}", tasks.Masses(model, self._files[i], tuple(group)))
+            (f"mass-{i}-{g}", tasks.Masses(model, self._files[i], tuple(group), provider))
             for i in self._known for g, group in enumerate(groups)
         ]  # fmt: skip
         sums: dict[str, np.ndarray] = {}
@@ -222,7 +231,7 @@ class Search:
         texts = {n: [[p.text for p in head] for head in plan.offered] for n, plan in self._heads.items()}
         self._progress.stage("score patterns of heads", len(groups) * len(self._known))
         scoring = [
-            (f"score-{i}-{g}", tasks.Scores(model, self._files[i], tuple(group), texts, i))
+            (f"score-{i}-{g}", tasks.Scores(model, self._files[i], tuple(group), texts, i, provider))
             for i in self._known for g, group in enumerate(groups)
         ]  # fmt: skip
         totals: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -327,8 +336,12 @@ class Search:
         missing = [k for k, found in enumerate(known) if found is None]
         if missing:
             self._baselines([inputs[k] for k in missing])
+            provider = self._settings.provider
             path = self._slim.write(self.edits(choice, spaces))
-            work = [tasks.Error(path, stamp, self._files[inputs[k]], self._outputs(inputs[k]), metric) for k in missing]
+            work = [
+                tasks.Error(path, stamp, self._files[inputs[k]], self._outputs(inputs[k]), metric, provider)
+                for k in missing
+            ]
             for k, error in zip(missing, self._executor.map(work), strict=True):
                 known[k] = {"error": np.array(error)}
                 self._state.store(names[k], {"error": np.array(error)})
@@ -341,7 +354,9 @@ class Search:
         missing = [i for i in inputs if not self._outputs(i).is_file()]
         path = self._found.model.path.resolve()
         assert self._executor is not None
-        self._executor.map([tasks.Baseline(path, self._files[i], self._outputs(i)) for i in missing])
+        self._executor.map(
+            [tasks.Baseline(path, self._files[i], self._outputs(i), self._settings.provider) for i in missing]
+        )
 
     def _weighed(self, spaces: Sequence[SiteSpace]) -> list[SiteSpace]:
         """Spaces with the share of a site's squared change that arrives at the outputs, by changing one site alone."""

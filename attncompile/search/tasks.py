@@ -15,7 +15,8 @@ import numpy as np
 
 from attncompile import measure, metrics
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
-from attncompile.core.errors import AttncompileError
+from attncompile.core.errors import AttncompileError, MissingDependency
+from attncompile.measure import Provider
 from attncompile.search import maps
 from attncompile.search.arrays import load, save
 
@@ -86,9 +87,10 @@ class Masses:
     model: Path
     feed: Path
     sites: tuple[HeadSite, ...]
+    provider: Provider = "cpu"
 
     def __call__(self, threads: int) -> dict[str, np.ndarray]:
-        values = _captured(self.model, self.feed, self.sites, threads)
+        values = _captured(self.model, self.feed, self.sites, threads, self.provider)
         found = {}
         for site in self.sites:
             entries = site.operands(values)
@@ -110,9 +112,10 @@ class Scores:
     sites: tuple[HeadSite, ...]
     candidates: Mapping[str, Sequence[Sequence[str]]]
     number: int
+    provider: Provider = "cpu"
 
     def __call__(self, threads: int) -> dict[str, tuple[list[np.ndarray], list[np.ndarray]]]:
-        values = _captured(self.model, self.feed, self.sites, threads)
+        values = _captured(self.model, self.feed, self.sites, threads, self.provider)
         found = {}
         for site in self.sites:
             entries = site.operands(values)
@@ -137,9 +140,10 @@ class Baseline:
     model: Path
     feed: Path
     out: Path
+    provider: Provider = "cpu"
 
     def __call__(self, threads: int) -> None:
-        session = measure.open_session(self.model, threads)
+        session = _session(self.model, "baseline", threads, self.provider)
         names = [o.name for o in session.get_outputs()]
         values = measure.run_session(session, load(self.feed), names)
         save(self.out, dict(zip(names, values, strict=True)))
@@ -156,12 +160,15 @@ class Error:
     feed: Path
     baseline: Path
     metric: str
+    provider: Provider = "cpu"
 
     def __call__(self, threads: int) -> float:
         try:
-            session = _session(self.model, self.stamp, threads)
+            session = _session(self.model, self.stamp, threads, self.provider)
             names = [o.name for o in session.get_outputs()]
             ours = dict(zip(names, measure.run_session(session, load(self.feed), names), strict=True))
+        except MissingDependency:
+            raise
         except AttncompileError:
             return float("inf")
         stored = load(self.baseline)
@@ -198,13 +205,15 @@ POWER = {"relative_l2": 0.5, "max_abs": 0.5, "psnr": 0.5, "cosine": 1.0, "kl": 1
 
 
 @lru_cache(maxsize=2)
-def _session(model: Path, stamp: str, threads: int) -> Any:
+def _session(model: Path, stamp: str, threads: int, provider: Provider) -> Any:
     """``stamp`` tells models apart that were written to one path."""
-    return measure.open_session(model, threads)
+    return measure.open_session(model, threads, provider=provider)
 
 
-def _captured(model: Path, feed: Path, sites: Sequence[HeadSite], threads: int) -> dict[str, np.ndarray]:
+def _captured(
+    model: Path, feed: Path, sites: Sequence[HeadSite], threads: int, provider: Provider
+) -> dict[str, np.ndarray]:
     given = load(feed)
     wanted = sorted({name for s in sites for name in s.read} - given.keys())
-    session = _session(model, "capture", threads)
+    session = _session(model, "capture", threads, provider)
     return {**given, **dict(zip(wanted, measure.run_session(session, given, wanted), strict=True))}

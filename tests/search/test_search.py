@@ -280,3 +280,14 @@ def test_ray_does_the_tasks(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (double.started, double.closed) == (1, 1)
     assert found.search is not None and inline.search is not None
     assert found.search.to_json() == inline.search.to_json()
+
+
+def test_a_provider_that_is_not_there(full, tmp_path: Path) -> None:
+    """Nothing runs on the CPU instead."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("it is there")
+    with pytest.raises(MissingDependency, match="no CUDA provider"):
+        compiled(full, tmp_path, provider="cuda")
+    assert not (tmp_path / "out").exists()

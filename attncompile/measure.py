@@ -131,8 +131,9 @@ def open_session(
     source: str | bytes = model if isinstance(model, bytes) else os.fspath(model)
     if isinstance(source, str) and not Path(source).is_file():
         raise BadModel(f"{source} does not exist", "give the path of an ONNX file")
+    names = providers(provider)
     try:
-        return ort.InferenceSession(source, options, providers=providers(provider))
+        return ort.InferenceSession(source, options, providers=names)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         name = "the model" if isinstance(source, bytes) else source
         raise BadModel(

@@ -323,20 +323,27 @@ def _bench(
         int | None, typer.Option("--rounds", metavar="N", min=6, show_default=False, help="Rounds at each shape.")
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="Time for each shape.")] = 10.0,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where both run.")] = "cpu",
     threads: opt.Threads = None,
     seed: opt.Seed = 0,
     format: opt.Format = "table",
     quiet: opt.Quiet = False,
 ) -> int:
-    """Time MODEL_A and MODEL_B in paired rounds with ONNX Runtime on the CPU, both fully optimised."""
+    """Time MODEL_A and MODEL_B in paired rounds with ONNX Runtime, both fully optimised.
+
+    With --device cuda either may be a folder that --target onnxruntime-cuda wrote; inputs and outputs stay on the GPU.
+    """
+    device = opt.choice(device, ("cpu", "cuda"), "--device")
     options = _options(inputs=inputs, profile=profile, seed=seed, threads=threads)
     as_json = _as_json(format)
 
     from attncompile import compare, console, report_text
 
     with console.progress(quiet) as progress, console.stdout_to_stderr():
-        feeds = _feeds(model, options, seed)
-        timings = compare.bench(model, other, feeds, progress, rounds=rounds, seconds=seconds, threads=threads)
+        feeds = _feeds(compare.portable(model), options, seed)
+        timings = compare.bench(
+            model, other, feeds, progress, rounds=rounds, seconds=seconds, threads=threads, device=device
+        )
     if as_json:
         value = [t.to_json() for t in timings]
         _print_json({"original": str(model), "other": str(other), "shapes": value})

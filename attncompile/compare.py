@@ -115,11 +115,22 @@ def bench(
     rounds: int | None = None,
     seconds: float = 10.0,
     threads: int | None = None,
+    device: str = "cpu",
 ) -> tuple[ShapeTiming, ...]:
-    """Time both files in paired rounds on all ``feeds``, ``seconds`` for each shape, both fully optimised."""
-    check_pair(original, other)
+    """Time both files in paired rounds on all ``feeds``, ``seconds`` for each shape, both fully optimised.
+
+    ``device``: ``cpu``, or ``cuda``, where either may be a folder that --target onnxruntime-cuda wrote.
+    """
     threads = threads or measure.default_threads()
-    sessions = [measure.open_session(path, threads) for path in (original, other)]
+    sessions: list[measure.Session]
+    if device == "cuda":
+        from attncompile.measure_device import open_on_device
+
+        check_pair(*(portable(path) for path in (original, other)))
+        sessions = [open_on_device(path) for path in (original, other)]
+    else:
+        check_pair(original, other)
+        sessions = [measure.open_session(path, threads) for path in (original, other)]
     progress.stage("bench", len(feeds))
     timings = []
     for item in feeds:
@@ -129,6 +140,11 @@ def bench(
         timings.append(ShapeTiming(item.label, item.bindings, timing))
         progress.advance()
     return tuple(timings)
+
+
+def portable(path: Path) -> Path:
+    """The ONNX file that says the inputs of ``path``, which may be a folder that a target wrote."""
+    return path / "model.onnx" if path.is_dir() else path
 
 
 @dataclass(frozen=True, slots=True)

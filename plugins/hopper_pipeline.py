@@ -317,6 +317,48 @@ def consume_run(
 
 
 @gluon.jit
+def consume_between(state, work, turn, following_work, hide: gl.constexpr, FLAGS: gl.constexpr, MASKED: gl.constexpr,
+                    SPEC: gl.constexpr):  # fmt: skip
+    """The last tile of item ``turn`` and the first of the next, ``following_work``, together: scores of the one while
+    the values of the other are multiplied. Returns sum and output of the item, and the next one's state.
+    """
+    rings, barriers, queries, facts, factor = following_work
+    DV: gl.constexpr = SPEC[3]
+    BN: gl.constexpr = SPEC[4]
+    STAGES: gl.constexpr = SPEC[5]
+    m, l, acc1, acc2, weights, stage, phase, go = state
+    q1, q2, k1, k2, v1, v2 = rings
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    V1: gl.constexpr = v1.shape[2]
+    V2: gl.constexpr = v2.shape[2]
+    mbarrier.arrive(q_empty.index(turn & 1))
+    before = stage
+    phase_before = phase
+    stage, phase = following(stage, phase, STAGES)
+    arrived(q_full.index((turn + 1) & 1), ((turn + 1) >> 1) & 1)
+    arrived(k_full.index(stage), phase)
+    s_token = start_scores(rings, queries, stage, SPEC)
+    arrived(v_full.index(before), phase_before)
+    acc1_token = warpgroup_mma(weights, v1.index(before), acc1, is_async=True)
+    if DV > V1:
+        acc2_token = warpgroup_mma(weights, v2.index(before), acc2, is_async=True)
+        s = warpgroup_mma_wait(2, deps=(s_token,))
+    else:
+        s = warpgroup_mma_wait(1, deps=(s_token,))
+    mbarrier.arrive(k_empty.index(stage))
+    if MASKED:
+        s = hide(s, 0, facts, FLAGS)
+    fresh_m, fresh_l, acc1_next, acc2_next = no_keys_yet(V1, V2, BN)
+    p, alpha, m_next, l_next = soften(s, factor, fresh_m, fresh_l)
+    acc1 = warpgroup_mma_wait(0, deps=(acc1_token,))
+    if DV > V1:
+        acc2 = warpgroup_mma_wait(0, deps=(acc2_token,))
+    mbarrier.arrive(v_empty.index(before))
+    weights = as_operand(p, v1.dtype, V1)
+    return l, acc1, acc2, (m_next, l_next, acc1_next, acc2_next, weights, stage, phase, go)
+
+
+@gluon.jit
 def consume_last(state, work, turn, SPEC: gl.constexpr):
     """Multiply the values of the last tile. Returns maximum, sum, output, and the slot of the next tile of keys."""
     rings, barriers, queries, facts, factor = work

@@ -64,11 +64,24 @@ def table() -> Mapping[str, CostModel]:
 
 
 def model_name(program: Program, architecture: int) -> str:
-    """Which constants hold: ``gluon-90``, ``gluon-90-window`` for windows of a sequence, whose blocks are short, and
-    ``gluon-90-lists`` for lists of blocks, of which nothing was measured yet.
+    """Which constants hold: ``gluon-90``; ``-window`` for windows of a sequence, whose blocks are short; ``-lists`` for
+    lists of blocks; ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-linear``; and
+    ``-pair`` where two blocks share a multiprocessor.
     """
-    kind = "-window" if program.constants.get("HAS_LEFT") else "-lists" if program.constants.get("BLOCK") else ""
-    return f"{program.language}-{architecture}{kind}"
+    pair = "-pair" if program.constants.get("CONSUMERS") == 1 else ""
+    return f"{program.language}-{architecture}{_kind(program)}{pair}"
+
+
+def _kind(program: Program) -> str:
+    if program.op.startswith("LinearAttention"):
+        return "-linear"
+    if program.constants.get("BLOCK"):
+        return "-lists"
+    if {"bias", "mask"} & {a.name for a in program.arguments}:
+        return "-bias"
+    if program.constants.get("SOFTCAP"):
+        return "-softcap"
+    return "-window" if program.constants.get("HAS_LEFT") else ""
 
 
 def milliseconds(work: Work, program: Program, architecture: int) -> float:

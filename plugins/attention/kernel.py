@@ -170,6 +170,8 @@ def work(call: OpCall, program: Program) -> Work:
     heads = call.batch * call.heads
     touched = float(tiles.sum()) * bm * bn * heads
     whole = float(((inner_to - inner_from) // bn).sum()) * bm * bn * heads
+    if HIDING & set(call.inputs):
+        whole = 0.0
     size = 2 * (call.batch * nq * call.heads * (call.head_dim + call.value_dim))
     size += 2 * (call.batch * nk * call.kv_heads * (call.head_dim + call.value_dim))
     dims = padded(call.head_dim) + padded(call.value_dim)

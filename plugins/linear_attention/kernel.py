@@ -59,7 +59,7 @@ class _LinearKernel:
 
     def general(self, call: OpCall) -> OpCall:
         given = {k: v for k, v in call.attributes.items() if k not in ("scale", "epsilon")}
-        given["floor"] = given.get("floor", -inf) > -inf
+        given["floor"] = _bounded(call)
         if self.op != STATES and self.op != OUTPUT:
             given.pop("chunk", None)
         return replace(
@@ -350,9 +350,13 @@ def _values(constants: Mapping[str, Constant]) -> int:
 
 
 def _normaliser(call: OpCall) -> dict[str, Constant]:
+    return {"NORM": NORMALISERS.index(call.attributes["normaliser"]), "FLOOR": _bounded(call)}
+
+
+def _bounded(call: OpCall) -> bool:
+    """Whether the sum has a least value; of a general call, which says just that, the same."""
     floor = call.attributes.get("floor", False)
-    return {"NORM": NORMALISERS.index(call.attributes["normaliser"]), "FLOOR": floor is True or (
-        floor is not False and floor > -inf)}  # fmt: skip
+    return floor is True or (floor is not False and floor > -inf)
 
 
 def _numbers(call: OpCall) -> Sequence[tuple[str, str]]:

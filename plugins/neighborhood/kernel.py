@@ -234,7 +234,8 @@ class NeighborhoodKernel:
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         hood = self._check(call)
-        chosen = tactics(PACKAGE, call, architecture, "none", lambda t: architecture == 90 and on_hopper(call, hood, t))
+        hopper = architecture == 90
+        chosen = tactics(PACKAGE, call, architecture, kind(hood), lambda t: hopper and on_hopper(call, hood, t))
         return [self._program(call, hood, t, rank) for rank, t in enumerate(chosen)]
 
     def _program(self, call: OpCall, hood: Neighborhood, tactic: Tactic, rank: int) -> Program:
@@ -250,7 +251,9 @@ class NeighborhoodKernel:
             del constants["BALL"], constants["CLIP"]  # see ``on_hopper``
         grid = (str(made.tiles + extra), "H", "B")
         if hopper:
-            grid = (f"min({made.tiles + extra} * H * B, SMS)", "1", "1")
+            # One consumer leaves room for another block beside it.
+            at_once = "SMS" if tiling["CONSUMERS"] == 2 else "SMS * 2"
+            grid = (f"min({made.tiles + extra} * H * B, {at_once})", "1", "1")
         module = "kernel_hopper" if hopper else "kernel_triton"
         return Program(
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
@@ -262,6 +265,15 @@ class NeighborhoodKernel:
 
     def work(self, call: OpCall, program: Program) -> Work:
         return work(call, program)
+
+
+def kind(hood: Neighborhood) -> str:
+    """What the tactic table tells apart: how many keys 128 queries meet, and whether they see all of them."""
+    made = cut(hood, 2 * HOPPER_ROWS, 128, True)
+    met = made.keys_met(128, True)
+    if made.all_seen:
+        return "few, all seen" if met <= 512 else "many, all seen"
+    return "few" if met <= 1024 else "many"
 
 
 def slides_inward(hood: Neighborhood) -> bool:
@@ -277,13 +289,15 @@ def on_hopper(call: OpCall, hood: Neighborhood, tactic: Tactic) -> bool:
     if any(c and s > k for c, s, k in zip(hood.causal, hood.stride, hood.kernel_size, strict=True)):
         return False  # queries without a window
     keys, consumers = int(tactic.constants["BN"] or 0), int(tactic.constants["CONSUMERS"] or 0)
+    if tactic.constants.get("OVERLAP") and (hood.prefix or hood.suffix):
+        return False
     made = cut(hood, HOPPER_ROWS * consumers, keys, True)
     plane = made.box if made.all_seen else made.axes[1].extent * made.axes[2].extent
     wide = max(a.reach for a in made.axes) >= NARROW
     if any(a.clip for a in made.axes) or (wide and made.axes[1].extent > 1):
         return False
     tables = 2 * 4 * ceil(plane / keys) * keys
-    return hopper_shared(call, tactic) + tables <= HOPPER_SHARED
+    return (hopper_shared(call, tactic) + tables) * (3 - consumers) <= HOPPER_SHARED
 
 
 def arguments(call: OpCall, optional: Sequence[str], hopper: bool) -> list[Argument]:
@@ -306,7 +320,7 @@ def work(call: OpCall, program: Program) -> Work:
     runs = sum(-(-n // bn) for n in (hood.prefix, hood.suffix))
     met = made.keys_met(bn, program.language == "gluon")
     scores = float(made.tiles * (met + runs * bn) + ceil(apart / bm) * ceil(hood.tokens / bn) * bn) * bm
-    masked = 0.0 if made.all_seen else float(made.tiles * met) * bm
+    masked = 0.0 if made.all_seen and not call.inputs else float(made.tiles * met) * bm
     size = 2 * call.batch * hood.tokens * (call.heads + call.kv_heads) * (call.head_dim + call.value_dim)
     dims = padded(call.head_dim) + padded(call.value_dim)
     blocks = (made.tiles + ceil(apart / bm)) * heads

@@ -17,6 +17,7 @@ from attncompile.plugins.hopper_pipeline import (
     LOG2E,
     ROWS,
     accumulator,
+    consume_between,
     consume_first,
     consume_last,
     consume_run,
@@ -237,7 +238,6 @@ def consume(
 ):  # fmt: skip
     """For one item after the other 64 of its queries. SPEC: see ``hopper_pipeline.consume_first``."""
     rings, barriers, words, total, H, group, output, o_strides, factor = common
-    o_b, o_n, o_h = o_strides
     INDEX: gl.constexpr = SPEC[0]
     CONSUMERS: gl.constexpr = SPEC[1]
     DV: gl.constexpr = SPEC[3]
@@ -298,15 +298,106 @@ def consume(
             state = consume_run(state, work, middle, last, hide_part, FLAGS, not ALL_SEEN or PLANE % BN != 0, SPEC)
         m, l, acc1, acc2, stage, phase, go = consume_last(state, work, turn, SPEC)
         turn += 1
-        inverse = reciprocal(l, RULE)
-        out = output + (b * o_b + h * o_h) * 8
-        row_1 = INDEX * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(V1)))
-        token_1, real_1, p0, p1, p2 = query_of(row_1, queries, SHAPE)
-        store(out, token_1.to(gl.int64), real_1, o_n * 8, acc1 * per_row(inverse, V1)[:, None], 0, DV)
-        if DV > V1:
-            row_2 = INDEX * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(V2)))
-            token_2, real_2, p0, p1, p2 = query_of(row_2, queries, SHAPE)
-            store(out, token_2.to(gl.int64), real_2, o_n * 8, acc2 * per_row(inverse, V2)[:, None], V1, DV)
+        put(number, l, acc1, acc2, output, o_strides, H, group, SHAPE, RULE, SPEC)
+
+
+@gluon.jit
+def seen_by(row, number, H, group, SHAPE: gl.constexpr, FIELD: gl.constexpr):
+    """Row words of 64 queries of an item, and the planes that they see."""
+    W: gl.constexpr = SHAPE[3]
+    L: gl.constexpr = SHAPE[4]
+    S: gl.constexpr = SHAPE[5]
+    C: gl.constexpr = SHAPE[7]
+    CLAMP: gl.constexpr = SHAPE[9]
+    queries, h, g, b, begin, corner = item(number, H, group, SHAPE)
+    token, real, p0, p1, p2 = query_of(row, queries, SHAPE)
+    low0, high0, c0 = window(p0, queries[3], W[0], L[0], S[0], C[0], CLAMP)
+    low1, high1, c1 = window(p1, queries[4], W[1], L[1], S[1], C[1], CLAMP)
+    low2, high2, c2 = window(p2, queries[5], W[2], L[2], S[2], C[2], CLAMP)
+    row_words = bounds(low2 - begin[2], high2 - begin[2], FIELD, 0)
+    if FIELD == 8:
+        row_words = row_words + bounds(low1 - begin[1], high1 - begin[1], FIELD, 2)
+    return row_words, low0 - begin[0], high0 - begin[0]
+
+
+@gluon.jit
+def put(
+    number, l, acc1, acc2, output, o_strides, H, group, SHAPE: gl.constexpr, RULE: gl.constexpr, SPEC: gl.constexpr
+):  # fmt: skip
+    """Divide and store the output of 64 queries of an item."""
+    o_b, o_n, o_h = o_strides
+    INDEX: gl.constexpr = SPEC[0]
+    DV: gl.constexpr = SPEC[3]
+    V1: gl.constexpr = acc1.shape[1]
+    V2: gl.constexpr = acc2.shape[1]
+    queries, h, g, b, begin, corner = item(number, H, group, SHAPE)
+    inverse = reciprocal(l, RULE)
+    out = output + (b * o_b + h * o_h) * 8
+    row_1 = INDEX * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(V1)))
+    token_1, real_1, p0, p1, p2 = query_of(row_1, queries, SHAPE)
+    store(out, token_1.to(gl.int64), real_1, o_n * 8, acc1 * per_row(inverse, V1)[:, None], 0, DV)
+    if DV > V1:
+        row_2 = INDEX * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(V2)))
+        token_2, real_2, p0, p1, p2 = query_of(row_2, queries, SHAPE)
+        store(out, token_2.to(gl.int64), real_2, o_n * 8, acc2 * per_row(inverse, V2)[:, None], V1, DV)
+
+
+@gluon.jit
+def run_box(state, work, PARTS: gl.constexpr, PLANE: gl.constexpr, FLAGS: gl.constexpr, SPEC: gl.constexpr):
+    """All tiles of a box but the first."""
+    DV: gl.constexpr = SPEC[3]
+    BN: gl.constexpr = SPEC[4]
+    ALL_SEEN: gl.constexpr = FLAGS[3]
+    # In two runs, of which one may be empty: see ``opaque``.
+    middle = opaque(PARTS, DV)
+    if ALL_SEEN:
+        WHOLE: gl.constexpr = PLANE // BN if PLANE >= BN else 1
+        middle = opaque(WHOLE, DV)
+    state = consume_run(state, work, 1, middle, hide_part, FLAGS, not ALL_SEEN, SPEC)
+    if DV > 64 or ALL_SEEN:
+        state = consume_run(state, work, middle, PARTS, hide_part, FLAGS, not ALL_SEEN or PLANE % BN != 0, SPEC)
+    return state
+
+
+@gluon.jit
+def consume_overlapping(
+    common, SHAPE: gl.constexpr, PLANES: gl.constexpr, PLANE: gl.constexpr, FIELD: gl.constexpr,
+    ALL_SEEN: gl.constexpr, RULE: gl.constexpr, SPEC: gl.constexpr,
+):  # fmt: skip
+    """As ``consume``, without prefix and suffix: the end of an item and the beginning of the next at the same time."""
+    rings, barriers, words, total, H, group, output, o_strides, factor = common
+    INDEX: gl.constexpr = SPEC[0]
+    CONSUMERS: gl.constexpr = SPEC[1]
+    BN: gl.constexpr = SPEC[4]
+    V1: gl.constexpr = rings[4].shape[2]
+    V2: gl.constexpr = rings[5].shape[2]
+    PARTS: gl.constexpr = words.shape[0]
+    FLAGS: gl.constexpr = (FIELD, PARTS, PLANE, ALL_SEEN)
+    MASKED: gl.constexpr = not ALL_SEEN or PLANE < BN
+    row = INDEX * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(BN)))
+    begin = gl.program_id(0)
+    step = gl.num_programs(0)
+    go = 1 if INDEX == 0 else 0
+    turn = 0
+    mine, low, high = seen_by(row, begin, H, group, SHAPE, FIELD)
+    work = (rings, barriers, INDEX, (mine, low, high, words, 0, 0), factor)
+    state = consume_first((0, 0, 0, go), no_keys_yet(V1, V2, BN), work, MASKED, hide_part, FLAGS, SPEC)
+    m, l, acc1, acc2, weights, stage, phase, go = state
+    for number in range(begin, total - step, step):
+        work = (rings, barriers, (turn & 1) * CONSUMERS + INDEX, (mine, low, high, words, 0, 0), factor)
+        state = (m, l, acc1, acc2, weights, stage, phase, go)
+        state = run_box(state, work, PLANES * PARTS, PLANE, FLAGS, SPEC)
+        mine, low, high = seen_by(row, number + step, H, group, SHAPE, FIELD)
+        work = (rings, barriers, ((turn + 1) & 1) * CONSUMERS + INDEX, (mine, low, high, words, 0, 0), factor)
+        done, out1, out2, state = consume_between(state, work, turn, work, hide_part, FLAGS, MASKED, SPEC)
+        m, l, acc1, acc2, weights, stage, phase, go = state
+        put(number, done, out1, out2, output, o_strides, H, group, SHAPE, RULE, SPEC)
+        turn += 1
+    work = (rings, barriers, (turn & 1) * CONSUMERS + INDEX, (mine, low, high, words, 0, 0), factor)
+    state = (m, l, acc1, acc2, weights, stage, phase, go)
+    state = run_box(state, work, PLANES * PARTS, PLANE, FLAGS, SPEC)
+    m, l, acc1, acc2, stage, phase, go = consume_last(state, work, turn, SPEC)
+    put(begin + turn * step, l, acc1, acc2, output, o_strides, H, group, SHAPE, RULE, SPEC)
 
 
 @gluon.jit
@@ -346,7 +437,7 @@ def neighborhood(
     CLAMP: gl.constexpr, ALL_SEEN: gl.constexpr, NARROW: gl.constexpr, PREFIX: gl.constexpr, SUFFIX: gl.constexpr,
     RULE: gl.constexpr, DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, DV: gl.constexpr, V1: gl.constexpr,
     V2: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TAKE: gl.constexpr,
-    GIVE: gl.constexpr, TURNS: gl.constexpr,
+    GIVE: gl.constexpr, TURNS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """As ``kernel_triton.neighborhood``, without bias, key mask, balls, uniform rows, and boxes that are longer than a
     line of the dilation; a plane of more than one axis is NARROW. Any one-dimensional grid: the blocks share the tiles.
@@ -377,9 +468,23 @@ def neighborhood(
     operands = (
         rings, barriers, places, total, H, group, query, key, value, (q_b, q_n, q_h), (k_b, k_n, k_h), (v_b, v_n, v_h),
     )  # fmt: skip
-    gl.static_assert(CONSUMERS == 2)
-    gl.warp_specialize([
-        (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-        (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, CONSUMERS, DK, DV, BN, STAGES, TURNS))),
-        (produce, (operands, SHAPE, PLANES, CONSUMERS, DK, DV, BN, STAGES)),
-    ], [4, 4], [TAKE, GIVE])  # fmt: skip
+    if OVERLAP:
+        gl.static_assert(CONSUMERS == 2 and PREFIX + SUFFIX == 0)
+        gl.warp_specialize([
+            (consume_overlapping,
+             (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, 2, DK, DV, BN, STAGES, TURNS))),
+            (consume_overlapping,
+             (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, 2, DK, DV, BN, STAGES, TURNS))),
+            (produce, (operands, SHAPE, PLANES, 2, DK, DV, BN, STAGES)),
+        ], [4, 4], [TAKE, GIVE])  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize([
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, 2, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (1, 2, DK, DV, BN, STAGES, TURNS))),
+            (produce, (operands, SHAPE, PLANES, 2, DK, DV, BN, STAGES)),
+        ], [4, 4], [TAKE, GIVE])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (common, SHAPE, PLANES, PLANE, FIELD, ALL_SEEN, RULE, (0, 1, DK, DV, BN, STAGES, False))),
+            (produce, (operands, SHAPE, PLANES, 1, DK, DV, BN, STAGES)),
+        ], [4], [GIVE])  # fmt: skip

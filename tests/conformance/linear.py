@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STAT
 from attncompile.plugins.linear_attention.reference import with_state
 from tests.conformance.case import rounded
 
+OPERANDS = ("query", "key", "value", "output")
 Tensors = dict[str, torch.Tensor]
 Launch = Callable[[Program, Tensors, Mapping[str, int]], None]
 """Runs a program on tensors by formal names; the numbers are what expressions speak of."""
@@ -176,82 +177,118 @@ def _map(x: np.ndarray, kind: str, axis: int) -> np.ndarray:
     return {"none": x, "relu": np.maximum(x, 0), "elu+1": np.where(x > 0, x + 1, low_part), "exp": np.exp(x)}[kind]
 
 
+@dataclass(frozen=True)
+class Step:
+    """One node: names of values by their formal names."""
+
+    op: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+def attributes(case: Linear) -> dict[str, Any]:
+    """Of all nodes of the case."""
+    form = case.form
+    return {"key_map": form.key_map, "query_map": form.query_map, "normaliser": form.normaliser,
+            "epsilon": form.epsilon, "floor": form.floor, "scale": form.scale, "chunk": form.chunk}  # fmt: skip
+
+
+def steps(case: Linear) -> list[Step]:
+    """The case's nodes in order. An output has its formal name."""
+
+    def step(op: str, inputs: Sequence[str], outputs: Sequence[str], **renamed: str) -> Step:
+        return Step(op, {n: renamed.get(n, n) for n in inputs}, {n: n for n in outputs})
+
+    form, keyed = case.form, ("key", "value")
+    if form.causal:
+        decay = ("log_decay",) if form.decay != "none" else ()
+        first = ("initial_state", "initial_total") if form.initial else ()
+        read = ("state", "total") if form.sums else ("state",)
+        return [step(STATES, (*keyed, *decay, *first), ("state", "total", "final_state", "final_total")),
+                step(OUTPUT, ("query", *keyed, *read, *decay), ("output",))]  # fmt: skip
+    made = ("state", "total", "mean", *(("top",) if form.tops else ()))
+    found = [step(STATE, (*keyed, *(("key_weight",) if form.key_weight else ())), made)]
+    read = ("state", *(("total",) if form.sums else ()), *(("mean",) if form.means else ()))
+    if form.tops or case.seed % 2 == 0:  # else the chunks are summed where they are read
+        found.append(step(COMBINE, made, ("whole_state", "whole_total", "whole_mean")))
+        return [*found, step(APPLY, ("query", *read), ("output",), **{n: f"whole_{n}" for n in read})]
+    return [*found, step(APPLY, ("query", *read), ("output",))]
+
+
+def _shapes(case: Linear) -> dict[str, tuple[int, ...]]:
+    """Of what ops give to others, and of last states."""
+    batch, _, keys, _, groups, dim, value_dim = case.sizes
+    count = -(-keys // case.form.chunk) if case.form.chunk else 1
+    found: dict[str, tuple[int, ...]] = {
+        "state": (count, dim, value_dim), "total": (count, dim), "mean": (count, value_dim), "top": (count, dim),
+        "final_state": (dim, value_dim), "final_total": (dim,),
+    }  # fmt: skip
+    whole = {f"whole_{n}": (1, *found[n][1:]) for n in ("state", "total", "mean")}
+    return {name: (batch, groups, *shape) for name, shape in (found | whole).items()}
+
+
+def nodes(case: Linear) -> list[OpCall]:
+    """The call of every step, with all its sizes."""
+    batch, queries, keys, heads, groups, dim, value_dim = case.sizes
+    orders = dict(zip(OPERANDS, case.layouts, strict=True))
+    decays = {"head": (groups,), "token": (batch, keys, groups), "channel": (batch, keys, groups, dim)}
+    sizes = {**_shapes(case), "log_decay": decays.get(case.form.decay, ()), "key_weight": (batch, keys, groups),
+             "initial_state": (batch, groups, dim, value_dim), "initial_total": (batch, groups, dim)}  # fmt: skip
+    types = {"log_decay": case.decay_type, "key_weight": case.dtype}
+    found = []
+    for step in steps(case):
+        formal = (*step.inputs, *step.outputs)
+        said = {**attributes(case), "columns": [n for n in orders if n in formal and orders[n] == "BHDN"]}
+        if step.op not in (STATE, STATES, OUTPUT):
+            del said["chunk"]
+        more = {n: name for n, name in step.inputs.items() if n not in orders}
+        found.append(OpCall(
+            step.op, case.dtype if step.op != COMBINE else "float32", heads if step.op in (APPLY, OUTPUT) else groups,
+            groups, dim, value_dim, said, {n: types.get(n, "float32") for n in more},
+            {n: sizes[name] for n, name in more.items()}, tuple(step.outputs), batch,
+            queries if "query" in formal else None, keys if "key" in formal else None,
+        ))  # fmt: skip
+    return [kernels()[c.op].call(c) for c in found]
+
+
+def tensors(case: Linear, device: str = "cpu") -> Tensors:
+    """All values by name: what is given, with axes BNHD and lying as the layouts say, and poisoned outputs."""
+    batch, queries, _, heads, _, _, value_dim = case.sizes
+    half, orders = getattr(torch, case.dtype), dict(zip(OPERANDS, case.layouts, strict=True))
+    kinds = {"log_decay": getattr(torch, case.decay_type), "key_weight": half}
+    at: Tensors = {}
+    for name, array in case.values().items():
+        x = torch.from_numpy(array).to(device)
+        at[name] = _laid(x.to(half), orders[name]) if name in orders else x.to(kinds.get(name, torch.float32))
+    for name, shape in _shapes(case).items():
+        at[name] = torch.full(shape, torch.nan, device=device)
+    out = torch.full((batch, queries, heads, value_dim), torch.nan, dtype=half, device=device)
+    return {**at, "output": _laid(out, orders["output"])}
+
+
+def in_memory(case: Linear, named: Tensors) -> tuple[Tensors, dict[str, str]]:
+    """Operands with the axes of their layouts, and those layouts."""
+    orders = dict(zip(OPERANDS, case.layouts, strict=True))
+    laid = {n: x.permute(["BNHD".index(a) for a in orders[n]]) if n in orders else x for n, x in named.items()}
+    return laid, orders
+
+
 def run(case: Linear, launch: Launch, small: bool = False, device: str = "cpu",
         change: Callable[[Program], Program] = lambda p: p) -> dict[str, np.ndarray]:  # fmt: skip
     """Outputs by name, float32 and with logical axes. ``small``: the last tactic; ``change`` plants an error."""
-    form, given = case.form, case.values()
-    batch, queries, keys, heads, groups, dim, value_dim = case.sizes
-    half = getattr(torch, case.dtype)
-    at: Tensors = {}
-    orders = dict(zip(("query", "key", "value", "output"), case.layouts, strict=True))
-    for name, array in given.items():
-        x = torch.from_numpy(array).to(device)
-        if name in orders:
-            x = _laid(x.to(half), orders[name])
-        elif name == "log_decay":
-            x = x.to(getattr(torch, case.decay_type))
-        elif name == "key_weight":
-            x = x.to(half)
-        at[name] = x
-    out = torch.full((batch, queries, heads, value_dim), torch.nan, dtype=half, device=device)
-    at["output"] = _laid(out, orders["output"])
-
-    def poisoned(*shape: int) -> torch.Tensor:
-        return torch.full(shape, torch.nan, device=device)
-
-    def op(kind: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        kernel = kernels()[kind]
-        named = {**inputs, **outputs}
-        columns = [n for n in orders if n in named and orders[n] == "BHDN"]
-        said: dict[str, Any] = {"key_map": form.key_map, "query_map": form.query_map, "normaliser": form.normaliser,
-                                "epsilon": form.epsilon, "floor": form.floor, "scale": form.scale,
-                                "columns": columns}  # fmt: skip
-        if kind in (STATE, STATES, OUTPUT):
-            said["chunk"] = form.chunk
-        more = {n: x for n, x in inputs.items() if n not in orders}
-        node = OpCall(
-            kind, case.dtype if kind != COMBINE else "float32", heads if kind in (APPLY, OUTPUT) else groups, groups,
-            dim, value_dim, said, {n: str(x.dtype).removeprefix("torch.") for n, x in more.items()},
-            {n: tuple(x.shape) for n, x in more.items()}, tuple(outputs), batch,
-            queries if "query" in inputs else None, keys if "key" in inputs else None,
-        )  # fmt: skip
-        call = kernel.call(node)
+    at = tensors(case, device)
+    for step, call in zip(steps(case), nodes(case), strict=True):
+        kernel = kernels()[step.op]
         made = kernel.programs(kernel.general(call), 80)[-1 if small else 0]
-        strided = {n: Strided(tuple(x.shape), tuple(x.stride())) for n, x in _in_memory(named, orders).items()}
-        known = symbols.of_tensors(strided, node.attributes, orders)
-        launch(change(made), named, {**known, "SMS": 2})
-
-    keyed = {n: at[n] for n in ("key", "value")}
-    if form.causal:
-        count = -(-keys // form.chunk)
-        decay = {n: at[n] for n in ("log_decay",) if n in at}
-        first = {n: at[n] for n in ("initial_state", "initial_total") if n in at}
-        made = {"state": poisoned(batch, groups, count, dim, value_dim), "total": poisoned(batch, groups, count, dim)}
-        last = {"final_state": poisoned(batch, groups, dim, value_dim), "final_total": poisoned(batch, groups, dim)}
-        op(STATES, {**keyed, **decay, **first}, {**made, **last})
-        read = {n: made[n] for n in ("state", *(["total"] if form.sums else []))}
-        op(OUTPUT, {"query": at["query"], **keyed, **read, **decay}, {"output": at["output"]})
-        return {"output": at["output"].float().cpu().numpy(), "final_state": last["final_state"].cpu().numpy()}
-    count = -(-keys // form.chunk) if form.chunk else 1
-    made = {"state": poisoned(batch, groups, count, dim, value_dim), "total": poisoned(batch, groups, count, dim),
-            "mean": poisoned(batch, groups, count, value_dim)}  # fmt: skip
-    tops = {"top": poisoned(batch, groups, count, dim)} if form.tops else {}
-    weight = {n: at[n] for n in ("key_weight",) if n in at}
-    op(STATE, {**keyed, **weight}, {**made, **tops})
-    if form.tops or case.seed % 2 == 0:  # else the chunks are summed where they are read
-        whole = {n: poisoned(*x.shape[:2], 1, *x.shape[3:]) for n, x in made.items()}
-        op(COMBINE, {**made, **tops}, {f"whole_{n}": x for n, x in whole.items()})
-        made = whole
-    read = {n: made[n] for n in ("state", *(["total"] if form.sums else []), *(["mean"] if form.means else []))}
-    op(APPLY, {"query": at["query"], **read}, {"output": at["output"]})
-    return {"output": at["output"].float().cpu().numpy()}
+        named = {formal: at[name] for formal, name in (*step.inputs.items(), *step.outputs.items())}
+        laid, orders = in_memory(case, named)
+        strided = {n: Strided(tuple(x.shape), tuple(x.stride())) for n, x in laid.items()}
+        launch(change(made), named, {**symbols.of_tensors(strided, call.attributes, orders), "SMS": 2})
+    names = ("output", "final_state") if case.form.causal else ("output",)
+    return {name: at[name].float().cpu().numpy() for name in names}
 
 
 def _laid(x: torch.Tensor, layout: str) -> torch.Tensor:
     """A view with axes BNHD that lies in memory as ``layout`` says."""
     order = ["BNHD".index(a) for a in layout]
     return x.permute(order).contiguous().permute([layout.index(a) for a in "BNHD"])
-
-
-def _in_memory(named: Mapping[str, torch.Tensor], orders: Mapping[str, str]) -> Tensors:
-    return {n: x.permute(["BNHD".index(a) for a in orders[n]]) if n in orders else x for n, x in named.items()}

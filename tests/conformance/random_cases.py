@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import prod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import inf, prod
 from typing import Any
 
 import numpy as np
 
+from attncompile.plugins.linear_attention.form import Form
 from tests.conformance.block_lists import Drawn
 from tests.conformance.case import Case
 from tests.conformance.cases import dense, grid, sparse
+from tests.conformance.linear import OPERANDS, Linear
 
 MOST_SCORES = 1 << 24
 """Score elements of a case, over all heads and batch entries: 0.1 s in float64 on a CPU core or two."""
@@ -144,4 +147,56 @@ def _sparse(name: str, rng: np.random.Generator) -> Case:
     return sparse(
         name, _pick(rng, 64, 128), queries=queries, keys=keys, inputs=chosen, lists=drawn,
         lse=bool(rng.random() < 0.4), **common,
+    )  # fmt: skip
+
+
+LINEAR_DIMS = (16, 24, 32, 32, 40, 64, 64, 72, 96, 128, 128, 136, 256)
+MOST_STATE = 1 << 22
+"""Elements of all states of a case, in and between chunks."""
+
+
+def random_linear(seed: int, count: int, most_tokens: int = 1370) -> Iterator[Linear]:
+    """``count`` cases of linear attention, every second one under a triangle."""
+    lengths = [n for n in LENGTHS if n <= most_tokens]
+    dims = [d for d in LINEAR_DIMS if most_tokens > 100 or d <= 40]
+    for n in range(count):
+        rng = np.random.default_rng([seed, n, 77])
+        while True:
+            case = _linear(f"LinearAttention {seed}.{n}", rng, bool(n % 2), lengths, dims)
+            batch, _, keys, _, groups, dim, value_dim = case.sizes
+            chunks = -(-keys // case.form.chunk) if case.form.chunk else 1
+            if batch * groups * chunks * dim * value_dim <= MOST_STATE:
+                yield case
+                break
+
+
+def _linear(name: str, rng: np.random.Generator, causal: bool, lengths: Sequence[int], dims: Sequence[int]) -> Linear:
+    keys = _pick(rng, *lengths)
+    queries = keys if causal or rng.random() < 0.5 else _pick(rng, *lengths)
+    groups, dim = _pick(rng, 1, 1, 2, 3), _pick(rng, *dims)
+    # A sum is of features that are positive: what is divided by is not near 0.
+    maps = _pick(rng, ("relu", "relu"), ("elu+1", "elu+1"), ("exp", "exp"), ("none", "none"), ("softmax", "elu+1"))
+    form = Form(*maps, scale=float(rng.uniform(0.05, 1.0)) / dim)
+    if causal:
+        decay = _pick(rng, "none", "head", "token", "token", "channel", "channel")
+        form = replace(form, causal=True, chunk=_pick(rng, 16, 32, 64, 64, 128), decay=decay,
+                       initial=bool(rng.random() < 0.4))  # fmt: skip
+        sums = maps[0] != "none" and decay != "channel" and rng.random() < 0.5
+    else:
+        form = replace(form, chunk=_pick(rng, 0, 0, 16, 50, 64, 256), key_weight=bool(rng.random() < 0.25))
+        kind = _pick(rng, "none", "sum", "sum", "mala", "inline", "softmax")
+        sums = kind == "sum" and maps[0] != "none"
+        if kind in ("mala", "inline") and maps[0] in ("elu+1", "exp"):
+            form = replace(form, normaliser=kind, scale=1.0, key_weight=False)
+        elif kind == "softmax":
+            form = replace(form, query_map="softmax", key_map="softmax", key_weight=False)
+    if sums:
+        floor = _pick(rng, -inf, -inf, 30.0)
+        form = replace(form, normaliser="sum", scale=_pick(rng, 1.0, 0.7), epsilon=_pick(rng, 1e-3, 1e-2), floor=floor)
+    layouts = tuple(_pick(rng, "BNHD", "BNHD", "BHND", "BHDN") for _ in OPERANDS)
+    return Linear(
+        name, form, (_pick(rng, 1, 1, 2, 3), queries, keys, groups * _pick(rng, 1, 1, 2, 3), groups, dim,
+                     dim if rng.random() < 0.6 else _pick(rng, *dims)),
+        layouts, _pick(rng, "float16", "bfloat16"), _pick(rng, "float32", "float16", "bfloat16"),  # type: ignore[arg-type]
+        int(rng.integers(1 << 31)),
     )  # fmt: skip

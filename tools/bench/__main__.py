@@ -27,16 +27,26 @@ def main() -> None:
     measure.add_argument("--only", nargs="*", default=[])
     measure.add_argument("--rounds", type=int, default=25)
     measure.add_argument("--no-peers", action="store_true")
+    measure.add_argument("--without", nargs="*", default=[], metavar="PEER", help="natten compiles for minutes")
     measure.add_argument("--sweep", type=int, default=0, help="as it was prepared")
-    whole = verbs.add_parser("e2e", help="whole models: prepare compiles (no GPU), run measures, table prints")
-    whole.add_argument("step", choices=("prepare", "run", "table"))
+    whole = verbs.add_parser(
+        "e2e",
+        help="whole models: prepare compiles (no GPU), export makes all files (no GPU), run measures, table prints",
+    )
+    whole.add_argument("step", choices=("prepare", "export", "run", "table", "step", "case"))
     whole.add_argument("folder", type=Path, help="what prepare writes; of table the result")
+    whole.add_argument("name", nargs="?", default="", help="of a single step, which export runs")
     whole.add_argument("--work", type=Path, default=Path("e2e-work"), help="exports and models, gigabytes of them")
     whole.add_argument("--out", type=Path, default=Path("e2e.json"))
     whole.add_argument("--only", nargs="*", default=[])
     whole.add_argument("--arch", type=int, action="append", default=[])
+    whole.add_argument("--processes", type=int, default=8, help="steps of export at a time")
     whole.add_argument("--rounds", type=int, default=25)
+    whole.add_argument("--limit", type=float, default=280.0, help="seconds that run may take")
+    whole.add_argument("--serial", action="store_true", help="cases get ready one after another too")
+    whole.add_argument("--lock", type=int, help="of a case that run starts")
     whole.add_argument("--tiny", action="store_true", help="the same structure, small")
+    whole.add_argument("--cpu", action="store_true", help="a dry run without a GPU, ours through function bodies")
     made = verbs.add_parser("prepare-linear", help="compile the kernels of linear attention into a bundle")
     made.add_argument("out", type=Path)
     made.add_argument("--arch", type=int, action="append", default=[])
@@ -64,21 +74,11 @@ def main() -> None:
         from report import table
 
         cases = sweep(given.sweep) if given.sweep else CASES
-        result = run(given.bundle, given.only, given.rounds, not given.no_peers, cases)
+        result = run(given.bundle, given.only, given.rounds, None if given.no_peers else given.without, cases)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(result))
     elif given.verb == "e2e":
-        import e2e
-
-        if given.step == "prepare":
-            e2e.prepare(given.folder, given.only, given.arch, given.tiny)
-        else:
-            if given.step == "run":
-                result = e2e.run(given.folder, given.work, given.only, given.rounds, given.tiny)
-                given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            else:
-                result = json.loads(given.folder.read_text(encoding="utf-8"))
-            print(e2e.table(result))
+        _e2e(given)
     elif given.verb == "prepare-linear":
         from linear import prepare as prepare_linear
 
@@ -99,4 +99,28 @@ def main() -> None:
         print(table(result)) if given.verb == "table" else plot(result, given.out)
 
 
-main()
+def _e2e(given: argparse.Namespace) -> None:
+    import e2e_export
+
+    if given.step == "prepare":
+        e2e_export.prepare(given.folder, given.only, given.arch, given.tiny)
+    elif given.step == "export":
+        raise SystemExit(min(1, e2e_export.export(given.folder, given.work, given.only, given.tiny, given.processes)))
+    elif given.step == "step":
+        e2e_export.step(given.folder, given.work, given.only[0], given.name, given.tiny)
+    else:
+        import e2e
+
+        if given.step == "case":
+            e2e.case(given.work, given.only[0], given.rounds, given.lock, given.cpu)
+            return
+        if given.step == "run":
+            result = e2e.run(given.work, given.only, given.rounds, given.limit, given.cpu, given.serial)
+            given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        else:
+            result = json.loads(given.folder.read_text(encoding="utf-8"))
+        print(e2e.table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -32,6 +32,8 @@ class Case:
     bound: float | None = None
     density: float | None = None
     note: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Types of ``bias`` [H, N, N] and ``key_mask`` [B, 1, 1, N], whose values are drawn."""
 
     @property
     def grid(self) -> tuple[int, ...] | None:
@@ -50,9 +52,15 @@ class Case:
         """Inputs beside the operands, by their formal names."""
         return {} if self.kept is None else arrays(self.kept, self.attributes["block"])
 
+    def drawn(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of ``inputs``."""
+        known = {"bias": (self.heads, self.tokens, self.tokens), "key_mask": (self.batch, 1, 1, self.tokens)}
+        return {name: known[name] for name in self.inputs}
+
     def call(self) -> OpCall:
         sizes = {"batch": self.batch, "query_length": self.tokens, "key_length": self.tokens}
         shapes = {name: x.shape for name, x in self.lists().items()}
+        inputs = {**dict.fromkeys(shapes, "int32"), **self.inputs}
         return OpCall(
             self.op,
             self.dtype,
@@ -61,8 +69,8 @@ class Case:
             self.dim,
             self.dim,
             attributes=dict(self.attributes),
-            inputs=dict.fromkeys(shapes, "int32"),
-            shapes=shapes,
+            inputs=inputs,
+            shapes={**shapes, **self.drawn()},
             **sizes,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,29 +11,45 @@ from attncompile.core.kernel import Work
 from attncompile.kernels.cost import CostModel, features
 
 NAMES = ("launch", "block", "flop", "score", "mask")
+FEWEST = 4
+"""Configurations that say how far off a fit is, at least."""
 
 
 def fit(result: dict[str, Any], multiprocessors: int) -> str:
     """TOML of the constants, by model, and a table of errors as comments."""
     lines = [f"# Fitted by `python tools/bench fit` to a sweep on one {result['gpu']}, {result['when']}; nanoseconds."]
-    for name in sorted({c["model"] for c in result["cases"]}):
-        cases = [c for c in result["cases"] if c["model"] == name]
+    every = list(launches(result))
+    for name in sorted({c["model"] for c in every}):
+        cases = [c for c in every if c["model"] == name]
         used, withheld = cases[::2], cases[1::2]
+        if len(withheld) < FEWEST:
+            lines += [f"# {name}: {len(cases)} configurations are too few", ""]
+            continue
         matrix = np.array([features(Work(**c["work"]), multiprocessors) for c in used])
-        times = np.array([c["ms"]["ours"] * 1e6 for c in used])
+        times = np.array([c["ms"] * 1e6 for c in used])
         constants = least_squares(matrix / times[:, None], np.ones(len(used)))
         model = CostModel(
             *constants, multiprocessors, result["copy_tbs"] * 1e3, 0.0, f"{result['gpu']}, {result['when']}"
         )
-        errors = [model.milliseconds(Work(**c["work"])) / c["ms"]["ours"] - 1 for c in withheld]
+        errors = [model.milliseconds(Work(**c["work"])) / c["ms"] - 1 for c in withheld]
         for c, e in zip(withheld, errors, strict=True):
-            lines.append(f"# withheld {c['name']}: {c['ms']['ours']:.3f} ms, {e:+.0%}")
+            lines.append(f"# withheld {c['name']}: {c['ms']:.3f} ms, {e:+.0%}")
         lines += [f"[{name}]", *(f"{n} = {v:.6g}" for n, v in zip(NAMES, constants, strict=True))]
         lines += [
             f"multiprocessors = {multiprocessors}", f"bandwidth = {model.bandwidth:.6g}",
             f"withheld = {max(abs(e) for e in errors):.3f}", f'measured_on = "{model.measured_on}"', "",
         ]  # fmt: skip
     return "\n".join(lines)
+
+
+def launches(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every launch that was timed, by the name of its case; of tactics in one language the best."""
+    for case in (c for c in result["cases"] if "wrong" not in c):
+        met: set[str] = set()
+        for launch in case["launches"]:
+            if launch["model"] not in met or launch["model"].endswith("-linear"):
+                yield {"name": case["name"], **launch}
+            met.add(launch["model"])
 
 
 def least_squares(matrix: np.ndarray, target: np.ndarray) -> list[float]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import peers as other
 import torch
@@ -17,7 +17,7 @@ from cases import CASES, Case
 from measure import ceilings, times
 from truth import pairs, sample, truth
 
-from attncompile.core.kernel import ARCHITECTURES
+from attncompile.core.kernel import ARCHITECTURES, Kernel, OpCall, Program
 from attncompile.kernels.build import build, general
 from attncompile.kernels.bundle import Bundle, write
 from attncompile.kernels.cache import Cache
@@ -30,32 +30,63 @@ ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half a unit in the last place, relative."""
 
 
+class BestOnly:
+    """A kernel without its further tactics in a language."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+    def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
+        best: dict[str, Program] = {}
+        for program in self._kernel.programs(call, architecture):
+            best.setdefault(program.language, program)
+        return list(best.values())
+
+
 def prepare(out: Path, architectures: Sequence[int], cases: Sequence[Case] = CASES) -> None:
-    """Compile what the cases need, on a machine that needs no GPU."""
+    """Compile what the cases need, on a machine that needs no GPU. Of a sweep the best tactic in each language."""
     import triton
 
-    known = kernels()
-    calls = [known[c.op].call(c.call()) if c.op != "Attention" else c.call() for c in cases]
+    known: Mapping[str, Kernel] = kernels()
+    if cases is not CASES:
+        known = {op: cast(Kernel, BestOnly(kernel)) for op, kernel in known.items()}
+    calls = [routed(c) for c in cases]
     built = build([], calls, known, architectures or ARCHITECTURES, Cache.default())
     write(out, built, triton.__version__)
 
 
+def routed(case: Case) -> OpCall:
+    """The call of the kernel that takes the case: a plain window of a grid is one of ``Attention``."""
+    return case.call() if case.op == "Attention" else kernels()[case.op].call(case.call())
+
+
 def run(
-    bundle: Path, names: Sequence[str], rounds: int, with_peers: bool, cases: Sequence[Case] = CASES
+    bundle: Path, names: Sequence[str], rounds: int, without: Sequence[str] | None, cases: Sequence[Case] = CASES
 ) -> dict[str, Any]:
-    """Measure the cases called ``names`` (all without any) on this GPU. Refuses to time what is wrong."""
+    """Measure the cases called ``names`` (all without any) on this GPU. What is wrong is not timed: see ``wrong``.
+
+    ``without``: peers that are left out; None: all of them.
+    """
     device = torch.cuda.get_device_properties(0)
     capability = device.major * 10 + device.minor
     opened = Bundle.open(bundle)
     result: dict[str, Any] = {
         "gpu": device.name, "torch": torch.__version__, "cuda": torch.version.cuda,
-        "when": time.strftime("%Y-%m-%d"), "rounds": rounds, **ceilings(), "cases": [],
+        "when": time.strftime("%Y-%m-%d"), "rounds": rounds, **ceilings(), "cases": [], "wrong": {},
     }  # fmt: skip
     for case in cases:
-        if not names or case.name in names:
-            result["cases"].append(one(case, opened, capability, rounds, with_peers, result))
+        if names and case.name not in names:
+            continue
+        try:
+            result["cases"].append(one(case, opened, capability, rounds, without, result))
             print(json.dumps(result["cases"][-1]["summary"]), flush=True)
-            torch.cuda.empty_cache()
+        except Wrong as problem:
+            result["wrong"][case.name] = str(problem)
+            print(f"{case.name}: {problem}", flush=True)
+        torch.cuda.empty_cache()
     rates = [c["ours_touched_tflops"] for c in result["cases"] if c["name"] == "dense-d128-32760"]
     for found, case in ((f, c) for f in result["cases"] for c in cases if c.name == f["name"]):
         if case.bound is not None and rates:
@@ -66,12 +97,16 @@ def run(
     return result
 
 
+class Wrong(Exception):
+    """A kernel is outside its error budget."""
+
+
 def one(
-    case: Case, bundle: Bundle, capability: int, rounds: int, with_peers: bool, ceiling: dict[str, Any]
+    case: Case, bundle: Bundle, capability: int, rounds: int, without: Sequence[str] | None, ceiling: dict[str, Any]
 ) -> dict[str, Any]:
     """One case: ours, its peers, the limits."""
     known = kernels()
-    call = known[case.op].call(case.call()) if case.op != "Attention" else case.call()
+    call = routed(case)
     compiled = bundle.kernels(key_of(general(known, call)), capability)[0]
     program = next(
         p for p in known[call.op].programs(general(known, call), capability) if p.tactic == compiled.entry.tactic
@@ -84,9 +119,12 @@ def one(
     stream = torch.cuda.current_stream().cuda_stream
     at = {"query": q, "key": k, "value": v, "output": out}
     at |= {name: torch.from_numpy(x).cuda() for name, x in case.lists().items()}
+    drawn = {name: torch.randn(shape, device="cuda") for name, shape in case.drawn().items()}
+    drawn = {name: x > -1.0 if name == "key_mask" else x.to(kind) for name, x in drawn.items()}
+    at |= drawn
     launch = run_program(program, compiled, at, call.attributes, stream)
     rows = sample(case.tokens)
-    want = truth(case, q, k, v, rows)
+    want = truth(case, q, k, v, rows, drawn)
 
     def error(found: torch.Tensor) -> float:
         return float((found[:, rows].double() - want).norm() / want.norm())
@@ -95,16 +133,23 @@ def one(
     budget = 3 * max(float((low - want).norm() / want.norm()), ROUNDING[case.dtype])
     errors = {"ours": error(out)}
     if not errors["ours"] <= budget or bool(torch.isnan(out).any()):
-        raise SystemExit(f"{case.name}: {compiled.entry.tactic} is wrong: {errors['ours']:.1e}, budget {budget:.1e}")
+        raise Wrong(f"{compiled.entry.tactic} is wrong: {errors['ours']:.1e}, budget {budget:.1e}")
     runs: dict[str, Any] = {"ours": lambda: launch(stream)}
     left_out = {}
-    for name, other_launch in further(case, bundle, capability, at, stream) if case.kept is not None else ():
+    programs = {"ours": program}
+    for another, other_launch in further(case, bundle, capability, at, stream):
+        name = another.tactic
         errors[name] = error(out)
         if errors[name] <= budget and not bool(torch.isnan(out).any()):
             runs[name] = partial(other_launch, stream)
+            programs[name] = another
         else:
             left_out[name] = f"wrong: {errors[name]:.1e}"
-    for name, make in other.peers(case, q, k, v) if with_peers else ():
+            print(f"{case.name}: {name} is wrong: {errors[name]:.1e}, budget {budget:.1e}", flush=True)
+    for name, make in other.peers(case, q, k, v) if without is not None else ():
+        if name in (without or ()):
+            left_out[name] = "left out by --without"
+            continue
         try:
             made = make()
             if isinstance(made, str):
@@ -123,22 +168,28 @@ def one(
                 continue
         runs[name] = made
     took = {name: median(t) for name, t in times(runs, rounds).items()}
-    return summary(case, call, program, compiled.entry.tactic, took, errors, left_out, ceiling, capability)
+    found_all = summary(case, call, program, compiled.entry.tactic, took, errors, left_out, ceiling, capability)
+    found_all["launches"] = [
+        {"model": model_name(p, capability), "work": asdict(kernels()[call.op].work(call, p)), "ms": took[name]}
+        for name, p in programs.items()
+    ]
+    return found_all
 
 
 def further(
     case: Case, bundle: Bundle, capability: int, at: dict[str, torch.Tensor], stream: int
-) -> Iterator[tuple[str, Launch]]:
-    """Our other tactics, which no measurement has ordered yet; each writes the output, poisoned before."""
+) -> Iterator[tuple[Program, Launch]]:
+    """Our other tactics: of dense attention the first in Triton alone. Each writes the output, poisoned before."""
     known = kernels()
-    call = general(known, known[case.op].call(case.call()))
+    call = general(known, routed(case))
     programs = {p.tactic: p for p in known[call.op].programs(call, capability)}
-    for compiled in bundle.kernels(key_of(call), capability)[1:]:
+    best, *others = bundle.kernels(key_of(call), capability)
+    if case.op == "Attention":
+        others = [c for c in others if c.entry.language != best.entry.language][:1]
+    for compiled in others:
         at["output"].fill_(float("nan"))
-        yield (
-            compiled.entry.tactic,
-            run_program(programs[compiled.entry.tactic], compiled, at, case.call().attributes, stream),
-        )
+        program = programs[compiled.entry.tactic]
+        yield program, run_program(program, compiled, at, routed(case).attributes, stream)
 
 
 def summary(

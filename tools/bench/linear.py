@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ from attncompile.core.kernel import ARCHITECTURES, OpCall
 from attncompile.kernels.build import build, general
 from attncompile.kernels.bundle import Bundle, write
 from attncompile.kernels.cache import Cache
+from attncompile.kernels.cost import model_name
 from attncompile.kernels.launcher import run_program
 from attncompile.kernels.records import key_of
 from attncompile.plugins import kernels
@@ -111,7 +113,7 @@ def prepare(out: Path, architectures: Sequence[int]) -> None:
 
 
 def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> dict[str, Any]:
-    """Measure the cases called ``names`` (all without any). Refuses to time what is wrong."""
+    """Measure the cases called ``names`` (all without any). What is wrong is not timed."""
     device = torch.cuda.get_device_properties(0)
     result: dict[str, Any] = {
         "gpu": device.name, "torch": torch.__version__, "cuda": torch.version.cuda, "when": time.strftime("%Y-%m-%d"),
@@ -140,7 +142,7 @@ def one(
         else:
             at[name] = torch.full(shape, torch.nan, device="cuda", dtype=kind if name == "output" else torch.float32)
     stream = torch.cuda.current_stream().cuda_stream
-    launches, tactics, moved = [], [], 0.0
+    launches, tactics, works, moved = [], [], [], 0.0
     for call, (_, inputs, outputs) in zip(calls(case), plan(case), strict=True):
         compiled = bundle.kernels(key_of(general(kernels(), call)), capability)[0]
         made = kernels()[call.op].programs(general(kernels(), call), capability)
@@ -148,7 +150,9 @@ def one(
         tensors = {formal: at[name] for formal, name in (*inputs.items(), *outputs.items())}
         launches.append(run_program(program, compiled, tensors, call.attributes, stream))
         tactics.append(program.tactic)
-        moved += kernels()[call.op].work(call, program).bytes
+        work = kernels()[call.op].work(call, program)
+        works.append({"op": call.op, "model": model_name(program, capability), "work": asdict(work)})
+        moved += work.bytes
     want = truth(case, at)
     budget = {"float16": 3e-3, "bfloat16": 2e-2}[case.dtype]
 
@@ -157,7 +161,7 @@ def one(
 
     errors = {"ours": error(at["output"])}
     if not errors["ours"] <= budget:
-        raise SystemExit(f"{case.name}: {tactics} is wrong: {errors['ours']:.1e}, budget {budget:.1e}")
+        return {"name": case.name, "wrong": f"{tactics}: {errors['ours']:.1e}, budget {budget:.1e}"}
 
     def ours() -> None:
         for launch in launches:
@@ -175,7 +179,9 @@ def one(
             runs[name] = made_of
         except Exception as problem:  # a peer that fails in whatever way is left out by name
             left_out[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-    took = {name: median(t) for name, t in times(runs, rounds).items()}
+    each = {f"launch {i}": partial(launch, stream) for i, launch in enumerate(launches)}
+    took = {name: median(t) for name, t in times({**runs, **each}, rounds).items()}
+    alone = [{**w, "ms": took.pop(name)} for w, name in zip(works, each, strict=True)]
     ratios = {name: ms / took["ours"] for name, ms in took.items() if name != "ours"}
     least = 2.0 * case.batch * case.heads * case.tokens * case.dim * 4
     share = least / took["ours"] * 1e-9 / ceiling["copy_tbs"]
@@ -184,6 +190,7 @@ def one(
     return {
         "name": case.name, "tactics": tactics, "ms": took, "errors": errors, "left_out": left_out, "ratios": ratios,
         "wanted": case.wanted, "met": met, "bytes": moved, "share_of_copy": share,
+        "launches": alone,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Configurations from a seed, for the cost model: every second one is fitted, the others are withheld."""
+"""Configurations from a seed, for the cost model: every second one of a kind is fitted, the others are withheld."""
 
 from __future__ import annotations
 
@@ -11,22 +11,40 @@ LARGEST = 3.0e12
 """Flops of the largest configuration."""
 
 
+KINDS = (
+    "none", "causal", "window", "2-D", "3-D", "strided", "window", "bias", "key mask", "softcap", "64 lists",
+    "128 lists",
+)  # fmt: skip
+LONGEST = {"bias": 12.0, "64 lists": 13.5, "128 lists": 13.5}
+"""log2 of the most tokens, 14 otherwise."""
+
+
 def sweep(count: int, seed: int = 0) -> list[Case]:
-    """Dense, causal, windowed and neighborhood calls of all sizes, none twice."""
+    """Calls of all ``KINDS`` in turn, of all sizes, none twice."""
     rng = random.Random(seed)
     found: list[Case] = []
     while len(found) < count:
-        case = _one(rng, f"sweep-{len(found)}")
+        case = _one(rng, f"sweep-{len(found)}", KINDS[len(found) % len(KINDS)])
         if _flops(case) <= LARGEST:
             found.append(case)
     return found
 
 
-def _one(rng: random.Random, name: str) -> Case:
+def _one(rng: random.Random, name: str, kind: str) -> Case:
     dim, heads, batch = rng.choice([64, 72, 128]), rng.choice([4, 8, 12, 16, 24]), rng.choice([1, 2, 4])
-    kind = rng.choice(["none", "causal", "window", "2-D", "2-D", "3-D", "strided"])
+    tokens = int(2 ** rng.uniform(8.5, LONGEST.get(kind, 14.0)))
+    if kind.endswith("lists"):
+        block = int(kind.split()[0])
+        tokens = -(-tokens // block) * block
+        attributes = {"block": block, "masked_rows": "zero", "scale": dim**-0.5}
+        density = rng.choice([0.05, 0.1, 0.2, 0.4])
+        return Case(name, "BlockSparseAttention", 1, heads, heads, tokens, dim, attributes, density=density)
+    if kind in ("bias", "key mask"):
+        inputs = {"bias": "float16"} if kind == "bias" else {"key_mask": "bool"}
+        return Case(name, "Attention", batch, heads, heads, tokens, dim, {"masked_rows": "zero"}, inputs=inputs)
+    if kind == "softcap":
+        return Case(name, "Attention", batch, heads, heads, tokens, dim, {"right": 0, "softcap": 30.0})
     if kind in ("none", "causal", "window"):
-        tokens = int(2 ** rng.uniform(8.5, 14))
         reach = int(2 ** rng.uniform(6, 11))
         attributes = {"none": {}, "causal": {"right": 0}, "window": {"left": reach, "right": rng.choice([0, reach])}}[
             kind

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,14 +53,23 @@ def visible(case: Case, rows: torch.Tensor) -> torch.Tensor | None:
     return seen
 
 
-def truth(case: Case, q: Any, k: Any, v: Any, rows: torch.Tensor) -> torch.Tensor:
-    """[B, rows, H, D] float64."""
+def truth(
+    case: Case, q: Any, k: Any, v: Any, rows: torch.Tensor, drawn: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> torch.Tensor:  # fmt: skip
+    """[B, rows, H, D] float64. ``drawn``: the case's inputs beside operands and lists."""
     seen = visible(case, rows)
     group = case.heads // case.kv_heads
     out = []
     for head in range(case.heads):
         keys, values = k[:, :, head // group].double(), v[:, :, head // group].double()
         scores = torch.einsum("bid,bjd->bij", q[:, rows, head].double(), keys) * case.dim**-0.5
+        softcap = case.attributes.get("softcap")
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if "bias" in drawn:
+            scores = scores + drawn["bias"][head, rows].double()
+        if "key_mask" in drawn:
+            scores = scores.masked_fill(~drawn["key_mask"][:, 0], -torch.inf)
         if seen is not None:
             scores = scores.masked_fill(~(seen[head] if seen.ndim == 3 else seen), -torch.inf)
         out.append(torch.softmax(scores, -1) @ values)

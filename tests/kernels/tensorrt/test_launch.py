@@ -5,55 +5,28 @@ results are those of float64. Untested stays, without TensorRT, that it makes th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
 from attncompile.kernels.tensorrt.register import register
-from tests.conformance.budget import wrong
-from tests.conformance.case import Case
+from attncompile.plugins import kernels
+from attncompile.plugins.linear_attention.op import COMBINE
 from tests.kernels.tensorrt.conftest import Prepared, prepare
+from tests.kernels.tensorrt.interpreted_job import Job
+from tests.kernels.tensorrt.results import LARGE, OUTPUTS, SMALL, inputs, points, problems
 from tests.kernels.tensorrt.samples import SAMPLES, Sample
 from tests.kernels.tensorrt.walk import Launch, check_entry, walk
 
-torch = pytest.importorskip("torch")
-
-TORCH = {1: "float32", 10: "float16", 16: "bfloat16", 9: "bool", 6: "int32", 7: "int64"}
-LARGE = replace(SAMPLES[0], name="large", inputs={n: (k, (*d[:-1], 128)) for n, (k, d) in SAMPLES[0].inputs.items()})
-"""Head dim 128: its best tactics need more than 48 KB of shared memory everywhere."""
-
-
-def case_of(one: Prepared, sizes: Mapping[str, int]) -> Case:
-    """The node's call with all its sizes."""
-    call = one.node.call
-    assert call is not None
-    shapes = {n: tuple(sizes.get(d, d) for d in dims) for n, (_, dims) in one.sample.inputs.items()}  # type: ignore[call-overload]
-    layouts = layouts_of(one.sample)
-    q, k = (dict(zip(layouts[i], shapes[n], strict=True)) for i, n in enumerate(("query", "key")))
-    optional = {n: s for n, s in shapes.items() if n not in ("query", "key", "value")}
-    full = replace(call, batch=q["B"], query_length=q["N"], key_length=k["N"], shapes=optional)
-    return Case(one.sample.name, full, layouts)
-
-
-def layouts_of(sample: Sample) -> tuple[str, str, str, str]:
-    q, k, v, o = (str(sample.attributes.get(f"{x}_layout", "BNHD")) for x in "qkvo")
-    return q, k, v, o
-
-
-def device_tensors(one: Prepared, case: Case, device: str) -> dict[str, Any]:
-    """Inputs as the network has them (contiguous, in the node's layout and types) and poisoned outputs."""
-    found = {}
-    for name, array in case.inputs().items():
-        x = torch.from_numpy(np.ascontiguousarray(array))
-        if name in ("query", "key", "value"):
-            layout = case.layouts[("query", "key", "value").index(name)]
-            x = x if layout == "BNHD" else x.transpose(1, 2)
-        kind = getattr(torch, TORCH[one.sample.inputs[name][0]])
-        found[name] = x.to(kind).contiguous().to(device)
-    return found
+ROOT = Path(__file__).parents[3]
 
 
 class Machine:
@@ -120,64 +93,95 @@ def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, 
     from attncompile.kernels.driver import driver
 
     machine = Machine(driver())
-    yield machine, prepare([*SAMPLES, LARGE], machine.capability, tmp_path_factory.mktemp("gpu"))
+    yield machine, prepare([*SAMPLES, *LARGE], machine.capability, tmp_path_factory.mktemp("gpu"))
 
 
-COMPARED = ("Attention", "NeighborhoodAttention")
-ELSEWHERE = (
-    "results on a GPU through a plugin's launch are not compared: its numbers are checked by tests/conformance, its "
-    "launch by test_walk.py"
-)  # fmt: skip
-POINTS = ({"B": 2, "N": 100, "M": 130}, {"B": 1, "N": 331, "M": 397}, {"B": 3, "N": 17, "M": 401})
+def walked(trt: Any, one: Prepared, multiprocessors: int) -> list[Launch]:
+    register(list(one.made.plugins.values()), one.bundle.load, multiprocessors)
+    (found,) = walk(trt, one.rewritten, one.sample.sizes).values()
+    return found
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sample", [*SAMPLES, LARGE], ids=str)
+@pytest.mark.parametrize("sample", [*SAMPLES, *LARGE], ids=str)
 def test_results_on_the_gpu(sample: Sample, newest: Any, on_gpu: tuple[Machine, dict[str, Prepared]]) -> None:
-    """Every tactic of the ops in ``COMPARED`` at three shapes, against float64."""
-    from tests.conformance.vectorised import expected
-
-    if sample.op not in COMPARED:
-        pytest.skip(f"{sample.op}: {ELSEWHERE}")
+    """Every op, all outputs of every tactic at three shapes, against float64."""
     machine, prepared = on_gpu
     one = prepared[sample.name]
-    register(list(one.made.plugins.values()), one.bundle.load, machine.multiprocessors)
-    (found,) = walk(newest[0], one.rewritten, sample.sizes).values()
-    if sample is LARGE:
+    call = one.node.call
+    assert call is not None
+    found = walked(newest[0], one, machine.multiprocessors)
+    if sample in LARGE:
         assert max(launch.shared for launch in found) > 48 << 10
-    for point in POINTS:
-        sizes = {n: point[n] for n in sample.sizes}
-        case = case_of(one, sizes)
-        tensors = device_tensors(one, case, "cuda")
-        want, sums = expected(case.call, case.inputs())
-        low, low_sums = expected(case.call, case.inputs(), half=case.call.dtype)
+    said = []
+    for sizes in points(sample):
+        given = inputs(sample, call, sizes, "cuda")
         for launch in found:
             check_entry(launch)
-            for name, shape, kind in zip(launch.outputs, launch.shapes(sizes), launch.output_types, strict=True):
-                half = torch.float32 if kind == 0 else getattr(torch, case.call.dtype)
-                tensors[name] = torch.full(shape, torch.nan, dtype=half, device="cuda")
-            machine.launch(launch, sizes, {n: t.data_ptr() for n, t in tensors.items()})
+            got = outputs_of(launch, sizes, "cuda")
+            machine.launch(launch, sizes, {n: t.data_ptr() for n, t in (given | got).items()})
             torch.cuda.synchronize()
-            got = tensors["output"].float().cpu()
-            got = got if case.layouts[3] == "BNHD" else got.transpose(1, 2)
-            assert not wrong(got.numpy(), want, low, case.call.dtype), (sample.name, sizes, launch.tactic)
-            if "log_sum_exp" in tensors:
-                got_sums = tensors["log_sum_exp"].cpu().numpy()[..., None]
-                said = wrong(got_sums, sums[..., None], low_sums[..., None], "float32")
-                assert not said, (sample.name, sizes, launch.tactic, said)
+            tactic = one.bundle.entries[next(iter(one.made.plugins.values())).entries[launch.tactic - 1]].tactic
+            said += [f"{tactic} at {sizes}: {x}" for x in problems(sample, call, sizes, given, got)]
+    assert not said
 
 
-def test_the_reference_fits_the_samples(prepared: dict[str, Prepared]) -> None:
-    """Without a GPU: sizes, layouts and types that the test above takes for granted."""
-    from tests.conformance.vectorised import expected
+def outputs_of(launch: Launch, sizes: Mapping[str, int], device: str) -> dict[str, Any]:
+    """Poisoned, of the types and shapes that the plugin says."""
+    return {
+        name: torch.full(shape, torch.nan, dtype=getattr(torch, OUTPUTS[int(kind)]), device=device)
+        for name, shape, kind in zip(launch.outputs, launch.shapes(sizes), launch.output_types, strict=True)
+    }
 
-    for name in (s.name for s in SAMPLES if not s.slow and s.op in COMPARED):
-        one = prepared[name]
-        sizes = {n: {"B": 2, "N": 9, "M": 13}[n] for n in one.sample.sizes}
-        case = case_of(one, sizes)
-        tensors = device_tensors(one, case, "cpu")
-        for given, (kind, dims) in one.sample.inputs.items():
-            assert tuple(tensors[given].shape) == tuple(sizes.get(d, d) for d in dims)  # type: ignore[call-overload]
-            assert str(tensors[given].dtype) == f"torch.{TORCH[kind]}"
-        want, _ = expected(case.call, case.inputs())
-        assert np.isfinite(want).all()
+
+def test_every_op_is_compared_at_three_shapes() -> None:
+    for op in kernels():
+        alike = [s for s in (*SAMPLES, *LARGE) if s.op == op]
+        assert sum(len(points(s)) for s in alike) >= 3, op
+        assert op == COMBINE or any(s in LARGE for s in alike), op
+
+
+PLANTED = {
+    "dense": "NK", "neighborhood": "k_n", "lists of a file": "NK", "states of chunks": "NK", "chunks combined": "C",
+    "whole state applied": "NQ", "states before chunks": "NK", "output of chunks": "NQ",
+}  # fmt: skip
+"""Of a sample of each op, the int32 argument that is one less."""
+
+
+def jobs(trt: Any, prepared: dict[str, Prepared], samples: Iterable[Sample]) -> list[Job]:
+    found = []
+    for sample in samples:
+        one = prepared[sample.name]
+        (made,) = one.made.plugins.values()
+        for launch in walked(trt, one, 2):
+            entry = one.bundle.entries[made.entries[launch.tactic - 1]]
+            for sizes in points(sample, SMALL):
+                kinds = zip(launch.outputs, launch.output_types, launch.shapes(sizes), strict=True)
+                job = Job(
+                    sample.name, entry.tactic, sizes, launch.inputs, tuple(launch.arguments(sizes)),
+                    {n: (int(kind), shape) for n, kind, shape in kinds}, launch.grid(sizes),
+                )  # fmt: skip
+                found.append(job)
+            if sample.name in PLANTED and launch.tactic == 1:
+                names = [a.name for a in entry.arguments if a.kind == "int32"]
+                numbers = list(job.numbers)
+                numbers[names.index(PLANTED[sample.name])] -= 1
+                found.append(replace(job, numbers=tuple(numbers), planted=PLANTED[sample.name]))
+    return found
+
+
+@pytest.mark.slow
+def test_results_in_the_interpreter(newest: Any, prepared: dict[str, Prepared]) -> None:
+    """Without a GPU: what would be launched, by the interpreter, with the same inputs and references."""
+    found = jobs(newest[0], prepared, SAMPLES)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.tensorrt.interpreted"], input=json.dumps([j.to_json() for j in found]),
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(said) == len(found)
+    assert [(x["sample"], x["tactic"], x["wrong"]) for x in said if x["wrong"] and not x["planted"]] == []
+    assert [x["sample"] for x in said if x["planted"] and not x["wrong"]] == []
+    assert {x["sample"] for x in said if x["planted"]} == set(PLANTED)

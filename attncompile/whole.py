@@ -108,7 +108,7 @@ class Run:
             evidence = Parity(True, "relative_l2", self._budget(), 0.0, "none",
                               reason="nothing was replaced: the output is the input")  # fmt: skip
             return Outcome(plan, self._results, self._fidelity, evidence, (), tuple(self._warnings), failures,
-                           search=self._searched)  # fmt: skip
+                           search=self._in_force())  # fmt: skip
         self._progress.stage("verify the model")
         shaped = self._shaped()
         seen = [s.feed for s in self._evidence(shaped)]
@@ -137,7 +137,7 @@ class Run:
             self._warnings.append(self._bisection.text)
         on_gpu = tuple(e.site.id for e in self._on_gpu)
         return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures,
-                       self._bisection, on_gpu, error if on_gpu else None, self._searched)  # fmt: skip
+                       self._bisection, on_gpu, error if on_gpu else None, self._in_force())  # fmt: skip
 
     def _broken_assumptions(self) -> tuple[str, ...]:
         """What the user's inputs break; then nothing stays replaced, and the run fails."""
@@ -153,6 +153,10 @@ class Run:
         if broken:
             self._undo(list(self._edits), f"your inputs break an assumption: {broken[0].text}")
         return tuple(f"assumption of {_ids(b.sites)}: {b.text}" for b in broken)
+
+    def _in_force(self) -> search.SearchReport | None:
+        sites = {e.site.id for e in (*self._edits, *self._on_gpu)}
+        return self._searched.only(sites) if self._searched is not None else None
 
     def done(self) -> None:
         """The output is in its place: a search need not be taken up again."""

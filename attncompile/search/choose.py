@@ -151,12 +151,13 @@ def tune(
     target = min(math.log(limits.budget) / limits.power, math.log(max(most, 1e-300)))
     for _ in range(limits.evaluations):
         choice = within_damage(spaces, math.exp(target))
+        ceiling = math.log(max(most, 1e-300)) if high == math.inf else high
+        while not choice and ceiling - target >= 0.1:  # so little damage gains nothing
+            low = max(low, target)
+            target = min(target + 0.7, ceiling) if high == math.inf else (target + ceiling) / 2
+            choice = within_damage(spaces, math.exp(target))
         if not choice:
-            low = max(low, target)  # nothing is nothing's damage
-            if high == math.inf or high - low < 0.1:
-                break
-            target = (low + high) / 2
-            continue
+            break
         point = judged(choice)
         here = math.log(max(point.damage, 1e-300))
         away = math.log(max(limits.budget, FLOOR)) - math.log(max(point.bound, FLOOR))

@@ -16,6 +16,10 @@ import numpy as np
 FLOOR = 1e-12
 """Errors below this are rounding."""
 
+SMALLEST = 0.02
+"""Errors are taken for at least this share of the largest: that one input has none (its largest logits all stayed where
+they were, say) does not mean that others may have any."""
+
 
 def upper_bound(errors: Sequence[float], future: int, confidence: float) -> float:
     """A number that the errors of ``future`` more inputs stay below with this confidence. One error alone says nothing
@@ -27,7 +31,7 @@ def upper_bound(errors: Sequence[float], future: int, confidence: float) -> floa
         return math.inf
     if len(errors) == 1 or max(errors) <= FLOOR:
         return max(errors)
-    logs = np.log(np.maximum(errors, FLOOR))
+    logs = np.log(np.maximum(errors, SMALLEST * max(errors)))
     n = len(logs)
     factor = student(1 - (1 - confidence) / max(future, 1), n - 1) * math.sqrt(1 + 1 / n)
     return float(max(np.exp(logs.mean() + factor * logs.std(ddof=1)), max(errors)))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
 import numpy as np
-
-MAP_SIDE = 48
-"""Blocks a side of a map in the report; larger ones are averaged."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +63,10 @@ class SearchReport:
     refused: int = 0
     density: float | None = None
     sites: Mapping[str, tuple[HeadFound, ...]] = field(default_factory=dict)
+
+    def only(self, sites: Collection[str]) -> SearchReport:
+        """Without the heads of sites that were undone later."""
+        return replace(self, sites={name: heads for name, heads in self.sites.items() if name in sites})
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -135,6 +135,7 @@ class Search:
         self._whole: dict[str, list[Edit]] = {}
         self._refusals: dict[str, str] = {}
         self._opset = found.index.model.opset
+        self._least = max(policy.min_gain, gpu.least_gain if gpu is not None else 0.0)
         self._files = [scratch / "inputs" / f"{i}.npz" for i in range(len(feeds))]
         self._executor: executors.Executor | None = None
         self._state: State | None = None
@@ -280,7 +281,7 @@ class Search:
             time[0] = plan.time.head  # dense
             units.append(Unit(tuple(p.text for p in patterns), time, plan.damage[head]))
         base = self._base(plan.site, plan.time.dense)
-        return SiteSpace(plan.site.id, base, plan.time.fixed, tuple(units), 1.0, self._policy.min_gain)
+        return SiteSpace(plan.site.id, base, plan.time.fixed, tuple(units), 1.0, self._least)
 
     def _whole_spaces(self) -> list[SiteSpace]:
         sites = [e[0].site for e in self._whole.values()]
@@ -302,7 +303,7 @@ class Search:
             damage = np.array([0.0, *(float(np.mean(np.square(o.errors))) for o in options)])
             labels = ("as it is", *(o.edit.decision.reason for o in options))
             damage[~np.isfinite(damage)] = 1e30
-            spaces.append(SiteSpace(site.id, base, 0.0, (Unit(labels, time, damage),), 1.0, self._policy.min_gain))
+            spaces.append(SiteSpace(site.id, base, 0.0, (Unit(labels, time, damage),), 1.0, self._least))
         return spaces
 
     # Whole models.
@@ -415,6 +416,8 @@ class Search:
 
     def _by_density(self, spaces: Sequence[SiteSpace], limit: float) -> Result:
         choice = choose.within_density(spaces, limit, self.density)
+        if self.density(choice) > limit:
+            self._warnings.append(f"the sparsest choice keeps {self.density(choice):.1%} of the blocks")
         self._progress.stage("measure", 1)
         point = None
         held: tuple[float, ...] = ()

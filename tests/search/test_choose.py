@@ -138,6 +138,15 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
     assert upper_bound([0.3], 5, 0.99) == 0.3 and upper_bound([], 5, 0.99) == np.inf
     assert upper_bound([0.1, np.inf], 5, 0.99) == np.inf and upper_bound([0.0, 0.0], 5, 0.99) == 0.0
     assert upper_bound([1.0, 1.0, 1.0], 5, 0.99) == pytest.approx(1.0)
+    assert upper_bound([0.0, 1e-3, 1e-3, 1e-3], 1, 0.9) == upper_bound([2e-5, 1e-3, 1e-3, 1e-3], 1, 0.9) < 0.1
+
+
+def test_the_first_step_that_gains_is_found() -> None:
+    """Sites gain nothing until much is taken from them, and what is taken does little harm."""
+    time, damage = np.array([1.0, 0.9, 0.3]), np.array([0.0, 1e-6, 1.0])
+    one = SiteSpace("a", 1.0, 0.1, (Unit(("dense", "b", "c"), time, damage),), 1.0, 1.2)
+    best, _ = tune([one], Limits(1e-3, 1, 0.9), lambda choice: [1e-5])
+    assert best is not None and best.choice == {"a": (2,)}
 
 
 def test_students_quantiles() -> None:

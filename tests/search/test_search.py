@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -62,6 +63,8 @@ def test_heads_with_known_patterns(tmp_path: Path) -> None:
     assert not any(d.exact for d in plan.decisions)
     nodes = [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
     assert nodes.count("BlockSparseAttention") == 2 and "Softmax" not in nodes
+    jsonschema.validate(found.to_json(), report.schema())
+    assert "sinks 1 window 0" in (tmp_path / "out" / "report.html").read_text()
     # The plan alone makes the same model.
     again = compiled(full, tmp_path / "again", plan=tmp_path / "out" / "plan.toml", max_error=0.03)
     assert again.outcome == "replaced"
@@ -88,6 +91,14 @@ def test_a_budget_of_nothing_is_the_policy_exact(tmp_path: Path) -> None:
         assert [s.decision.mechanism for s in made_of.sites] == ["DenseAttention"]
     assert (tmp_path / "a/out/model.onnx").read_bytes() == (tmp_path / "b/out/model.onnx").read_bytes()
     assert none.search is None
+
+
+def test_a_site_that_is_undone_is_not_shown(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = gate.SiteResult(rolled_back="not faster", slower=True)
+    monkeypatch.setattr(gate.SiteGate, "check", lambda self, edit: slow)
+    found = compiled(full, tmp_path, max_error=0.03)
+    assert found.outcome == "rolled_back" and found.search is not None and not found.search.sites
+    assert found.search.points and (tmp_path / "out/model.onnx").read_bytes() == full[0].read_bytes()
 
 
 def test_what_does_not_fit_leaves_the_exact_replacement(tmp_path: Path) -> None:

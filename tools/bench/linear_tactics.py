@@ -50,13 +50,13 @@ def _causal(name: str, form: Any, tokens: int, wanted: Mapping[str, float]) -> L
 
 
 TRIALS = (
+    Trial(_causal("retention-8k", HEAD, 8192, {"fla": 1.0, "lightning": 1.0}), (64, 128, 256, 512, 1024)),
+    Trial(_causal("simple-gla-8k", TOKEN, 8192, {"fla": 1.0}), (256, 512)),
     Trial(_named("relu-d32-16k"), (1024, 2048)),
     Trial(_named("relu-d128-16k"), (1024, 2048)),
-    Trial(_named("relu-d128-64k"), (4096, 8192), peers=False),
-    Trial(_causal("retention-8k", HEAD, 8192, {"fla": 1.0, "lightning": 1.0}), (64, 128, 256, 512, 1024)),
     Trial(_causal("retention-32k", HEAD, 32768, {"fla": 1.0, "lightning": 1.0}), (256, 512, 1024)),
-    Trial(_causal("simple-gla-8k", TOKEN, 8192, {"fla": 1.0}), (256, 512)),
     Trial(_causal("simple-gla-32k", TOKEN, 32768, {"fla": 1.0}), (256, 512)),
+    Trial(_named("relu-d128-64k"), (4096, 8192), peers=False),
 )
 
 

@@ -204,11 +204,13 @@ def one(
         given = {**at, **{n: x.float().contiguous() for n, x in want.items() if n != "output"}}
         rows, best = [], []
         for call, (_, inputs, outputs) in zip(calls(cut), plan(cut), strict=True):
-            tested = launches(call, bundle, capability, given, inputs, outputs, want, stream)
+            tested, kept = launches(call, bundle, capability, given, inputs, outputs, want, stream)
             ok = {name: partial(launch, stream) for name, launch, _ in tested if isinstance(launch, Launch)}
             took = {name: median(t) for name, t in times(ok, rounds).items()} if ok else {}
+            del kept  # launches hold addresses alone
             rows.append({"op": call.op, "tactics": {name: {"ms": took.get(name), "error": said}
                                                     for name, _, said in tested}})  # fmt: skip
+            print(json.dumps({"case": case.name, "chunk": chunk, **rows[-1]}), flush=True)
             best.append(min(took, key=lambda n: took[n]) if took else "")
         found["chunks"][chunk] = {"ops": rows, "best": best}
         if all(best):
@@ -255,8 +257,10 @@ def _empty(name: str, shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor
 def launches(
     call: OpCall, bundle: Bundle, capability: int, given: Mapping[str, torch.Tensor], inputs: Mapping[str, str],
     outputs: Mapping[str, str], want: Mapping[str, torch.Tensor], stream: int,
-) -> list[tuple[str, Launch | None, Any]]:  # fmt: skip
-    """Of every tactic: its name, its launch where that is right, and its outputs' largest error or what it said."""
+) -> tuple[list[tuple[str, Launch | None, Any]], dict[str, torch.Tensor]]:  # fmt: skip
+    """Of every tactic: its name, its launch where that is right, and its outputs' largest error or what it said; and
+    the tensors, which have to live as long as the launches are made.
+    """
     found: list[tuple[str, Launch | None, Any]] = []
     asked = general(known(), call)
     compiled = {k.entry.tactic: k for k in bundle.kernels(key_of(asked), capability)}
@@ -277,7 +281,7 @@ def launches(
             found.append((program.tactic, None, str(problem)))
             continue
         found.append((program.tactic, launch if error <= BUDGET else None, error))
-    return found
+    return found, tensors
 
 
 def chain(

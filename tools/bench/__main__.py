@@ -78,7 +78,9 @@ def main() -> None:
         from report import table
 
         cases = sweep(given.sweep) if given.sweep else CASES
-        result = run(given.bundle, given.only, given.rounds, None if given.no_peers else given.without, cases)
+        result = run(
+            given.bundle, given.only, given.rounds, None if given.no_peers else given.without, cases, given.out
+        )
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(result))
     elif given.verb == "e2e":

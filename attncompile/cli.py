@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from attncompile.compare import Feeds
     from attncompile.pipeline import Options
 
+EXECUTORS = ("local", "ray")
+PROVIDERS = ("cpu", "cuda")
 VERBS = ("compile", "inspect", "explain", "plan", "verify", "profile", "bench", "kernels", "env")
 
 _UsageError = typer.BadParameter.__bases__[0]
@@ -77,6 +79,10 @@ def _compile(
     profile: opt.Profile = [],  # noqa: B006 - Typer makes a fresh list of each call's options
     max_error: opt.MaxError = None,
     metric: opt.Metric = None,
+    density: opt.Density = None,
+    jobs: opt.Jobs = None,
+    executor: opt.Executor = "local",
+    provider: opt.Provider = "cpu",
     plan: opt.PlanFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write plan.toml only, like `plan`.")] = False,
     require_sites: opt.RequireSites = None,
@@ -110,7 +116,7 @@ def _compile(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
         plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
         fp16=fp16, bf16=bf16, arch=arch, fusions=not no_fusions, grid=grid, sites=site, threads=threads,
-        hash_weights=hash_weights, seed=seed,
+        hash_weights=hash_weights, seed=seed, density=density, jobs=jobs, executor=executor, provider=provider,
         engine=engine_options.parse(workspace, timing_cache, weight_streaming, refit, engine_level, engine_profile),
         ranges=engine_options.ranges(model, min_shapes, opt_shapes, max_shapes),
     )  # fmt: skip
@@ -417,6 +423,14 @@ def _options(**given: Any) -> Options:
         opt.choice(known["metric"], opt.METRICS, "--metric")
     if known.get("max_error") is not None and not known["max_error"] >= 0:
         raise BadArguments(f"--max-error {known['max_error']} is not an error", "give a number of 0 or more")
+    if known.get("density") is not None:
+        if not 0 < known["density"] <= 1:
+            raise BadArguments(f"--density {known['density']} is no share", "give a number above 0, and at most 1")
+        if known.get("max_error") is not None:
+            raise BadArguments("--density and --max-error exclude each other", "keep one of the two")
+    if "executor" in known:
+        opt.choice(known["executor"], EXECUTORS, "--executor")
+        opt.choice(known["provider"], PROVIDERS, "--provider")
     if known.get("require_sites") is not None and known["require_sites"] < 0:
         raise BadArguments("--require-sites is negative", "give the number of sites that must be found")
     if known.get("plan") is not None and known.get("dry_run"):

@@ -77,6 +77,26 @@ Metric = Annotated[
         "the policy's, or relative_l2.",
     ),
 ]  # fmt: skip
+Density = Annotated[
+    float | None,
+    typer.Option(
+        "--density", metavar="D", show_default=False,
+        help="In place of an error budget: this share of the blocks of full attention, 0 to 1; the error is reported.",
+    ),
+]  # fmt: skip
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", "-j", metavar="N", min=1, max=512, show_default=False,
+        help="Processes that search for approximations. Default: one a usable core.",
+    ),
+]  # fmt: skip
+Executor = Annotated[
+    str, typer.Option("--executor", metavar="local|ray", help="Where they run; ray: the cluster of RAY_ADDRESS.")
+]
+Provider = Annotated[
+    str, typer.Option("--provider", metavar="cpu|cuda", help="Where the search runs the model, in ONNX Runtime.")
+]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", show_default=False, help="Apply this (edited) plan.toml.")
 ]

@@ -72,6 +72,23 @@ class GpuCost:
             total += self._launch(node.call) + self.barrier
         return total
 
+    def lists(self, site: AttentionSite, shape: Shape, edge: int, blocks: int) -> float:
+        """Predicted time of one launch whose heads have lists of their own, ``blocks`` of them in all, of ``edge``
+        queries and keys; as many as there are rows are partial. Raises ``Unsupported`` as ``gain``.
+        """
+        kernel = self.kernels["BlockSparseAttention"]
+        count = -(-shape.query_length // edge)
+        sizes = {
+            "rows": (1, site.heads, count, 3), "columns": (blocks,), "kinds": (blocks,),
+            "masks": (2, edge, edge // 32), "order": (site.heads * count,),
+        }  # fmt: skip
+        call = OpCall(
+            kernel.op, self._dtype(site), site.heads, site.kv_heads, site.head_dim, site.value_dim,
+            {"block": edge, "masked_rows": "zero", "scale": site.scale}, dict.fromkeys(sizes, "int32"), sizes,
+            batch=shape.batch, query_length=shape.query_length, key_length=shape.key_length,
+        )  # fmt: skip
+        return self._launch(call) + self.barrier
+
     def before(self, site: AttentionSite, shape: Shape) -> float:
         """Milliseconds of the site as it is: as one dense kernel of ours where the target fuses it, else as two
         products and a softmax, by what these must move and multiply.

@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import onnxruntime as ort
 
-from attncompile.core.errors import AttncompileError, BadArguments, BadModel
+from attncompile.core.errors import AttncompileError, BadArguments, BadModel, MissingDependency
 
 SLOWER_THAN = 1.02
 FASTER_THAN = 1.0
@@ -40,6 +40,7 @@ _NARROW = 0.01
 
 Feed = Mapping[str, np.ndarray]
 Optimisation = Literal["all", "extended", "basic", "none"]
+Provider = Literal["cpu", "cuda"]
 
 
 class Session(Protocol):
@@ -100,11 +101,14 @@ def default_threads() -> int:
 
 
 def open_session(
-    model: str | os.PathLike[str] | bytes, threads: int | None = None, optimisation: Optimisation = "all"
-) -> ort.InferenceSession:
-    """An ONNX Runtime CPU session with ``threads`` intra-op threads (default: ``default_threads()``) and one inter-op.
+    model: str | os.PathLike[str] | bytes, threads: int | None = None, optimisation: Optimisation = "all",
+    provider: Provider = "cpu",
+) -> ort.InferenceSession:  # fmt: skip
+    """An ONNX Runtime session with ``threads`` intra-op threads (default: ``default_threads()``) and one inter-op.
+    ``provider``: where it runs; ``cuda`` leaves to the CPU what the GPU cannot do.
 
-    Raises BadModel if ONNX Runtime cannot load the model, BadArguments for a bad ``threads`` or ``optimisation``.
+    Raises BadModel if ONNX Runtime cannot load the model, BadArguments for a bad ``threads`` or ``optimisation``,
+    MissingDependency where this ONNX Runtime has no such provider.
     """
     levels = {
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -127,14 +131,28 @@ def open_session(
     source: str | bytes = model if isinstance(model, bytes) else os.fspath(model)
     if isinstance(source, str) and not Path(source).is_file():
         raise BadModel(f"{source} does not exist", "give the path of an ONNX file")
+    names = providers(provider)
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=names)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         name = "the model" if isinstance(source, bytes) else source
         raise BadModel(
             f"ONNX Runtime cannot load {name}: {_first_line(error)}",
             "check the file with `python -m onnx.checker`, and that ONNX Runtime supports its opset and types",
         ) from error
+
+
+def providers(name: Provider) -> list[str]:
+    """ONNX Runtime's names. Raises MissingDependency where it has none of them, never falls back by itself."""
+    if name == "cpu":
+        return ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise MissingDependency(
+            "this ONNX Runtime has no CUDA provider", "install onnxruntime-gpu in place of onnxruntime, or use cpu"
+        )
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 def run_session(session: Session, feed: Feed, names: Sequence[str] | None = None) -> list[np.ndarray]:

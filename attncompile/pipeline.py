@@ -27,6 +27,7 @@ from attncompile.env import environment
 from attncompile.gate import Edit, SiteGate, SiteResult
 from attncompile.gpu_cost import GpuCost, gpu_cost
 from attncompile.ledger import Ledger
+from attncompile.measure import Provider
 from attncompile.passes.detect import detect
 from attncompile.passes.equal_lengths import with_sums
 from attncompile.passes.evaluate import GraphIndex, World
@@ -50,7 +51,9 @@ class Options:
     """What the command line can say. ``profile`` holds only the ranges that the user gave; ``sites`` limits the run to
     these ids; ``precision`` is that of the engine (``fp16`` or ``bf16``), None for the model's own; ``architectures``
     those that kernels are compiled for, empty for the GPUs of this machine, or all where it has none; ``fusions``
-    whether what lies between the sites is fused for ONNX Runtime's GPU provider.
+    whether what lies between the sites is fused for ONNX Runtime's GPU provider. ``density`` asks for so many of the
+    blocks of full attention in place of an error budget; ``jobs`` (None: one a core) processes of ``executor`` do the
+    search, in sessions of ``provider``.
     """
 
     policy: str = "exact"
@@ -73,6 +76,10 @@ class Options:
     sites: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
     fusions: bool = True
+    density: float | None = None
+    jobs: int | None = None
+    executor: str = "local"
+    provider: Provider = "cpu"
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -199,7 +206,9 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
 
     kept = [e for e in edits if _stays(results[e.site.id], target)]
     with outputs.staged(out) as folder:
-        run = whole.Run(found, options, found.feeds, kept, results, registry, worlds, checker, progress, folder)
+        gpu = gpu_of(options, target, worlds)
+        run = whole.Run(found, options, found.feeds, kept, results, registry, worlds, checker, progress, folder,
+                        out.with_name(f".{out.name}.search"), gpu)  # fmt: skip
         outcome = run.finish(chosen)
         clock.lap("verify the model")
         target = outputs.configured(target, options, outcome.plan)
@@ -211,6 +220,7 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
         if failures and built.missing:
             report = replace(report, exit_code=MissingDependency.exit_code)
         outputs.write(folder, report, outcome.plan)
+    run.done()
     return report
 
 
@@ -223,16 +233,14 @@ def _plan(
     found: Inspection, options: Options, registry: Sequence[Mechanism], target: Target, worlds: Worlds
 ) -> Plan:  # fmt: skip
     policy = load_policy(options.policy, registry)
-    if options.max_error is None and options.metric not in (None, policy.metric):
+    if options.density is None and options.max_error is None and options.metric not in (None, policy.metric):
         raise BadArguments(f"--metric {options.metric} has no default budget", "give one with --max-error")
     unknown = [s for s in options.sites if s not in {site.id for site in found.detection.sites}]
     if unknown:
         raise BadArguments(f"--site: the model has no site '{unknown[0]}'", "list its sites: attncompile inspect MODEL")
-    gpu = None
-    if target.runs_kernels:
-        gpu = gpu_cost(worlds, kernels(), options.precision, target, options.keep_slower)
-        if options.keep_slower:
-            policy = replace(policy, min_gain=0.0)
+    gpu = gpu_of(options, target, worlds)
+    if gpu is not None and options.keep_slower:
+        policy = replace(policy, min_gain=0.0)
     decisions = tuple(_decide(found, policy, site, registry, options.sites, gpu) for site in found.detection.sites)
     notes = [f"gains are predicted {gpu.said}, not measured"] if gpu else []
     if isinstance(found.normal, Unsupported):
@@ -247,8 +255,16 @@ def _plan(
     if policy.approximate and options.inputs is None:
         notes.append(f"policy {policy.name}: exact replacements only, because no --inputs were given")
     budget = policy.max_error if options.max_error is None else options.max_error
-    settings = {"max_error": budget, "metric": options.metric or policy.metric}
+    asked = {"max_error": budget} if options.density is None else {"density": options.density}
+    settings = {**asked, "metric": options.metric or policy.metric}
     return Plan(found.model.hash, policy.name, decisions, settings if policy.approximate else {}, tuple(notes))
+
+
+def gpu_of(options: Options, target: Target, worlds: Worlds) -> GpuCost | None:
+    """What the target's GPU takes; None where sites are judged on this CPU."""
+    if not target.runs_kernels:
+        return None
+    return gpu_cost(worlds, kernels(), options.precision, target, options.keep_slower)
 
 
 def _decide(
@@ -375,7 +391,7 @@ def _report(
         parity=outcome.parity, timings=outcome.timings, targets=tuple(targets),
         warnings=(*warnings, *outcome.warnings), failures=tuple(failures), seconds=clock.laps, out=str(out),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), exit_code=1 if failures else 0,
-        bisection=outcome.bisection,
+        bisection=outcome.bisection, search=outcome.search,
     )  # fmt: skip
 
 

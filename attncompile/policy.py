@@ -19,7 +19,14 @@ from attncompile.core.verdict import Verdict
 _KEYS: Mapping[str, Mapping[str, Any]] = {
     "": {"description": str},
     "exact": {"mechanisms": list, "min_gain": float},
-    "approximate": {"mechanisms": list, "max_error": float, "metric": str, "keep_first": int, "keep_last": int},
+    "approximate": {
+        "mechanisms": list,
+        "max_error": float,
+        "metric": str,
+        "keep_first": int,
+        "keep_last": int,
+        "confidence": float,
+    },
 }
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from attncompile.env import Environment
     from attncompile.measure import Timing
     from attncompile.metrics import Metrics
+    from attncompile.search.found import SearchReport
 
 REPORT_SCHEMA_VERSION = 1
 
@@ -199,7 +200,7 @@ class Parity:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "passed": self.passed, "metric": self.metric, "budget": self.budget, "value": _number(self.value),
+            "passed": self.passed, "metric": self.metric, "budget": _number(self.budget), "value": _number(self.value),
             "evidence": self.evidence, "comparisons": [c.to_json() for c in self.comparisons], "reason": self.reason,
         }  # fmt: skip
 
@@ -282,6 +283,7 @@ class Report:
     created: str = ""
     exit_code: int = 0
     bisection: Bisection | None = None
+    search: SearchReport | None = None
 
     @property
     def replaced(self) -> tuple[SiteReport, ...]:
@@ -304,6 +306,7 @@ class Report:
             "parity": self.parity.to_json() if self.parity else None,
             "timings": [t.to_json() for t in self.timings], "targets": [t.to_json() for t in self.targets],
             "seconds": dict(self.seconds), "bisection": self.bisection.to_json() if self.bisection else None,
+            "search": self.search.to_json() if self.search else None,
         }  # fmt: skip
 
 

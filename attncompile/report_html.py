@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from attncompile import report_search
 from attncompile.report import OutputComparison, Report
 from attncompile.report_proof import ASSUMPTION_COLUMNS, CASE_COLUMNS, assumption_rows, case_rows
 from attncompile.report_text import (
@@ -62,6 +63,7 @@ def render(report: Report) -> str:
         _table("Sites: every case that they were checked on", CASE_COLUMNS, case_rows(report.sites)),
         _table("What the replacements assume", ASSUMPTION_COLUMNS, assumption_rows(report.sites)),
         _table("Whole model: time", TIMING_COLUMNS, timing_rows(report.timings)),
+        *report_search.sections(report.search, report.timings),
         _table("Whole model: outputs against the original", outputs, map(_comparison, comparisons)),
         _table("Targets", TARGET_COLUMNS, target_rows(report.targets)),
         _list("Notes on the targets", notes),
@@ -71,7 +73,8 @@ def render(report: Report) -> str:
         "<h2>Environment</h2>",
         f"<pre>{escape(json.dumps(report.environment.to_json(), indent=2))}</pre>",
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
+    style = _STYLE + report_search.STYLE
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{style}</style>'
     title = f"<title>attncompile: {escape(model.path)}</title>"
     return f'<!doctype html>\n<html lang="en"><head>{head}{title}</head>\n<body>\n' + "\n".join(
         part for part in body if part

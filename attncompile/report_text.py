@@ -178,7 +178,8 @@ def closing_line(report: Report) -> str:
     if report.parity is not None:
         value = "nothing compared" if report.parity.value is None else f"{report.parity.value:.2g}"
         verdict = "within" if report.parity.passed else "OUTSIDE"
-        text += f"; {report.parity.metric} {value}, {verdict} {report.parity.budget:g}"
+        limit = f", {verdict} {report.parity.budget:g}" if isfinite(report.parity.budget) else ", without a budget,"
+        text += f"; {report.parity.metric} {value}{limit}"
         text += {"inputs": " on your inputs", "seeded": " on seeded inputs", "none": ""}[report.parity.evidence]
     usual = [t for t in report.timings if t.label in ("usual", "static")]
     if usual:

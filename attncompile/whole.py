@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,7 @@ from attncompile.core.errors import BadModel, Unsupported
 from attncompile.core.plan import Plan
 from attncompile.culprits import find_culprits
 from attncompile.gate import Edit, SiteGate, SiteResult
+from attncompile.gpu_cost import GpuCost
 from attncompile.ledger_check import LedgerCheck
 from attncompile.passes.fold_back import Folds
 from attncompile.passes.load import graphs
@@ -25,6 +27,7 @@ from attncompile.report import Bisection, OutputComparison, Parity, ShapeTiming,
 from attncompile.shaped import Shaped, binding_of, shaped_inputs
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.base import Target
+from attncompile.verification.whole import HIGHER_IS_BETTER
 
 if TYPE_CHECKING:
     from attncompile.console import Progress
@@ -54,6 +57,7 @@ class Outcome:
     """Sites that are replaced for a target which runs GPU kernels."""
     on_gpu_error: float | None = None
     """How far the outputs are from the original's with all of these, run through their bodies here."""
+    search: search.SearchReport | None = None
 
 
 class Run:
@@ -62,8 +66,9 @@ class Run:
     def __init__(
         self, found: Inspection, options: Options, feeds: Sequence[Feed], edits: Sequence[Edit],
         results: dict[str, SiteResult], registry: Sequence[Mechanism], worlds: Worlds, checker: SiteGate,
-        progress: Progress, folder: Path,
+        progress: Progress, folder: Path, state: Path, gpu: GpuCost | None = None,
     ) -> None:  # fmt: skip
+        """``state``: where a search keeps what it has found until it is over. ``gpu``: what the target's GPU takes."""
         self._found = found
         self._options = options
         self._feeds = feeds
@@ -75,6 +80,10 @@ class Run:
         self._checker = checker
         self._progress = progress
         self._folder = folder
+        self._state = state
+        self._gpu = gpu
+        self._search: search.Search | None = None
+        self._searched: search.SearchReport | None = None
         self._folds = Folds(found.plain.proto, found.index.model.proto) if found.plain is not None else None
         self._baseline = verify.Baseline(found.model.path)
         self._bfloat16 = verify.uses_bfloat16(found.model.proto)
@@ -98,7 +107,8 @@ class Run:
             shutil.rmtree(self._folder / _SCRATCH, ignore_errors=True)
             evidence = Parity(True, "relative_l2", self._budget(), 0.0, "none",
                               reason="nothing was replaced: the output is the input")  # fmt: skip
-            return Outcome(plan, self._results, self._fidelity, evidence, (), tuple(self._warnings), failures)
+            return Outcome(plan, self._results, self._fidelity, evidence, (), tuple(self._warnings), failures,
+                           search=self._in_force())  # fmt: skip
         self._progress.stage("verify the model")
         shaped = self._shaped()
         seen = [s.feed for s in self._evidence(shaped)]
@@ -127,7 +137,7 @@ class Run:
             self._warnings.append(self._bisection.text)
         on_gpu = tuple(e.site.id for e in self._on_gpu)
         return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures,
-                       self._bisection, on_gpu, error if on_gpu else None)  # fmt: skip
+                       self._bisection, on_gpu, error if on_gpu else None, self._in_force())  # fmt: skip
 
     def _broken_assumptions(self) -> tuple[str, ...]:
         """What the user's inputs break; then nothing stays replaced, and the run fails."""
@@ -143,6 +153,15 @@ class Run:
         if broken:
             self._undo(list(self._edits), f"your inputs break an assumption: {broken[0].text}")
         return tuple(f"assumption of {_ids(b.sites)}: {b.text}" for b in broken)
+
+    def _in_force(self) -> search.SearchReport | None:
+        sites = {e.site.id for e in (*self._edits, *self._on_gpu)}
+        return self._searched.only(sites) if self._searched is not None else None
+
+    def done(self) -> None:
+        """The output is in its place: a search need not be taken up again."""
+        if self._search is not None:
+            self._search.done()
 
     def evidence(self) -> list[Feed]:
         """The user's inputs, or seeded ones at the shapes at which the original runs."""
@@ -176,68 +195,55 @@ class Run:
                 "nothing is approximated in a bfloat16 model: ONNX Runtime's CPU provider cannot run it"
             )
             return False
-        return given and bool(self._feeds) and self._limit() > 0 and not isinstance(self._found.normal, Unsupported)
+        wanted = self._options.density is not None or self._limit() > 0
+        return given and bool(self._feeds) and wanted and not isinstance(self._found.normal, Unsupported)
 
     def _limit(self) -> float:
+        """The budget; where a density was asked for there is none."""
+        if self._options.density is not None:
+            return -inf if self._metric() in HIGHER_IS_BETTER else inf
         given = self._options.max_error
         return self._policy.max_error if given is None else given
 
     def _approximate(self, plan: Plan) -> Plan:
-        taken = {e.site.id for e in self._edits}
+        """Searches among sites that are not made sparse exactly, and checks what was chosen alone."""
+        by_name = {m.name: m for m in self._registry}
+        sparse = {e.site.id for e in self._edits if by_name[e.decision.mechanism].skips_keys}
         sites = self._found.detection.sites
         allowed = sites[self._policy.keep_first : len(sites) - self._policy.keep_last]
-        if self._options.sites:
-            allowed = tuple(s for s in allowed if s.id in self._options.sites)
-        worlds = [self._worlds(binding_of(self._found, feed)) for feed in self._feeds]
-        opset = self._found.index.model.opset
-        choices: dict[str, list[Edit]] = {}
-        for site in allowed:
-            if site.id not in taken:
-                found = search.options_for(site, self._policy, self._registry, worlds, opset)
-                if found:
-                    choices[site.id] = found
-        open_sites = [s for s in allowed if s.id in choices]
-        if not open_sites:
-            self._warnings.append("no site has an approximation with a predicted gain worth it at the inputs' sizes")
-            return plan
-        known, held = search.split(self._feeds)
-        known_worlds = [w for f, w in zip(self._feeds, worlds, strict=True) if any(f is k for k in known)]
-        self._progress.stage("score approximations", len(open_sites) * len(known))
-        options = search.score_sites(choices, open_sites, known, known_worlds, self._found.index.model.proto,
-                                     self._write_scratch, self._options.threads, self._progress.advance)  # fmt: skip
-        self._progress.stage("search")
+        chosen = [s for s in allowed if s.id not in sparse and s.id in (self._options.sites or {s.id})]
+        options = self._options
+        settings = search.Settings(
+            self._metric(), self._limit(), options.density, self._policy.confidence,
+            options.jobs or measure.default_threads(), options.executor, options.threads, options.provider,
+        )  # fmt: skip
         exact = list(self._edits)
-
-        def searched(feeds: Sequence[Feed]) -> list[search.Option]:
-            return search.search(
-                options, self._limit(), lambda edits: self._error([*exact, *edits], feeds), self._progress.advance
-            )[0]
-
-        chosen = searched(known)
-        if len(self._feeds) == 1:
-            self._warnings.append("one input served for calibration and as the held-out check: give more with --inputs")
-        elif chosen and self._error([*exact, *(o.edit for o in chosen)], held) > self._limit():
-            self._warnings.append("what keeps the budget on the calibration inputs breaks it on held-out ones: "
-                                  "searched again on all of them")  # fmt: skip
-            chosen = searched(self._feeds)
+        worlds = [self._worlds(binding_of(self._found, feed)) for feed in self._feeds]
+        scratch = self._folder / _SCRATCH
+        scratch.mkdir(exist_ok=True)
+        self._search = search.Search(
+            self._found, self._policy, self._registry, self._feeds, worlds, exact, scratch, settings, self._progress,
+            self._gpu, self._state,
+        )  # fmt: skip
+        result = self._search.run(chosen)
+        self._warnings += result.warnings
+        self._searched = result.report
+        self._fidelity.update(result.fidelity)
         decisions = {d.site: d for d in plan.decisions}
-        for option in chosen:
-            edit = self._with_assumptions(option.edit)
-            result = self._checker.check(edit)
-            self._results[edit.site.id] = result
-            self._fidelity[edit.site.id] = option.fidelity
+        for made in result.edits:
+            edit = self._with_assumptions(made)
+            checked = self._checker.check(edit)
+            if checked.rolled_back and not (checked.slower and self._gpu is not None):
+                if edit.site.id not in {e.site.id for e in exact}:  # else what is exact stays
+                    self._results[edit.site.id] = checked
+                    decisions[edit.site.id] = edit.decision
+                continue
+            self._results[edit.site.id] = checked
             decisions[edit.site.id] = edit.decision
-            if not result.rolled_back:
-                self._edits.append(edit)
-        for site in open_sites:
-            if decisions[site.id].kept:
-                least = min(o.error for group in options for o in group if o.edit.site.id == site.id)
-                reason = (
-                    f"no approximation fits the budget {self._limit():g} (the closest changes the site by {least:.1%})"
-                )
-                decisions[site.id] = replace(decisions[site.id], reason=reason)
-        if not chosen:
-            self._warnings.append(f"no approximation keeps {self._metric()} within {self._limit():g} at the outputs")
+            self._edits = [*(e for e in self._edits if e.site.id != edit.site.id), edit]
+        for site, reason in result.kept.items():
+            if decisions[site].kept:
+                decisions[site] = replace(decisions[site], reason=reason)
         return replace(plan, decisions=tuple(decisions[d.site] for d in plan.decisions))
 
     def _with_assumptions(self, edit: Edit) -> Edit:
@@ -247,16 +253,6 @@ class Run:
 
     def _metric(self) -> str:
         return self._options.metric or self._policy.metric
-
-    def _error(self, edits: Sequence[Edit], feeds: Sequence[Feed]) -> float:
-        """How far the model is from the original, as a number that must not exceed the budget (inf if unusable)."""
-        if not edits:
-            return 0.0
-        path = self._write_scratch(self._proto(edits))
-        found = verify.compare_models(self._baseline, path, feeds, budget=self._limit(), metric=self._metric())
-        if found.passed:
-            return 0.0 if self._metric() != "relative_l2" else found.error
-        return float("inf")
 
     # Gates on the whole model.
 

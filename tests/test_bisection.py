@@ -21,6 +21,8 @@ from attncompile.core.site import AttentionSite
 from attncompile.pipeline import Options
 from attncompile.plugins.neighborhood.mechanism import NeighborhoodAttention
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 SITES, N, D = 12, 300, 8
 RIGHT = NeighborhoodAttention.lower
 

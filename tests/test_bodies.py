@@ -21,6 +21,8 @@ from attncompile.report import Report
 from tests.passes.attention_graphs import Spec, save
 from tests.passes.body_graphs import branched, decoder, looped, nested, scanned
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 LONG = Spec(batch=1, heads=2, kv_heads=2, length=700, head_dim=16, mask="window", left=15, right=0, scale=0.25)
 WIDER = replace(LONG, left=31, seed=3)
 GUARDED = replace(LONG, mask="causal", guard=True, mask_form="where", seed=1)

@@ -38,7 +38,7 @@ def tool() -> Any:
 
 def given(**more: Any) -> Namespace:
     return Namespace(**{"count": 0, "seed": 0, "only": None, "case": None, "interpret": True, "jobs": 1, "json": None,
-                        "timeout": 60.0, "arch": 80, **more})  # fmt: skip
+                        "timeout": 60.0, "arch": 80, "launch_only": False, **more})  # fmt: skip
 
 
 def started(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -68,8 +68,8 @@ class Broken:
 
     device, architecture = "cpu", 80
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
+    def __init__(self, error: Exception | None = None, launch_only: bool = False) -> None:
+        self.error, self.launch_only = error, launch_only
 
     def launch(self, *_: Any) -> None:
         if self.error is not None:
@@ -85,6 +85,8 @@ def test_what_is_wrong_is_said(name: str, tool: Any) -> None:
     assert (missing.verdict, missing.problem) == ("not compiled", "a-tactic")
     broken = tool.compare(case, number, Broken(KernelError("cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS")))
     assert broken.verdict == "failed" and "CUDA_ERROR_ILLEGAL_ADDRESS" in broken.problem
+    launched = tool.compare(case, number, Broken(KernelError("cuLaunchKernel"), launch_only=True))
+    assert tool.compare(case, number, Broken(launch_only=True)).verdict == "right" and launched.verdict == "failed"
     assert nothing.tactics == missing.tactics == broken.tactics and nothing.tactics
     row = next(x for x in tool.table([nothing, missing, broken]).split("\n") if x.startswith(f"{nothing.op} triton"))
     assert row.split()[-5:] == ["0", "1", "1", "1", "0"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from attncompile import outputs, pipeline
+from attncompile import gate, outputs, pipeline
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import OpCall
 from attncompile.core.mechanism import Shape
@@ -164,3 +164,32 @@ def test_verdicts_become_refusals() -> None:
         lambda c: Verdict.no("no-kernel", "there is none"),
     )  # fmt: skip
     assert made.kept and made.reason == "there is none" and made.refusals[0].code == "no-kernel"
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_heads_are_chosen_by_the_gpus_time(
+    measured: bool, tmp_path: Path, on_gpu: OnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of blocks for each head, by the cost of their kernels; where none was measured the site says so."""
+    from attncompile.search import executors
+    from tests.search import constructed
+
+    known = {k: v for k, v in cost.table().items() if not k.endswith("-lists")}
+    if measured:
+        known |= dict.fromkeys(("gluon-90-lists", "triton-90-lists"), known["gluon-90"])
+    monkeypatch.setattr(cost, "table", lambda: known)
+    monkeypatch.setattr(executors, "make", lambda name, jobs, threads: executors.Inline(1))
+    slow = gate.SiteResult(rolled_back="not faster", slower=True)
+    monkeypatch.setattr(gate.SiteGate, "check", lambda self, edit: slow)
+    model = constructed.build(1100, 1, 64, causal=False, kinds=("local", "sink"))
+    path, inputs = constructed.write(tmp_path, model, constructed.feeds(8, 1100, 128))
+    result = pipeline.compile(path, options(tmp_path, policy="sparse", inputs=inputs, max_error=0.05))
+    (site,) = result.sites
+    if not measured:
+        assert "no cost was measured" in site.decision.reason and "on sm_90" in site.decision.reason
+        return
+    assert result.search is not None and site.decision.mechanism == "BlockSparseAttention", result.warnings
+    assert "mean" not in {h.pattern for h in result.search.sites["site0"]}, "no kernel of a known cost averages"
+    assert ops(tmp_path / "out" / "gpu.onnx") == ["BlockSparseAttention"] and site.decision.predicted_gain > 1.15
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == path.read_bytes()
+    assert result.parity is not None

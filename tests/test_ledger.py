@@ -27,6 +27,8 @@ from attncompile.plugins import mechanism, mechanisms
 from tests.passes.attention_graphs import Spec, build, save
 from tests.report_samples import site as sample_site
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 DYNAMIC = Spec(batch=1, heads=2, kv_heads=2, length=300, head_dim=8, mask="window", left=15, right=0, dynamic=True)
 
 

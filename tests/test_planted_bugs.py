@@ -22,6 +22,8 @@ from attncompile.plugins.attention.dense_mechanism import DenseAttention
 from attncompile.plugins.neighborhood.mechanism import NeighborhoodAttention
 from tests.passes.attention_graphs import Spec, build, save
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 WINDOW = Spec(batch=1, heads=4, kv_heads=2, length=700, head_dim=8, mask="window", left=15, right=0)
 PADDED = dataclasses.replace(WINDOW, padding=True, guard=True, mask_form="where")
 CAUSAL = Spec(batch=1, heads=2, kv_heads=2, length=700, head_dim=8, mask="causal")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from attncompile.core.errors import BadArguments, Unsupported
@@ -16,7 +15,6 @@ from attncompile.core.site import AttentionSite, Operand
 from attncompile.core.verdict import Verdict
 from attncompile.plugins import mechanisms
 from attncompile.policy import decide, load_policy, names
-from attncompile.search import Option, search, select, split
 
 SITE = AttentionSite(
     id="s", form="test", query=Operand("q", "BHND"), key=Operand("k", "BHND"), value=Operand("v", "BHND"),
@@ -76,10 +74,13 @@ def test_too_small_a_gain_keeps_the_site() -> None:
 
 
 def test_built_in_policies_load() -> None:
-    assert names() == ["exact", "linear", "sparse"]
+    assert names() == ["auto", "exact", "linear", "neighborhood", "sparse"]
     exact, sparse = (load_policy(n, mechanisms()) for n in ("exact", "sparse"))
     assert exact.exact and not exact.approximate
     assert sparse.exact == exact.exact and sparse.approximate and sparse.max_error == 0.01
+    assert sparse.confidence == 0.99
+    for name in names():
+        assert load_policy(name, mechanisms()).name == name
 
 
 @pytest.mark.parametrize(
@@ -103,46 +104,6 @@ def test_bad_policy_files(tmp_path: Path, text: str, word: str) -> None:
 def test_unknown_policies() -> None:
     with pytest.raises(BadArguments, match="unknown policy 'fast'") as error:
         load_policy("fast", mechanisms())
-    assert "exact, linear, sparse" in error.value.hint
+    assert "auto, exact, linear, neighborhood, sparse" in error.value.hint
     with pytest.raises(BadArguments, match="does not exist"):
         load_policy("./none.toml", mechanisms())
-
-
-def options(site: str, pairs: list[tuple[float, float]]) -> list[Option]:
-    """(site error, predicted gain) of every candidate."""
-    from attncompile.core.plan import Decision
-    from attncompile.gate import Edit
-
-    return [Option(Edit(SITE, Decision(site, "A", "", False, {}, gain), Lowering(())), e, 1.0) for e, gain in pairs]
-
-
-def test_search_takes_the_most_that_the_budget_allows() -> None:
-    """Whole-model errors add up: the best bound is found, and what is returned was measured to fit."""
-    groups = [
-        options("a", [(0.1, 1.5), (0.4, 3.0)]),
-        options("b", [(0.2, 2.0), (0.9, 9.0)]),
-        options("c", [(np.inf, 99.0)]),
-    ]
-    seen: list[float] = []
-
-    def error_of(edits):  # type: ignore[no-untyped-def]
-        gains = {(e.decision.site, e.decision.predicted_gain) for e in edits}
-        error = sum(
-            o.error for g in groups for o in g if (o.edit.decision.site, o.edit.decision.predicted_gain) in gains
-        )
-        seen.append(error)
-        return error
-
-    chosen, error = search(groups, 0.65, error_of)
-    assert [(o.edit.decision.site, o.error) for o in chosen] == [("a", 0.4), ("b", 0.2)]
-    assert error == pytest.approx(0.6) and error in seen
-    assert search(groups, 0.0, error_of) == ([], 0.0)
-    assert search(groups, 0.05, error_of)[0] == []
-    assert [o.error for o in select(groups, 10.0)] == [0.4, 0.9]
-
-
-def test_split_holds_inputs_out() -> None:
-    feeds = [{"x": np.array(i)} for i in range(5)]
-    known, held = split(feeds)
-    assert [int(f["x"]) for f in known] == [0, 2, 4] and [int(f["x"]) for f in held] == [1, 3]
-    assert split(feeds[:1]) == (feeds[:1], feeds[:1])

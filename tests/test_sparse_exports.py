@@ -17,6 +17,8 @@ from attncompile.pipeline import Options
 from tests.passes.block_graphs import Blocks, graph
 from tests.passes.rebuild import random_feeds
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 
 def bigbird(path: Path, exporter: str, tokens: int) -> dict[str, np.ndarray]:
     """Two layers with blocks of 16 tokens; inputs to feed."""

@@ -1,9 +1,8 @@
-"""Gates on the whole model: padding is used where the model has it, and held-out inputs are held out."""
+"""Gates on the whole model: padding is used where the model has it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from attncompile.core.site import AttentionSite
 from attncompile.pipeline import Options
 from attncompile.plugins.neighborhood.mechanism import NeighborhoodAttention
 from tests.passes.attention_graphs import Spec, build, save
+
+pytestmark = pytest.mark.usefixtures("brief")
 
 PADDED = Spec(
     batch=2, heads=2, kv_heads=2, length=300, head_dim=8, mask="window", left=15, right=0, padding=True, guard=True,
@@ -73,26 +74,3 @@ def test_padding_that_gives_nan_in_the_original_is_not_asked_for(tmp_path: Path)
     assert any(a.statement == "queries that see no key give nan" for a in site.decision.assumptions)
     assert site.exactness is not None
     assert any(c.case == "left padding" and c.passed for c in site.exactness.checks)
-
-
-def test_held_out_inputs_do_not_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibration keeps the budget, the held-out input does not: the search says so and starts again on both."""
-    path = save(build(Spec(batch=1, heads=2, kv_heads=2, length=900, head_dim=16, scale=0.02)), tmp_path)
-    script = tmp_path / "inputs.py"
-    script.write_text(
-        "import numpy as np\n\ndef load_data():\n    for i in range(2):\n"
-        "        yield {'x': np.full((1, 900, 32), i, np.float32)}\n"
-    )
-    asked: list[tuple[bool, ...]] = []
-
-    def error(self: Any, edits: Sequence[Any], feeds: Sequence[dict[str, np.ndarray]]) -> float:
-        held = tuple(bool(f["x"].any()) for f in feeds)
-        asked.append(held)
-        return float("inf") if edits and any(held) else 0.0
-
-    monkeypatch.setattr(whole.Run, "_error", error)
-    found = pipeline.compile(path, options(tmp_path, policy="sparse", inputs=script))
-    assert found.outcome == "unchanged", found.warnings
-    assert any("breaks it on held-out ones" in w for w in found.warnings)
-    assert asked[0] == (False,) and (True,) in asked and asked[-1] == (False, True)
-    assert not any(True in held for held in asked[: asked.index((True,))])

@@ -2,7 +2,7 @@
 
     python tools/gpu_conformance.py prepare DIR --arch 90      # compiles what the cases need; no GPU
     python tools/gpu_conformance.py run DIR --json out.json    # compares; 1 where anything is wrong or was not compiled
-    compute-sanitizer --tool memcheck python tools/gpu_conformance.py run DIR --only 40 --jobs 1
+    compute-sanitizer --tool memcheck python tools/gpu_conformance.py run DIR --only 23 --jobs 1 --launch-only
 
 The cases are those of ``tests/conformance`` and ``--count`` of each family from ``--seed``; of linear attention the
 ops run one after the other. Every case runs one of its tactics, in turn, the outputs poisoned before.
@@ -139,15 +139,16 @@ class Missing(Exception):
 
 
 class Gpu:
-    """Launches kernels of a bundle."""
+    """Launches kernels of a bundle. ``launch_only``: nothing is compared."""
 
     device = "cuda"
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, launch_only: bool = False) -> None:
         import torch
 
         from attncompile.kernels.launcher import launcher_for
 
+        self.launch_only = launch_only
         self.torch, self.bundle, self.architecture = torch, Bundle.open(bundle), launcher_for().capability
 
     def launch(
@@ -167,12 +168,12 @@ class Gpu:
 class Interpreter:
     """Runs Triton kernels without a GPU, as an architecture that has no others."""
 
-    device, architecture = "cpu", 80
+    device, architecture, launch_only = "cpu", 80, False
 
     def __init__(self) -> None:
-        from tests.conformance.interpret import products_of_bfloat16
+        from tests.conformance.interpret import mend
 
-        products_of_bfloat16()
+        mend()
 
     def launch(
         self, call: OpCall, wide: OpCall, program: Program, tensors: Mapping[str, Any], layouts: Mapping[str, str]
@@ -238,6 +239,8 @@ def of_softmax(case: Case, launch: tuple[OpCall, OpCall, Program], on: Gpu | Int
     given = case.inputs()
     at = tensors(case, given, on.device)
     on.launch(*launch, at, {})
+    if on.launch_only:
+        return ""
     want, want_lse = expected(case.call, given, on.device)
     low, low_lse = expected(case.call, given, on.device, half=case.call.dtype)
     problem = wrong(at["output"].float().cpu().numpy(), want, low, case.call.dtype)
@@ -259,6 +262,8 @@ def of_linear(case: Linear, launches: Sequence[tuple[OpCall, OpCall, Program]], 
         named = {formal: at[name] for formal, name in (*step.inputs.items(), *step.outputs.items())}
         laid, layouts = linear.in_memory(case, named)
         on.launch(*launch, laid, layouts)
+        if on.launch_only:
+            continue
         results: dict[str, dict[str, Any]] = {}
         for way, values, half in (("own", at, ""), ("best", at, case.dtype), ("", whole, ""), ("low", low, case.dtype)):
             results[way] = expected(step.op, said, {formal: values[name] for formal, name in step.inputs.items()}, half)
@@ -277,7 +282,7 @@ def of_linear(case: Linear, launches: Sequence[tuple[OpCall, OpCall, Program]], 
 
 
 def opened(given: argparse.Namespace) -> Gpu | Interpreter:
-    return Interpreter() if given.interpret else Gpu(given.bundle)
+    return Interpreter() if given.interpret else Gpu(given.bundle, given.launch_only)
 
 
 def serve(given: argparse.Namespace, connection: Connection) -> None:
@@ -423,6 +428,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes of run")
     parser.add_argument("--timeout", type=float, default=90.0, help="seconds that a case may take")
     parser.add_argument("--json", type=Path, help="a file for all outcomes")
+    parser.add_argument("--launch-only", action="store_true", help="compare nothing: for a tool that watches memory")
     parser.add_argument("--interpret", action="store_true", help="run in Triton's interpreter, without a GPU")
     given = parser.parse_args()
     if given.verb == "prepare":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto
 
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.core.site import NEED_WORDS, AttentionSite, Need
 from attncompile.core.verdict import Verdict
 
@@ -105,6 +106,19 @@ class Mechanism(Protocol):
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """The op with its function body, for a model that imports ``opset`` of the standard domain."""
+        ...
+
+
+@runtime_checkable
+class HeadMechanism(Mechanism, Protocol):
+    """A mechanism that can give every head of a site a pattern of its own, as an approximation."""
+
+    def head_geometry(self, site: AttentionSite) -> BlockGeometry | Verdict:
+        """The blocks that patterns of this site's heads are made of, or why they cannot have any."""
+        ...
+
+    def head_parameters(self, geometry: BlockGeometry, patterns: Sequence[BlockPattern]) -> Parameters:
+        """Parameters that give each head its pattern."""
         ...
 
 

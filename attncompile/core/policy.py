@@ -12,7 +12,8 @@ class Policy:
     """``exact`` and ``approximate`` name mechanisms, in order of preference.
 
     ``min_gain`` is the least predicted gain (original / ours) worth a replacement. ``max_error`` bounds ``metric`` at
-    the model's outputs for approximations. ``keep_first`` and ``keep_last`` sites are never approximated.
+    the model's outputs for approximations; ``confidence``: how sure it has to be, from the spread of the calibration
+    inputs, that the held-out ones keep it. ``keep_first`` and ``keep_last`` sites are never approximated.
     """
 
     name: str
@@ -23,3 +24,4 @@ class Policy:
     metric: str = "relative_l2"
     keep_first: int = 0
     keep_last: int = 0
+    confidence: float = 0.99

@@ -65,9 +65,11 @@ def table() -> Mapping[str, CostModel]:
 
 def model_name(program: Program, architecture: int) -> str:
     """Which constants hold: ``gluon-90``; ``-window`` for windows of a sequence, whose blocks are short; ``-lists`` for
-    lists of blocks; ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-linear``.
+    lists of blocks; ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-linear``; and
+    ``-pair`` where two blocks share a multiprocessor.
     """
-    return f"{program.language}-{architecture}{_kind(program)}"
+    pair = "-pair" if program.constants.get("CONSUMERS") == 1 else ""
+    return f"{program.language}-{architecture}{_kind(program)}{pair}"
 
 
 def _kind(program: Program) -> str:

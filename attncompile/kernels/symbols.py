@@ -51,6 +51,12 @@ class Strided:
             step *= size
         return Strided(tuple(sizes), tuple(reversed(strides)))
 
+    @property
+    def gapless(self) -> bool:
+        """Whether it lies as ``contiguous`` says. An axis of size 1 is never stepped along: its stride may be any."""
+        dense = Strided.contiguous(self.sizes).strides
+        return all(n == 1 or a == b for n, a, b in zip(self.sizes, self.strides, dense, strict=True))
+
 
 def bits(value: float) -> int:
     """The bits of the float32 nearest to ``value``, as an int32."""
@@ -230,7 +236,7 @@ def of_tensors(
             continue
         found |= {f"{name}_stride_{a}": 0 for a in axes if a not in "-*"}
         given = tensors[name]
-        if "*" in axes and given != Strided.contiguous(given.sizes):
+        if "*" in axes and not given.gapless:
             raise Unsupported("strides", f"{name} has gaps", "make it contiguous")
         for axis, n, apart in zip(_axes(name, len(given.sizes)), given.sizes, given.strides, strict=True):
             if axis not in "-*":

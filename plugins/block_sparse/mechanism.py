@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.core.errors import Unsupported
 from attncompile.core.grid import TokenGrid
 from attncompile.core.head_pattern import HeadMasks, KeyCounts
@@ -21,6 +22,7 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.pattern import GridWindow
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
+from attncompile.plugins.block_sparse import per_head
 from attncompile.plugins.block_sparse.function import function
 from attncompile.plugins.block_sparse.op import OP_TYPE, Form, lists, node, register
 from attncompile.plugins.block_sparse.plan import LAUNCH, Plan, plan
@@ -61,7 +63,8 @@ class _Mask:
 
 class BlockSparseAttention:
     """Parameters: ``masked_rows`` (zero | uniform | nan) and ``mask``, a digest of the bits of the site's own mask. The
-    bits themselves are read from the site.
+    bits themselves are read from the site. An approximation has ``edge`` and ``heads`` instead of ``mask``: a pattern
+    of blocks for each head (``core/block_pattern.py``, ``per_head.py``).
     """
 
     name = OP_TYPE
@@ -91,10 +94,25 @@ class BlockSparseAttention:
         return (Candidate(self.name, parameters, True, reason),)
 
     def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
+        """None: which blocks a head may do without is seen from its maps alone."""
         return ()
+
+    def head_geometry(self, site: AttentionSite) -> BlockGeometry | Verdict:
+        """The blocks that patterns of this site's heads are made of, or why they cannot have any."""
+        try:
+            return per_head.geometry_of(site)
+        except Unsupported as error:
+            return Verdict.of(error)
+
+    def head_parameters(self, geometry: BlockGeometry, patterns: Sequence[BlockPattern]) -> Parameters:
+        """Parameters that give each head its pattern."""
+        return per_head.parameters(geometry, patterns)
 
     def supports(self, site: AttentionSite, parameters: Parameters) -> Verdict:
         try:
+            if "heads" in parameters:
+                geometry, seen = per_head.seen_of(site, parameters)
+                return Verdict.yes(f"{seen.sum() / (site.heads * geometry.all.sum()):.1%} of the blocks")
             mask = self._check(site, parameters)
             made = _plan(site)
         except Unsupported as error:
@@ -106,6 +124,8 @@ class BlockSparseAttention:
         supported = self.supports(site, parameters)
         if not supported.ok:
             return supported
+        if "heads" in parameters:
+            return Verdict.no("approximate", "heads do without blocks that the site's mask shows")
         if site.mask.part("padding") is not None or _mask(site).empty_rows:
             try:
                 check_masked_rows(site.mask)
@@ -117,6 +137,8 @@ class BlockSparseAttention:
 
     def cost(self, site: AttentionSite, parameters: Parameters, shape: Shape) -> Cost:
         """Touched keys with padding; copying keys and starting groups are counted as flops."""
+        if "heads" in parameters:
+            return per_head.cost(site, parameters, shape)
         made = _plan(site)
         of_element = 2.0 * (site.head_dim + site.value_dim)
         elements = float(shape.batch * site.heads * made.elements)
@@ -134,6 +156,8 @@ class BlockSparseAttention:
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` where ``supports`` says no, or for an opset without a body."""
+        if "heads" in parameters:
+            return per_head.lower(site, parameters, opset)
         register()
         call = Call.of(site, opset, 0, 0)
         mask = self._check(site, parameters)

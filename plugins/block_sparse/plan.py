@@ -92,7 +92,7 @@ def plan(counts: np.ndarray, heads: int, grids: tuple[TokenGrid, ...] = (), grou
         of_head.append(known[bits])
     pieces = _Pieces([q for p in of_head for q in p.queries], np.concatenate([p.keys for p in of_head]))
     owner = np.repeat(np.arange(len(sets)), [len(p.queries) for p in of_head])
-    return _assemble(_Cut(masks, of_column, pieces, owner, group, sets.shape[2]), _grouped(pieces.sizes, LAUNCH)[0])
+    return _assemble(_Cut(masks, of_column, pieces, owner, group, sets.shape[2]), grouped(pieces.sizes, LAUNCH)[0])
 
 
 def _columns(sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +130,7 @@ def _cheapest(
     for queries in _orders(visible, bits, grids):
         pieces = _Pieces(queries, _unions(bits, queries))
         for made in (pieces, _joined(pieces)):
-            groups, cost = _grouped(made.sizes, launch)
+            groups, cost = grouped(made.sizes, launch)
             if best is None or cost < best[0]:
                 best = cost, made, groups
     assert best is not None
@@ -228,7 +228,7 @@ def _joined(pieces: _Pieces) -> _Pieces:
     return pieces
 
 
-def _grouped(sizes: np.ndarray, launch: float) -> tuple[list[np.ndarray], float]:
+def grouped(sizes: np.ndarray, launch: float) -> tuple[list[np.ndarray], float]:
     """Pieces with like sizes in one group, and what all groups cost."""
     rounded = sizes if len(np.unique(sizes, axis=0)) <= _SIZES else _rounded(sizes)
     distinct, member, count = np.unique(rounded, axis=0, return_inverse=True, return_counts=True)

@@ -25,13 +25,18 @@ from attncompile.plugins.linear_attention.op import (
 
 PACKAGE = "attncompile.plugins.linear_attention"
 MAPS = {"none": 0, "relu": 1, "elu+1": 2, "exp": 3, "softmax": 4}
-CHUNKS = (16, 32, 64, 128)
-"""Tokens of a chunk under a triangle: they are one tile."""
+CHUNKS = tuple(1 << n for n in range(4, 13))
+"""Tokens of a chunk under a triangle: whole tiles of them."""
+
+CHANNEL_CHUNKS = (16, 32, 64, 128)
+"""Under gates of every channel, whose sums run over the chunk."""
 
 DECAYS = {1: 1, 3: 2, 4: 3}
 """Axes of ``log_decay`` -> the kernels' constant."""
 
 OPERANDS = ("query", "key", "value", "output")
+WIDE = ("state", "total", "mean", "top", "initial_state", "initial_total")
+"""Inputs in float32."""
 
 
 class _LinearKernel:
@@ -89,12 +94,13 @@ class _LinearKernel:
         for name in ("query_map", "key_map"):
             if call.attributes.get(name, "none") not in MAPS:
                 raise Unsupported("feature-map", f"there is no kernel of the map {call.attributes[name]}")
-        if call.attributes.get("chunk", 0) not in CHUNKS and self.op in (STATES, OUTPUT):
+        chunks = CHANNEL_CHUNKS if call.attributes.get("decay") == DECAYS[4] else CHUNKS
+        if call.attributes.get("chunk", 0) not in chunks and self.op in (STATES, OUTPUT):
             raise Unsupported(
-                "chunk", f"chunk {call.attributes.get('chunk')}: kernels take {', '.join(map(str, CHUNKS))}"
+                "chunk", f"chunk {call.attributes.get('chunk')}: kernels take {', '.join(map(str, chunks))}"
             )
         for name, kind in call.inputs.items():
-            wide = name in ("state", "total", "mean", "top", "initial_state", "initial_total")
+            wide = name in WIDE
             if kind not in (("float32",) if wide else (*HALF, "float32")):
                 raise Unsupported("dtype", f"{name} is {kind}: kernels take {'float32' if wide else 'halves, float32'}")
 
@@ -102,13 +108,17 @@ class _LinearKernel:
         self._check(call)
         return [self._program(call, tactic, rank) for rank, tactic in enumerate(tactics(self.op, call))]
 
+    def trial(self, call: OpCall, tactic: Tactic) -> Program:
+        """The program of a tactic that is to be tried."""
+        return self._program(call, tactic, 0)
+
     def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
         constants = {**self._constants(call), **widths(call), **tactic.constants}
         return Program(
             op=self.op, tactic=tactic.name, language="triton", function=f"{PACKAGE}.{self.module}:{self.function}",
             arguments=tuple(self._arguments(call)), constants=constants, grid=self._grid(constants),
-            warps=tactic.warps, stages=tactic.stages, dtype=call.dtype, head_dim=call.head_dim,
-            value_dim=call.value_dim, rank=rank,
+            warps=tactic.warps, stages=tactic.stages, registers=tactic.registers, dtype=call.dtype,
+            head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
@@ -127,7 +137,7 @@ class _LinearKernel:
             if name in OPERANDS:
                 found.append(Argument(name, "input", call.dtype, align=POINTER_ALIGN))
             elif name in call.inputs:
-                found.append(Argument(name, "input", call.inputs[name]))
+                found.append(Argument(name, "input", call.inputs[name], align=POINTER_ALIGN if name in WIDE else 1))
         for name in OPERANDS:
             if name not in (*INPUTS[self.op], *OUTPUTS[self.op]):
                 continue
@@ -142,7 +152,7 @@ class _LinearKernel:
             if name == "output":
                 found.append(Argument(name, "output", call.dtype, align=POINTER_ALIGN))
             elif name in call.outputs:
-                found.append(Argument(name, "output", "float32"))
+                found.append(Argument(name, "output", "float32", align=POINTER_ALIGN))
         return found
 
     def work(self, call: OpCall, program: Program) -> Work:
@@ -160,21 +170,30 @@ class _LinearKernel:
         k1 = int(constants["K1"] or 0)
         if self.op in (STATE, STATES):
             size = 2.0 * groups * keys * both + 4.0 * groups * chunks * state
-            blocks = groups * values * (chunks if self.op == STATE else 1)
+            parts = values * (-(-call.head_dim // int(constants.get("BK") or k1)))
+            blocks = call.batch * -(-call.kv_heads // int(constants.get("HB") or 1)) * parts
+            blocks *= chunks if self.op == STATE else 1
             return Work(2.0 * groups * keys * k1 * call.value_dim, 0.0, 0.0, size, blocks)
         if self.op == COMBINE:
             pieces = call.shapes.get("state", ())
             count = pieces[2] if len(pieces) > 2 and pieces[2] is not None else 1
             return Work(0.0, 0.0, 0.0, 4.0 * groups * state * (count + 1), groups * values)
-        rows = int(constants["BM"] or 1)
         flops = 2.0 * heads * queries * k1 * call.value_dim
         size = 2.0 * heads * queries * both
         if self.op == APPLY:
-            return Work(flops, 0.0, 0.0, size + 4.0 * heads * state, heads * values * -(-queries // rows))
-        scores = heads * queries * (chunk + rows) / 2
+            tiles = -(-queries // int(constants["BM"] or 1))
+            blocks = call.batch * -(-call.heads // int(constants["HB"] or 1)) * values * tiles
+            return Work(flops, 0.0, 0.0, size + 4.0 * heads * state, blocks)
         size += 2.0 * groups * keys * both + 4.0 * groups * chunks * state
+        if "BM" in constants:  # gates of every channel: a block is a tile, which goes through the chunk up to it
+            rows = int(constants["BM"] or 1)
+            scores, blocks = heads * queries * (chunk + rows) / 2, heads * values * -(-queries // rows)
+        else:
+            rows = int(constants["BT"] or 1)
+            scores, blocks = float(heads * queries * rows), heads * values * chunks
+            flops *= 2 if chunk > rows else 1
         flops += 2.0 * scores * (k1 + call.value_dim)
-        return Work(flops, scores, heads * queries * rows, size, heads * values * -(-queries // rows))
+        return Work(flops, scores, heads * queries * rows, size, blocks)
 
 
 def widths(call: OpCall) -> dict[str, Constant]:
@@ -196,32 +215,51 @@ def units(call: OpCall, letters: Mapping[str, str]) -> dict[str, Constant]:
     return found
 
 
+def tactic(warps: int, stages: int, registers: int | None = None, **constants: int) -> Tactic:
+    """Named after what it says."""
+    name = "-".join(["triton", *(f"{k.lower()}{v}" for k, v in constants.items())])
+    limit = f"-r{registers}" if registers else ""
+    return Tactic(f"{name}-w{warps}-s{stages}{limit}", constants, warps, stages, registers)
+
+
+def side_by_side(call: OpCall) -> int:
+    """Heads that may share a block, so that 128 channels are read together; 1 where a head's tile has other columns
+    than its channels, or does not stand alone.
+    """
+    dim = max(call.head_dim, call.value_dim)
+    alike = call.head_dim == call.value_dim == power(dim)
+    maps = (call.attributes.get("query_map"), call.attributes.get("key_map"))
+    plain = "softmax" not in maps and not {"key_weight", "mean"} & {*call.inputs, *call.outputs}
+    return max(1, 128 // dim) if alike and plain else 1
+
+
 def tactics(op: str, call: OpCall) -> list[Tactic]:
-    """Best first, by rule: nothing was measured yet. The last one is small: narrow tiles, one stage."""
+    """Best first, by rule. The last one is small: narrow tiles, one stage."""
     k1, v1 = power(call.head_dim), power(call.value_dim)
     wide = max(k1, v1)
-
-    def tactic(warps: int, stages: int, **constants: int) -> Tactic:
-        name = "-".join(["triton", *(f"{k.lower()}{v}" for k, v in constants.items())])
-        return Tactic(f"{name}-w{warps}-s{stages}", constants, warps, stages)
-
     if op == COMBINE:
-        return [tactic(4, 1, BK=16, BV=min(v1, 64))]
+        return [tactic(4, 1, BK=8, BV=min(v1, 128), AHEAD=8)]
     if op == STATE:
-        best = tactic(8 if wide >= 128 else 4, 3, BV=min(v1, 128 if k1 <= 128 else 64), BN=64 if wide >= 128 else 128)
-        return [best, tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BN=32 if wide <= 128 else 16)]
+        heads = min(side_by_side(call), 4)
+        across = wide * heads
+        values = min(v1, 128 if k1 <= 128 else 64)
+        best = tactic(8 if across >= 128 else 4, 3, BV=values, BN=64 if across >= 128 else 128, HB=heads, FAST=1)
+        small = tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BN=32 if wide <= 128 else 16, HB=1, FAST=0)
+        return [best, small]
     if op == APPLY:
-        best = tactic(8 if wide >= 128 else 4, 2, BV=min(v1, 128 if k1 <= 128 else 64), BM=128 if wide <= 128 else 64)
-        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32)]
+        values = min(v1, 128 if k1 <= 128 else 64)
+        best = tactic(8 if wide >= 128 else 4, 2, BV=values, BM=128 if wide <= 128 else 64, HB=1, FAST=1, BLOCKS=4)
+        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, HB=1, FAST=0, BLOCKS=4)]
     chunk = int(call.attributes["chunk"])
+    gated = call.attributes.get("decay") == DECAYS[4]
     if op == STATES:
-        best = tactic(4, 2, BV=min(v1, 32 if k1 > 64 else 64))
-        return [best, tactic(4, 1, BV=16 if k1 > 64 else min(v1, 32))]
-    if call.attributes.get("decay") == DECAYS[4]:
+        rows = min(chunk, 32 if gated or wide > 128 else 64)
+        best = tactic(4, 4, BK=min(k1, 64), BV=min(v1, 64), BT=rows)
+        return [best, tactic(4, 1, BK=min(k1, 64), BV=min(v1, 32), BT=min(rows, 32))]
+    if gated:
         return [tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BM=16), tactic(4, 1, BV=min(v1, 32), BM=16)]
-    rows = min(chunk, 64)
-    best = tactic(8 if wide >= 128 else 4, 2, BV=min(v1, 128 if k1 <= 128 else 64), BM=rows)
-    return [best, tactic(4, 1, BV=min(v1, 32), BM=min(rows, 32 if k1 <= 128 else 16))]
+    best = tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BT=min(chunk, 64 if k1 <= 128 else 32))
+    return [best, tactic(4, 1, BV=min(v1, 32), BT=min(chunk, 32 if k1 <= 128 else 16))]
 
 
 class StateKernel(_LinearKernel):
@@ -236,10 +274,10 @@ class StateKernel(_LinearKernel):
         return {"MAP": MAPS[call.attributes["key_map"]], **units(call, {"key": "K", "value": "V"})}
 
     def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
-        return (("NK", "NK"), ("chunk", "chunk"), ("C", "cdiv(NK, chunk)"))
+        return (("NK", "NK"), ("chunk", "chunk"), ("C", "cdiv(NK, chunk)"), ("groups", "HKV"))
 
     def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
-        return (f"cdiv(NK, chunk) * {_values(constants)}", "HKV", "B")
+        return _turned(f"cdiv(NK, chunk) * {_values(constants)}", "HKV", constants)
 
 
 class CombineKernel(_LinearKernel):
@@ -274,13 +312,14 @@ class ApplyKernel(_LinearKernel):
                 **units(call, {"query": "Q", "output": "O"})}  # fmt: skip
 
     def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
-        return (("NQ", "NQ"), ("C", "C"), ("group", "H // HKV"), *_numbers(call))
+        return (("NQ", "NQ"), ("C", "C"), ("group", "H // HKV"), ("groups", "HKV"), *_numbers(call))
 
     def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
         # Blocks for each multiprocessor; each reads the state once and then tile after tile.
         values = _values(constants)
-        tiles = f"min(cdiv(NQ, {constants['BM']}), cdiv(SMS * 4, H * B))"
-        return (f"{tiles} * {values}" if values > 1 else tiles, "H", "B")
+        heads = f"cdiv(H, {constants['HB']})" if constants["HB"] != 1 else "H"
+        tiles = f"min(cdiv(NQ, {constants['BM']}), cdiv(SMS * {constants['BLOCKS']}, {heads} * B))"
+        return _turned(f"{tiles} * {values}" if values > 1 else tiles, "H", constants)
 
 
 class StatesKernel(_LinearKernel):
@@ -297,7 +336,8 @@ class StatesKernel(_LinearKernel):
         return (("NK", "NK"), ("C", "cdiv(NK, chunk)"))
 
     def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
-        return (str(_values(constants)), "HKV", "B")
+        features = -(-int(constants["DK"] or 0) // int(constants["BK"] or 1))
+        return (str(features * _values(constants)), "HKV", "B")
 
 
 class OutputKernel(_LinearKernel):
@@ -330,7 +370,7 @@ class OutputKernel(_LinearKernel):
 
     def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
         values = _values(constants)
-        tiles = f"cdiv(NQ, {constants['BM']})"
+        tiles = f"cdiv(NQ, {constants['BM']})" if "BM" in constants else "C"
         return (f"{tiles} * {values}" if values > 1 else tiles, "H", "B")
 
 
@@ -342,6 +382,12 @@ def _causal(op: str, dtype: str, dim: int, axes: int, outputs: tuple[str, ...]) 
         said |= {"query_map": "none", "normaliser": "none", "floor": -inf}
         given |= {"state": "float32"}
     return OpCall(op, dtype, 1, 1, dim, dim, said, given, {"log_decay": (1,) * axes}, outputs)
+
+
+def _turned(places: str, heads: str, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+    """The grid of blocks by place and head; with ``FAST`` neighbours in memory, which are heads, run together."""
+    heads = f"cdiv({heads}, {constants['HB']})" if constants["HB"] != 1 else heads
+    return (heads, places, "B") if constants["FAST"] else (places, heads, "B")
 
 
 def _values(constants: Mapping[str, Constant]) -> int:

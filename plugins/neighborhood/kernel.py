@@ -234,7 +234,8 @@ class NeighborhoodKernel:
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         hood = self._check(call)
-        chosen = tactics(PACKAGE, call, architecture, "none", lambda t: architecture == 90 and on_hopper(call, hood, t))
+        hopper = architecture == 90
+        chosen = tactics(PACKAGE, call, architecture, kind(hood), lambda t: hopper and on_hopper(call, hood, t))
         return [self._program(call, hood, t, rank) for rank, t in enumerate(chosen)]
 
     def _program(self, call: OpCall, hood: Neighborhood, tactic: Tactic, rank: int) -> Program:
@@ -264,6 +265,15 @@ class NeighborhoodKernel:
 
     def work(self, call: OpCall, program: Program) -> Work:
         return work(call, program)
+
+
+def kind(hood: Neighborhood) -> str:
+    """What the tactic table tells apart: how many keys 128 queries meet, and whether they see all of them."""
+    made = cut(hood, 2 * HOPPER_ROWS, 128, True)
+    met = made.keys_met(128, True)
+    if made.all_seen:
+        return "few, all seen" if met <= 512 else "many, all seen"
+    return "few" if met <= 1024 else "many"
 
 
 def slides_inward(hood: Neighborhood) -> bool:

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 
 from attncompile.core.kernel import Program
+from attncompile.plugins.linear_attention.op import OUTPUT
 from tests.conformance import launch, linear
 from tests.conformance.budget import wrong
-from tests.conformance.interpret import products_of_bfloat16
+from tests.conformance.interpret import mend
 from tests.conformance.linear import CASES, Linear, Tensors
 
 KERNELS = "attncompile.plugins.linear_attention.kernel_triton"
@@ -68,17 +69,23 @@ def relu_of_one_too_many(x, seen, MAP: tl.constexpr):
 
 
 @triton.jit
-def not_scaled_back(state):
+def not_scaled_back(state, BY_COLUMN: tl.constexpr):
     """``scaled`` that forgets the size of the state."""
     largest = tl.max(tl.max(tl.abs(state), 1), 0)
     return state * tl.where(largest > 0.0, 1.0 / largest, 0.0), largest * 0.0 + 1.0
 
 
 @triton.jit
-def gates_of_the_first_channel(log_decay, b, rows, g, groups, tokens, end, DK: tl.constexpr, K1: tl.constexpr):
+def gates_of_the_first_channel(log_decay, b, rows, g, groups, tokens, end, cols, DK: tl.constexpr):
     """``channel_gates`` that reads one channel for all."""
-    at = log_decay + ((b.to(tl.int64) * tokens + rows) * groups + g)[:, None] * DK + tl.arange(0, K1)[None, :] * 0
+    at = log_decay + ((b.to(tl.int64) * tokens + rows) * groups + g)[:, None] * DK + cols[None, :] * 0
     return tl.load(at, mask=(rows < end)[:, None], other=0.0).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def all_is_left(log_decay, rate, b, rows, g, first, end, groups, tokens, DECAY: tl.constexpr):
+    """``left_over`` for which a state does not decay from tile to tile."""
+    return tl.exp2(rate * tl.maximum(end - 1 - rows, 0).to(tl.float32)), 1.0
 
 
 def _expressions(**changed: str) -> Callable[[Program], Program]:
@@ -93,6 +100,11 @@ def _constants(**changed: Any) -> Callable[[Program], Program]:
     return lambda made: replace(
         made, constants={**made.constants, **{k: v for k, v in changed.items() if k in made.constants}}
     )
+
+
+def _output_constants(**changed: Any) -> Callable[[Program], Program]:
+    """Not of *States*, which would write past its output."""
+    return lambda made: _constants(**changed)(made) if made.op == OUTPUT else made
 
 
 PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -110,9 +122,11 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "plain for MALA": ("mala", {"change": _constants(NORM=1)}),
     "no decay": ("retention", {"change": _constants(DECAY=0)}),
     "a decay a head": ("simple GLA", {"change": _constants(DECAY=1)}),
-    "gates of the tile before": ("GLA", {"change": _constants(CHUNK=16)}),
+    "gates of the tile before": ("GLA", {"change": _output_constants(CHUNK=16)}),
     "gates of other channels": ("GLA", {"attribute": "channel_gates", "device": gates_of_the_first_channel}),
     "features that nobody sees": ("elu", {"attribute": "features", "device": relu_of_one_too_many}),
+    "heads in one another's place": ("short heads side by side", {"change": _expressions(groups="HKV - 1")}),
+    "a state that stays": ("retention, long chunks", {"attribute": "left_over", "device": all_is_left}),
     "size of the state": ("relu", {"attribute": "scaled", "device": not_scaled_back}),
 }  # fmt: skip
 
@@ -122,13 +136,13 @@ def planted(name: str) -> str:
     case = next(c for c in CASES if c.name == of)
     if "attribute" not in options:
         return verdict(case, **options)
-    module = import_module(CAUSAL if options["attribute"] == "channel_gates" else KERNELS)
+    module = import_module(CAUSAL if options["attribute"] in ("channel_gates", "left_over") else KERNELS)
     with patch.object(module, options["attribute"], options["device"]):
         return verdict(case)
 
 
 def main(part: int, parts: int) -> None:
-    products_of_bfloat16()
+    mend()
     warnings.simplefilter("ignore")
     work: list[tuple[str, Callable[[], str]]] = [(c.name, lambda c=c: verdict(c)) for c in CASES]
     work += [(f"planted: {name}", lambda n=name: planted(n)) for name in PLANTED]

@@ -179,7 +179,8 @@ def _linear(name: str, rng: np.random.Generator, causal: bool, lengths: Sequence
     form = Form(*maps, scale=float(rng.uniform(0.05, 1.0)) / dim)
     if causal:
         decay = _pick(rng, "none", "head", "token", "token", "channel", "channel")
-        form = replace(form, causal=True, chunk=_pick(rng, 16, 32, 64, 64, 128), decay=decay,
+        chunk = _pick(rng, 16, 32, 64, 128, 256, 512)
+        form = replace(form, causal=True, chunk=min(chunk, 128) if decay == "channel" else chunk, decay=decay,
                        initial=bool(rng.random() < 0.4))  # fmt: skip
         sums = maps[0] != "none" and decay != "channel" and rng.random() < 0.5
     else:

@@ -100,4 +100,5 @@ def test_work_counts_what_goes_through_memory() -> None:
                                         outputs=("state",), batch=2, key_length=1024))  # fmt: skip
     program = kernels()[STATE].programs(call, 90)[0]
     work = kernels()[STATE].work(call, program)
-    assert work.bytes == 2 * 8 * 1024 * 128 + 4 * 8 * 4 * 64 * 64 and work.blocks == 8 * 4
+    assert work.bytes == 2 * 8 * 1024 * 128 + 4 * 8 * 4 * 64 * 64
+    assert program.constants["HB"] == 2 and work.blocks == 8 // 2 * 4

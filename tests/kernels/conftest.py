@@ -1,24 +1,9 @@
-"""Kernels that are made up, and one cache of compiled ones for the whole run."""
+"""Kernels that are made up."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
-import pytest
-
 from attncompile.core.kernel import Argument
 from attncompile.kernels.entry import Compiled, Entry
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Not the user's; one that is named already is kept, so that a developer need not compile again."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "ATTNCOMPILE_CACHE" not in os.environ:
-            patch.setenv("ATTNCOMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
 
 ARGUMENTS = (
     Argument("query", "input", "float16", align=16), Argument("rows", "int32", expression="B * NQ * query_stride_N"),

@@ -111,6 +111,12 @@ def test_gaps_are_strides_too() -> None:
     assert (found["key_stride_B"], found["key_stride_N"], found["key_stride_H"]) == (5 * 3 * 48, 3 * 48, 8)
 
 
+def test_an_axis_of_one_may_have_any_stride() -> None:
+    """As NumPy makes it by ``x[None]``."""
+    assert Strided((1, 4, 3), (0, 3, 1)).gapless
+    assert not Strided((2, 4, 3), (0, 3, 1)).gapless and not Strided((4, 3), (6, 1)).gapless
+
+
 def test_a_packed_axis_counts_in_the_strides() -> None:
     packed = (None, None, 3, 6, 64)
     orders = dict.fromkeys(symbols.OPERANDS, "BNHD") | dict.fromkeys(("query", "key", "value"), "BNPHD")

@@ -13,6 +13,8 @@ from attncompile import pipeline
 from attncompile.models import export
 from attncompile.pipeline import Options
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 PADDED = 11
 
 

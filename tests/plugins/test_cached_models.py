@@ -19,6 +19,8 @@ from tests.passes.attention_graphs import save
 from tests.passes.cache_graphs import model_of, window
 from tests.passes.test_lifter_forms import KV, D, W
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 WIDTH, LAYERS, STEPS = 9, 2, 20
 PAIRS = ((0, 1), (0, 2), (0, 9), (0, 70), (1, 1), (8, 1), (9, 1), (10, 1), (9, 9), (31, 17), (203, 1), (203, 7))
 RANGES = {"batch": Range(1, 1, 2), "n": Range(1, 12, 40), "p": Range(1, 30, 203), "p + n": Range(2, 42, 243)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from onnx import NodeProto
@@ -25,8 +26,11 @@ from attncompile.pipeline import Options
 from attncompile.plugins import mechanism
 from attncompile.plugins.linear_attention import mechanism as module
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from attncompile.report import Report
 from attncompile.verification.linear_reference import linear_output
 from tests.passes.linear_graphs import Spec, build, detected
+
+pytestmark = pytest.mark.usefixtures("brief")
 
 LINEAR = mechanism("LinearAttention")
 
@@ -179,7 +183,11 @@ def end_to_end(slug: str, folder: Path, **options: Any) -> None:
     check.exported(entry, path)
     policy = folder / "always.toml"
     policy.write_text('[exact]\nmechanisms = ["LinearAttention"]\nmin_gain = 0.0\n')
-    result = pipeline.compile(path, Options(policy=str(policy), target="onnx", out=folder / "out", keep_slower=True))
+    with_engine = find_spec("tensorrt_rtx") is not None
+    target, precision = ("tensorrt-rtx", "fp16") if with_engine else ("onnx", None)
+    result = pipeline.compile(
+        path, Options(policy=str(policy), target=target, precision=precision, out=folder / "out", keep_slower=True)
+    )
     linear = [s for s in result.sites if s.site.kind == "linear"]
     assert linear and all(s.decision.mechanism == "LinearAttention" and not s.rolled_back for s in linear)
     assert all(s.exactness is not None and s.exactness.passed for s in linear)
@@ -187,6 +195,18 @@ def end_to_end(slug: str, folder: Path, **options: Any) -> None:
     assert result.parity is not None and result.parity.passed
     for compared in result.parity.comparisons:
         assert compared.metrics is not None and compared.metrics.relative_l2 <= 1e-5
+    if with_engine:
+        is_an_engine(folder / "out", result)
+
+
+def is_an_engine(out: Path, result: Report) -> None:
+    """Of standard ops alone, near the original in halves. It is built here and not run."""
+    lowered = onnx.load(out / "model.tensorrt-rtx.onnx")
+    assert {n.domain for n in lowered.graph.node} == {""} and not lowered.functions
+    (built,) = [t for t in result.targets if t.name == "tensorrt-rtx"]
+    assert built.engine_size == (out / "model.engine").stat().st_size > 100_000
+    (said,) = [n for n in built.notes if n.startswith("fp16 against the original")]
+    assert 0 < float(said.split()[-1]) < 2e-3
 
 
 SANA = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 1,

@@ -15,6 +15,8 @@ from attncompile.pipeline import Options
 from tests.plugins.test_block_sparse import documents, windows
 from tests.plugins.test_neighborhood_exact import window
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 HEADS, DIM = 2, 16
 GRID = window((24, 18), (5, 7)).visible(432, 432)
 FRAMES = window((5, 9, 10), (3, 3, 5)).visible(450, 450)

@@ -25,6 +25,8 @@ from attncompile.report import Report
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 _FOLDER = tempfile.TemporaryDirectory(prefix="attncompile-swin-")
 EXPORTERS = [("dynamo", 18), ("torchscript", 17)]
 SIZES: dict[str, dict[str, Any]] = {  # image, window: patches are 2x2, so that grids are half as large

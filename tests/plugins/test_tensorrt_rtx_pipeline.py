@@ -20,6 +20,8 @@ from tests.passes import windowed_graphs as graphs
 
 pytest.importorskip("tensorrt_rtx")
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 HEADS, DIM = 2, 64
 
 

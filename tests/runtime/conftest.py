@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,15 +75,6 @@ class Double:
     def last(self) -> Launch:
         assert self.count("launched")
         return self._library.double_launch(ctypes.c_long(self.count("launched") - 1)).contents
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """As in tests/kernels: not the user's; one that is named already is kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "ATTNCOMPILE_CACHE" not in os.environ:
-            patch.setenv("ATTNCOMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")

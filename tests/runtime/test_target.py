@@ -26,6 +26,8 @@ from attncompile.targets.onnxruntime_cuda import TARGET, OnnxRuntimeCuda
 from tests.passes.attention_graphs import Spec, build, save
 from tests.runtime.conftest import Double, needs_compiler, node_model
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 WINDOWED = Spec(batch=1, heads=2, kv_heads=2, length=700, head_dim=16, mask="window", left=15, right=0, scale=0.25)
 
 

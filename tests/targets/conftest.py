@@ -87,19 +87,11 @@ def external_tensor() -> Callable[[str, list[int], str, int], TensorProto]:
     return _external
 
 
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The recipe's tiny model, exported once a session with dynamo at opset 18."""
+@pytest.fixture
+def exported() -> Callable[[str], Path]:
+    """The recipe's tiny model, exported once a run with dynamo at opset 18."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from attncompile.models.export import export
+    from tests import exports
 
-    folder = tmp_path_factory.mktemp("exported")
-
-    def get(name: str) -> Path:
-        path = folder / f"{name}.onnx"
-        if not path.exists():
-            export(name, path, opset=18, exporter="dynamo")
-        return path
-
-    return get
+    return exports.exported

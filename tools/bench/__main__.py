@@ -52,12 +52,14 @@ def main() -> None:
     made = verbs.add_parser("prepare-linear", help="compile the kernels of linear attention into a bundle")
     made.add_argument("out", type=Path)
     made.add_argument("--arch", type=int, action="append", default=[])
+    made.add_argument("--tactics", action="store_true", help="all that are worth a try, of every op")
     timed = verbs.add_parser("linear", help="measure linear attention on this GPU; JSON to --out, lines to stdout")
     timed.add_argument("bundle", type=Path)
     timed.add_argument("--out", type=Path, default=Path("linear.json"))
     timed.add_argument("--only", nargs="*", default=[])
     timed.add_argument("--rounds", type=int, default=25)
     timed.add_argument("--no-peers", action="store_true")
+    timed.add_argument("--tactics", action="store_true", help="every tactic of every op, as it was prepared")
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
     fitted.add_argument("--multiprocessors", type=int, default=132)
@@ -76,17 +78,25 @@ def main() -> None:
         from report import table
 
         cases = sweep(given.sweep) if given.sweep else CASES
-        result = run(given.bundle, given.only, given.rounds, None if given.no_peers else given.without, cases)
+        result = run(
+            given.bundle, given.only, given.rounds, None if given.no_peers else given.without, cases, given.out
+        )
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(result))
     elif given.verb == "e2e":
         _e2e(given)
     elif given.verb == "prepare-linear":
-        from linear import prepare as prepare_linear
+        if given.tactics:
+            from linear_tactics import prepare as prepare_linear
+        else:
+            from linear import prepare as prepare_linear
 
         prepare_linear(given.out, given.arch)
     elif given.verb == "linear":
-        from linear import run as run_linear
+        if given.tactics:
+            from linear_tactics import run as run_linear
+        else:
+            from linear import run as run_linear
 
         result = run_linear(given.bundle, given.only, given.rounds, not given.no_peers)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -64,11 +64,16 @@ def routed(case: Case) -> OpCall:
 
 
 def run(
-    bundle: Path, names: Sequence[str], rounds: int, without: Sequence[str] | None, cases: Sequence[Case] = CASES
+    bundle: Path,
+    names: Sequence[str],
+    rounds: int,
+    without: Sequence[str] | None,
+    cases: Sequence[Case] = CASES,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the cases called ``names`` (all without any) on this GPU. What is wrong is not timed: see ``wrong``.
 
-    ``without``: peers that are left out; None: all of them.
+    ``without``: peers that are left out; None: all of them. ``out``: written after every case.
     """
     device = torch.cuda.get_device_properties(0)
     capability = device.major * 10 + device.minor
@@ -87,6 +92,8 @@ def run(
             result["wrong"][case.name] = str(problem)
             print(f"{case.name}: {problem}", flush=True)
         torch.cuda.empty_cache()
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     rates = [c["ours_touched_tflops"] for c in result["cases"] if c["name"] == "dense-d128-32760"]
     for found, case in ((f, c) for f in result["cases"] for c in cases if c.name == f["name"]):
         if case.bound is not None and rates:

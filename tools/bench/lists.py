@@ -27,7 +27,8 @@ def arrays(blocks: np.ndarray, block: int) -> dict[str, np.ndarray]:
     # The one on the diagonal is the last of its row, and has to be the first.
     order = np.lexsort((column, column != row, row, head))
     bits = np.tril(np.ones((block, block), np.uint64)).reshape(block, -1, 32) << np.arange(32, dtype=np.uint64)
+    words = bits.sum(-1).astype(np.uint32)
     return {
         "rows": rows, "columns": column[order].astype(np.int32), "kinds": np.zeros(len(column), np.int32),
-        "masks": np.ascontiguousarray(bits.sum(-1).astype(np.uint32).view(np.int32)[None]), "order": longest_first(rows),
+        "masks": np.ascontiguousarray(words.view(np.int32)[None]), "order": longest_first(rows),
     }  # fmt: skip

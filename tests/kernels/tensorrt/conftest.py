@@ -21,6 +21,7 @@ from attncompile.kernels.cache import Cache
 from attncompile.kernels.records import NodeCall, key_of
 from attncompile.kernels.tensorrt import generate, plugin
 from attncompile.plugins import kernels
+from tests.exports import alone
 from tests.kernels.tensorrt import native
 from tests.kernels.tensorrt.samples import SAMPLES, Sample
 
@@ -81,7 +82,9 @@ class Prepared:
 
 
 class AllPrepared(dict[str, Prepared]):
-    """By a sample's name; the kernels of its group are compiled when the first of it is asked for."""
+    """By a sample's name; the kernels of its group are compiled when the first of it is asked for. The processes of a
+    run take turns at that, and the second finds them in the cache.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -90,7 +93,8 @@ class AllPrepared(dict[str, Prepared]):
     def __missing__(self, name: str) -> Prepared:
         slow = next(s.slow for s in SAMPLES if s.name == name)
         group = [s for s in SAMPLES if s.slow == slow]
-        self.update(prepare(group, 80, self.folder / ("slow" if slow else "quick")))
+        with alone(f"prepared-{slow}"):
+            self.update(prepare(group, 80, self.folder / ("slow" if slow else "quick")))
         return self[name]
 
 

@@ -18,7 +18,7 @@ import torch
 
 from attncompile.kernels import build, calls
 from attncompile.plugins import kernels
-from tests.conformance.interpret import products_of_bfloat16
+from tests.conformance.interpret import mend
 from tests.kernels.tensorrt import results
 from tests.kernels.tensorrt.interpreted_job import Job
 from tests.kernels.tensorrt.samples import SAMPLES
@@ -47,7 +47,7 @@ def interpret(job: Job) -> str:
 
 
 if __name__ == "__main__":
-    products_of_bfloat16()
+    mend()
     warnings.simplefilter("ignore")
     for job in (Job(**x) for x in json.load(sys.stdin)):
         print(json.dumps({**job.to_json(), "wrong": interpret(job)}), flush=True)

@@ -114,7 +114,7 @@ def test_a_kernel_that_wants_the_number_of_multiprocessors_gets_it(newest: Any, 
 def test_ptxas_takes_what_tensorrt_is_given(
     architecture: int, newest: Any, prepared: dict[str, Prepared], tmp_path: Path
 ) -> None:
-    """One op with every optional input, in head dim 16, for each architecture."""
+    """One op with a mask, for each architecture."""
     from triton import knobs
 
     sample = next(s for s in SAMPLES if s.name == "key mask")

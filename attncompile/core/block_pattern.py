@@ -1,0 +1,184 @@
+"""What one head of self-attention computes of its score matrix, in squares of ``edge`` queries and keys.
+
+Written as a person writes it in plan.toml:
+
+- ``dense``: everything;
+- ``mean``: nothing, every query gets the mean of all values (attention that is uniform);
+- ``sinks S window W``: the first S blocks of keys, and the blocks at most W away (A-shape, streaming heads:
+  arXiv:2309.17453, arXiv:2407.02490, arXiv:2502.14866);
+- ``columns C.. diagonals D..``: whole columns of blocks, and the blocks at these distances behind the query's own,
+  ahead of it where negative (vertical-slash: arXiv:2407.02490; multi-diagonal and stripes: arXiv:2506.03065);
+- ``grid 7x9``: the blocks that a neighborhood of 7x9 on the site's token grid touches (arXiv:2204.07143);
+- ``blocks TEXT``: these blocks, a bitmap that is compressed and written in base64.
+
+A block of a query's own token is part of every pattern but ``mean``, so no query is left without a key. What the site's
+own causal mask hides stays hidden: blocks above the diagonal belong to no pattern of a causal site.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
+
+import numpy as np
+
+from attncompile.core.errors import Unsupported
+from attncompile.core.grid import TokenGrid
+from attncompile.core.pattern import GridWindow
+
+_INT = r"-?\d+"
+_LIST = rf"{_INT}(?:,{_INT})*"
+_FORMS = {
+    "streaming": re.compile(r"sinks (\d+) window (\d+)"),
+    "slash": re.compile(rf"(?:columns ({_LIST}))? ?(?:diagonals ({_LIST}))?"),
+    "grid": re.compile(r"grid (\d+(?:x\d+){0,2})"),
+    "blocks": re.compile(r"blocks ([A-Za-z0-9+/=]+)"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGeometry:
+    """The squares of one site: ``tokens`` queries and keys, the ``edge`` of a square, whether the site is causal, and
+    the token grid, if there is one.
+    """
+
+    tokens: int
+    edge: int
+    causal: bool
+    grid: TokenGrid | None = None
+
+    @property
+    def count(self) -> int:
+        """Blocks along each side."""
+        return ceil(self.tokens / self.edge)
+
+    @property
+    def all(self) -> np.ndarray:
+        """Bool [count, count]: what dense attention computes."""
+        full = np.ones((self.count, self.count), bool)
+        return np.tril(full) if self.causal else full
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPattern:
+    """One head's pattern by its ``text``; see the module."""
+
+    text: str
+    kind: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ``Unsupported`` for a text that is no pattern."""
+        object.__setattr__(self, "kind", _kind(self.text))
+
+    def blocks(self, geometry: BlockGeometry) -> np.ndarray:
+        """Bool [count, count]: the blocks of keys that each block of queries meets.
+
+        Raises:
+            Unsupported: the pattern has no meaning for these blocks.
+        """
+        count = geometry.count
+        if self.kind == "mean":
+            if geometry.causal:
+                raise Unsupported("pattern", "a causal query has no mean of all values", "use another pattern")
+            return np.zeros((count, count), bool)
+        if self.kind == "dense":
+            return geometry.all
+        made = {"streaming": self._streaming, "slash": self._slash, "grid": self._grid, "blocks": self._bitmap}
+        seen = made[self.kind](geometry)
+        np.fill_diagonal(seen, True)
+        out: np.ndarray = seen & geometry.all
+        return out
+
+    def _numbers(self) -> list[list[int]]:
+        match = _FORMS[self.kind].fullmatch(self.text)
+        assert match is not None
+        return [[int(x) for x in re.split("[,x]", part)] if part else [] for part in match.groups()]
+
+    def _streaming(self, geometry: BlockGeometry) -> np.ndarray:
+        (sinks,), (window,) = self._numbers()
+        place = np.arange(geometry.count)
+        seen = np.abs(place[:, None] - place[None, :]) <= window
+        seen[:, :sinks] = True
+        return np.asarray(seen)
+
+    def _slash(self, geometry: BlockGeometry) -> np.ndarray:
+        columns, diagonals = self._numbers()
+        place = np.arange(geometry.count)
+        seen = np.isin(place[:, None] - place[None, :], diagonals)
+        seen[:, [c for c in columns if 0 <= c < geometry.count]] = True
+        return seen
+
+    def _grid(self, geometry: BlockGeometry) -> np.ndarray:
+        (kernel,) = self._numbers()
+        grid = geometry.grid
+        if grid is None or len(grid.shape) != len(kernel) or grid.tokens != geometry.tokens:
+            raise Unsupported("grid", f"'{self.text}' needs a token grid of {len(kernel)} axes", "give it with --grid")
+        one = (1,) * len(kernel)
+        hood = GridWindow(grid, tuple(kernel), one, one, (False,) * len(kernel), "clamp", "box")
+        count, edge, tokens = geometry.count, geometry.edge, geometry.tokens
+        seen = np.zeros((count, count), bool)
+        starts = np.arange(0, tokens, edge)
+        for row in range(count):
+            queries = np.arange(row * edge, min((row + 1) * edge, tokens))
+            try:
+                keys = hood.rows(queries, tokens, tokens).any(axis=0)
+            except ValueError as error:
+                raise Unsupported("grid", str(error)) from None
+            seen[row] = np.logical_or.reduceat(keys, starts)
+        return seen
+
+    def _bitmap(self, geometry: BlockGeometry) -> np.ndarray:
+        count = geometry.count
+        try:
+            data = zlib.decompress(base64.b64decode(self.text.removeprefix("blocks "), validate=True))
+        except (binascii.Error, zlib.error):
+            raise Unsupported("pattern", "a bitmap of blocks that cannot be read", "write another pattern") from None
+        bits = np.unpackbits(np.frombuffer(data, np.uint8))
+        if not count * count <= len(bits) < count * count + 8:
+            raise Unsupported("pattern", f"a bitmap for other sizes than {count}x{count} blocks", "plan it anew")
+        return np.asarray(bits[: count * count].reshape(count, count) > 0)
+
+
+def _kind(text: str) -> str:
+    if text in ("dense", "mean"):
+        return text
+    for kind, form in _FORMS.items():
+        if text and form.fullmatch(text):
+            if kind == "grid" and prod(int(x) for x in text.removeprefix("grid ").split("x")) < 1:
+                break
+            return kind
+    raise Unsupported(
+        "pattern", f"'{text[:60]}' is no pattern of a head",
+        "dense, mean, sinks S window W, columns C,.. diagonals D,.., grid HxW or blocks TEXT",
+    )  # fmt: skip
+
+
+DENSE = BlockPattern("dense")
+MEAN = BlockPattern("mean")
+
+
+def streaming(sinks: int, window: int) -> BlockPattern:
+    """The first ``sinks`` blocks of keys and those at most ``window`` blocks away."""
+    return BlockPattern(f"sinks {sinks} window {window}")
+
+
+def slash(columns: Sequence[int], diagonals: Sequence[int]) -> BlockPattern:
+    """Whole columns and diagonals of blocks; at least one of either."""
+    parts = [(name, sorted({int(x) for x in v})) for name, v in (("columns", columns), ("diagonals", diagonals)) if v]
+    return BlockPattern(" ".join(f"{name} {','.join(map(str, values))}" for name, values in parts))
+
+
+def bitmap(seen: np.ndarray) -> BlockPattern:
+    """These blocks, bool [count, count]."""
+    data = zlib.compress(np.packbits(seen.astype(bool)).tobytes(), 9)
+    return BlockPattern("blocks " + base64.b64encode(data).decode("ascii"))
+
+
+def density(patterns: Sequence[BlockPattern], geometry: BlockGeometry) -> float:
+    """Blocks of all heads over those of dense ones."""
+    return float(sum(p.blocks(geometry).sum() for p in patterns) / (len(patterns) * geometry.all.sum()))

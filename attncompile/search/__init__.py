@@ -1,0 +1,8 @@
+"""The search for approximations within an error budget: see ``run.py``."""
+
+from __future__ import annotations
+
+from attncompile.search.found import CurvePoint, HeadFound, SearchReport
+from attncompile.search.run import Result, Search, Settings, split
+
+__all__ = ["CurvePoint", "HeadFound", "Result", "Search", "SearchReport", "Settings", "split"]

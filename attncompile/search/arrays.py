@@ -1,0 +1,27 @@
+"""Named arrays as one file, which is there whole or not at all. Any name will do (``np.savez`` has names of its
+own).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def save(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes ``path`` (.npz)."""
+    names = np.frombuffer(json.dumps(list(arrays)).encode(), np.uint8)
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(temporary, names, *(np.asarray(a) for a in arrays.values()))
+    temporary.replace(path)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """What ``save`` wrote."""
+    with np.load(path) as stored:
+        names = json.loads(stored["arr_0"].tobytes())
+        return {name: stored[f"arr_{i + 1}"] for i, name in enumerate(names)}

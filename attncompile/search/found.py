@@ -1,0 +1,81 @@
+"""What a search found: for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadFound:
+    """One head: its pattern's text and kind, share of dense blocks, squared change of the site's output that it causes
+    relative to that output, and share of the attention weight that it keeps. ``mass`` [R, R] is its mean map, ``seen``
+    bool [R, R] what it meets.
+    """
+
+    pattern: str
+    kind: str
+    density: float
+    damage: float
+    kept: float
+    mass: np.ndarray
+    seen: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pattern": self.pattern, "kind": self.kind, "density": round(self.density, 6),
+            "damage": float(f"{self.damage:.6g}"), "kept": round(self.kept, 6),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One whole model that was measured: predicted time of all attention relative to that of the sites as they are,
+    mean error of the calibration inputs, and the bound for further ones. Errors grow with distance whatever the metric:
+    see ``tasks.badness``.
+    """
+
+    time: float
+    mean: float
+    bound: float
+    chosen: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"time": self.time, "mean": _number(self.mean), "bound": _number(self.bound), "chosen": self.chosen}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SearchReport:
+    """``budget`` None: a density was asked for. ``held`` are the errors of inputs that chose nothing; ``refused``: how
+    many choices they turned down. ``sites``: heads of every site that was replaced head by head.
+    """
+
+    metric: str
+    budget: float | None
+    confidence: float
+    calibration: int
+    points: tuple[CurvePoint, ...] = ()
+    held: tuple[float, ...] = ()
+    refused: int = 0
+    density: float | None = None
+    sites: Mapping[str, tuple[HeadFound, ...]] = field(default_factory=dict)
+
+    def only(self, sites: Collection[str]) -> SearchReport:
+        """Without the heads of sites that were undone later."""
+        return replace(self, sites={name: heads for name, heads in self.sites.items() if name in sites})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric, "budget": self.budget, "confidence": self.confidence,
+            "calibration": self.calibration, "points": [p.to_json() for p in self.points],
+            "held": [_number(e) for e in self.held], "refused": self.refused, "density": self.density,
+            "sites": {name: [h.to_json() for h in heads] for name, heads in self.sites.items()},
+        }  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    return value if isfinite(value) else None

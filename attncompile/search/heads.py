@@ -1,0 +1,119 @@
+"""Sites whose heads may have patterns: what workers need of them, and what their blocks cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto
+
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.errors import Unsupported
+from attncompile.core.mechanism import HeadMechanism, Mechanism, Shape, understood
+from attncompile.core.site import AttentionSite
+from attncompile.core.verdict import Verdict
+from attncompile.cost import dense_cost, predicted_gain, shape_of
+from attncompile.gpu_cost import GpuCost
+from attncompile.passes.evaluate import World
+from attncompile.search.tasks import HeadSite
+
+_KEEPS_HEADS = frozenset({"Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTime:
+    """Predicted time of a site by how many blocks all its heads have: ``fixed + blocks * block``, and ``head`` for one
+    that has all; ``dense``: of the site as it is in the source. Milliseconds on a GPU, score elements on the CPU.
+    """
+
+    fixed: float
+    block: float
+    head: float
+    dense: float
+
+
+def spec(site: AttentionSite, geometry: BlockGeometry, world: World) -> HeadSite:
+    """What workers need of ``site``."""
+    part = site.mask.part("padding")
+    padding = part.source if part is not None and part.source is not None else ""
+    return HeadSite(
+        site.id, (site.query.value, site.key.value, site.value.value),
+        (site.query.layout, site.key.layout, site.value.layout), site.scale, geometry, padding,
+        projection(site, world),
+    )  # fmt: skip
+
+
+def geometry_of(mechanism: Mechanism, site: AttentionSite) -> BlockGeometry | Verdict:
+    """The blocks that heads of this site may leave out, or why none."""
+    if not isinstance(mechanism, HeadMechanism):
+        return Verdict.no("heads", f"{mechanism.name} has no patterns for heads")
+    if site.scope:
+        return Verdict.no("scope", "operands in the body of an If, Loop or Scan cannot be captured")
+    known = understood(mechanism, site)
+    return mechanism.head_geometry(site) if known.ok else known
+
+
+def projection(site: AttentionSite, world: World) -> np.ndarray | None:
+    """float32 [H, Dv, Dv]: for each head a square root W of M M^T, where M [Dv, width] are the head's rows of the
+    matrix that the site's output is multiplied by, so that |x W| = |x M|. None where the graph has no such product.
+    """
+    width = site.heads * site.value_dim
+    value = site.output.value
+    for _ in range(8):
+        readers = world.index.consumers.get(value, [])
+        if len(readers) != 1 or value in world.index.outputs:
+            return None
+        (node,) = readers
+        if node.op_type in _KEEPS_HEADS and node.input[0] == value:
+            value = node.output[0]
+            continue
+        stored = _weights(node, value, world)
+        if stored is None or stored.shape[0] != width:
+            return None
+        rows = np.asarray(stored, np.float64).reshape(site.heads, site.value_dim, -1)
+        values, vectors = np.linalg.eigh(rows @ rows.transpose(0, 2, 1))
+        return np.asarray(vectors * np.sqrt(np.maximum(values, 0))[:, None, :], np.float32)
+    return None
+
+
+def _weights(node: NodeProto, value: str, world: World) -> np.ndarray | None:
+    """The stored matrix [in, out] that ``value`` is multiplied by from the left."""
+    if node.op_type not in ("MatMul", "Gemm") or node.input[0] != value or not world.is_stored(node.input[1]):
+        return None
+    try:
+        stored = world.value(node.input[1])
+    except Unsupported:
+        return None
+    turned = any(a.name == "transB" and a.i for a in node.attribute)
+    return None if stored.ndim != 2 else stored.T if turned else stored
+
+
+def block_time(
+    site: AttentionSite, geometry: BlockGeometry, mechanism: HeadMechanism, binding: Mapping[str, int],
+    gpu: GpuCost | None,
+) -> BlockTime:  # fmt: skip
+    """Raises ``Unsupported`` where nothing is known of the GPU's time."""
+    shape = shape_of(site, binding)
+    of_head = int(geometry.all.sum())
+    if gpu is not None:
+        few, many = site.heads * geometry.count, site.heads * of_head
+        least, most = (gpu.lists(site, shape, geometry.edge, n) for n in (few, many))
+        slope = (most - least) / max(many - few, 1)
+        return BlockTime(least - slope * few, slope, slope * of_head, gpu.before(site, shape))
+    dense = dense_cost(site, shape).elements
+    windows = [BlockPattern(f"sinks 0 window {n}") for n in (0, max(geometry.count - 2, 1))]
+    few, many = (site.heads * int(w.blocks(geometry).sum()) for w in windows)
+    least, most = (_relative(site, geometry, mechanism, shape, w) * dense for w in windows)
+    slope = (most - least) / max(many - few, 1)
+    # Heads that see everything are done as they are in the source, but for a causal half.
+    head = slope * of_head if geometry.causal else dense / site.heads
+    return BlockTime(max(least - slope * few, 0.0), slope, head, dense)
+
+
+def _relative(
+    site: AttentionSite, geometry: BlockGeometry, mechanism: HeadMechanism, shape: Shape, pattern: BlockPattern
+) -> float:  # fmt: skip
+    """Time of the body with one pattern in every head, relative to the site as it is."""
+    given = mechanism.head_parameters(geometry, [pattern] * site.heads)
+    return 1 / predicted_gain(site, mechanism.cost(site, given, shape), shape)

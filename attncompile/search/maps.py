@@ -1,0 +1,120 @@
+"""What blocks of one site's attention hold, and what leaving blocks out changes: NumPy, a row of blocks at a time.
+
+Of a row of e queries only its scores with all keys are held (e * N numbers). From these come, for each block of keys,
+the weight that the queries give it and what it adds to their outputs before division; any choice of blocks is then a
+sum over few blocks: scoring forty choices costs little more than dense attention does once.
+
+Shapes: H heads, G key heads, N tokens, R blocks a side, e their edge, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attncompile.core.block_pattern import BlockGeometry
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """One batch entry: query [H, N, D], key [G, N, D], value [G, N, Dv], float32; ``open`` bool [N], the keys that
+    padding leaves visible, or None. ``weights`` [H, Dv, Dv]: what the heads' outputs are multiplied by before they are
+    compared, so that they count as they do behind the output projection; None leaves them as they are.
+    """
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    scale: float
+    open: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+    @property
+    def heads(self) -> int:
+        return int(self.query.shape[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadScores:
+    """Of one head's choices: squared distance from the dense output, and share of the attention weight that is kept
+    [K]; the dense output's squared size. Sums over the rows that were looked at.
+    """
+
+    error: np.ndarray
+    kept: np.ndarray
+    size: float
+
+
+def rows(
+    operands: Operands, geometry: BlockGeometry, head: int, which: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each row of blocks in ``which``: (r, mass [queries, C], parts [C, queries, Dv]) with C blocks of keys, those
+    up to the diagonal on a causal site. Both are scaled by one number a query.
+    """
+    edge, tokens = geometry.edge, geometry.tokens
+    group = operands.heads // operands.key.shape[0]
+    key, value = operands.key[head // group], operands.value[head // group]
+    if operands.weights is not None:
+        value = value @ operands.weights[head]
+    whole = np.zeros((geometry.count * edge, value.shape[1]), np.float32)
+    whole[:tokens] = value
+    blocks = whole.reshape(geometry.count, edge, -1)
+    for r in which:
+        start, stop = r * edge, min((r + 1) * edge, tokens)
+        count = r + 1 if geometry.causal else geometry.count
+        end = min(count * edge, tokens)
+        scores = np.full((stop - start, count * edge), -np.inf, np.float32)
+        scores[:, :end] = (operands.query[head, start:stop] * np.float32(operands.scale)) @ key[:end].T
+        if operands.open is not None:
+            scores[:, :end][:, ~operands.open[:end]] = -np.inf
+        if geometry.causal:
+            own = scores[:, start : start + edge]
+            own[np.arange(edge)[None, :] > np.arange(stop - start)[:, None]] = -np.inf
+        top = scores.max(axis=1, keepdims=True)
+        np.subtract(scores, np.where(np.isfinite(top), top, 0), out=scores)
+        weights = np.exp(scores, out=scores).reshape(stop - start, count, edge)
+        yield r, weights.sum(axis=2), weights.transpose(1, 0, 2) @ blocks[:count]
+
+
+def masses(operands: Operands, geometry: BlockGeometry, head: int) -> np.ndarray:
+    """float32 [R, R]: the share of their weight that a row's queries give to each block of keys, on average."""
+    out = np.zeros((geometry.count, geometry.count), np.float32)
+    for r, mass, _ in rows(operands, geometry, head, range(geometry.count)):
+        total = mass.sum(axis=1, keepdims=True)
+        out[r, : mass.shape[1]] = (mass / np.where(total > 0, total, 1)).mean(axis=0)
+    return out
+
+
+def score(
+    operands: Operands, geometry: BlockGeometry, head: int, choices: np.ndarray, which: Sequence[int]
+) -> HeadScores:
+    """``choices`` bool [K, R, R]. A choice without any block gives the mean of all values (pattern ``mean``); a query
+    whose blocks are all padding gives zero.
+    """
+    count = len(choices)
+    error, kept = np.zeros(count), np.zeros(count)
+    size, looked = 0.0, 0
+    empty = ~choices.any(axis=(1, 2))
+    group = operands.heads // operands.key.shape[0]
+    mean = operands.value[head // group].mean(axis=0)
+    if operands.weights is not None:
+        mean = mean @ operands.weights[head]
+    for r, mass, parts in rows(operands, geometry, head, which):
+        blocks, queries, dim = parts.shape
+        total = mass.sum(axis=1)
+        alive = total > 0
+        safe = np.where(alive, total, 1)
+        dense = parts.sum(axis=0) / safe[:, None]  # [queries, Dv]
+        taken = choices[:, r, :blocks].astype(np.float32)
+        weight = taken @ mass.T  # [K, queries]
+        out = (taken @ parts.reshape(blocks, -1)).reshape(count, queries, dim)
+        np.divide(out, np.where(weight > 0, weight, 1)[..., None], out=out)
+        out[empty] = mean
+        out -= dense
+        error += np.square(out, dtype=np.float64).sum(axis=(1, 2))
+        kept += (weight / safe).sum(axis=1)
+        looked += int(alive.sum())
+        size += float(np.square(dense, dtype=np.float64).sum())
+    return HeadScores(error, kept / max(looked, 1), size)

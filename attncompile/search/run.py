@@ -1,0 +1,504 @@
+"""The search for approximate replacements of one model: capture, candidates, scores, choice, check on held-out inputs.
+
+Seeded noise is never evidence for an approximation: everything here is judged on the user's inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attncompile import __version__, measure
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.errors import Unsupported
+from attncompile.core.mechanism import HeadMechanism, Mechanism
+from attncompile.core.plan import Decision
+from attncompile.core.policy import Policy
+from attncompile.core.site import AttentionSite
+from attncompile.core.verdict import Verdict
+from attncompile.cost import dense_cost, shape_of
+from attncompile.gate import Edit
+from attncompile.gpu_cost import GpuCost
+from attncompile.measure import Provider
+from attncompile.passes.evaluate import World
+from attncompile.report import SiteFidelity
+from attncompile.search import choose, executors, heads, tasks, whole_sites
+from attncompile.search.arrays import save
+from attncompile.search.candidates import candidates
+from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
+from attncompile.search.found import CurvePoint, HeadFound, SearchReport
+from attncompile.search.slim import SlimModel
+from attncompile.search.state import State, key_of
+
+if TYPE_CHECKING:
+    from attncompile.console import Progress
+    from attncompile.pipeline import Inspection
+
+Feed = Mapping[str, np.ndarray]
+PROBES = 2
+"""Calibration inputs on which it is measured how much the outputs follow each site."""
+
+FEW = 6
+"""Calibration inputs below which the bound on others is wide, because little is known of how they differ."""
+
+PROBE_DAMAGE = 0.02
+"""Squared change of a site's output that it is probed with, or the nearest that its candidates offer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the search is asked for. ``budget`` bounds ``metric`` as the user writes it; ``density`` in its place."""
+
+    metric: str
+    budget: float
+    density: float | None = None
+    confidence: float = 0.99
+    jobs: int = 1
+    executor: str = "local"
+    threads: int | None = None
+    provider: Provider = "cpu"
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides about the result."""
+        return {
+            "metric": self.metric,
+            "budget": self.budget,
+            "density": self.density,
+            "confidence": self.confidence,
+            "provider": self.provider,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """``edits`` replace sites; ``kept`` says of open sites why they are not; ``fidelity`` by site."""
+
+    edits: tuple[Edit, ...] = ()
+    fidelity: Mapping[str, SiteFidelity] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    report: SearchReport | None = None
+
+
+@dataclass(slots=True)
+class _HeadPlan:
+    """One site under search, head by head."""
+
+    site: AttentionSite
+    mechanism: HeadMechanism
+    geometry: BlockGeometry
+    time: heads.BlockTime
+    spec: tasks.HeadSite
+    offered: list[list[BlockPattern]] = field(default_factory=list)
+    mass: np.ndarray | None = None
+    damage: list[np.ndarray] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)
+
+
+def split(count: int) -> tuple[list[int], list[int]]:
+    """Numbers of the calibration inputs and of the held-out ones: every other one. A single input serves as both."""
+    return (list(range(0, count, 2)), list(range(1, count, 2))) if count > 1 else ([0], [0])
+
+
+class Search:
+    """One search. ``exact`` are the edits in force; ``scratch`` is a folder for models and captured outputs, ``state``
+    one for what is to be taken up after an interruption.
+    """
+
+    def __init__(
+        self, found: Inspection, policy: Policy, registry: Sequence[Mechanism], feeds: Sequence[Feed],
+        worlds: Sequence[World], exact: Sequence[Edit], scratch: Path, settings: Settings, progress: Progress,
+        gpu: GpuCost | None, state: Path,
+    ) -> None:  # fmt: skip
+        self._found = found
+        self._policy = policy
+        self._by_name = {m.name: m for m in registry}
+        self._registry = registry
+        self.feeds = feeds
+        self._worlds = worlds
+        self._exact = list(exact)
+        self._slim: SlimModel | None = None
+        self._scratch = scratch
+        self._settings = settings
+        self._progress = progress
+        self._gpu = gpu
+        self._state_folder = state
+        self._known, self._held = split(len(feeds))
+        self._warnings: list[str] = []
+        self._heads: dict[str, _HeadPlan] = {}
+        self._whole: dict[str, list[Edit]] = {}
+        self._refusals: dict[str, str] = {}
+        self._opset = found.index.model.opset
+        self._least = max(policy.min_gain, gpu.least_gain if gpu is not None else 0.0)
+        self._files = [scratch / "inputs" / f"{i}.npz" for i in range(len(feeds))]
+        self._executor: executors.Executor | None = None
+        self._state: State | None = None
+
+    def run(self, sites: Sequence[AttentionSite]) -> Result:
+        """Searches among ``sites``."""
+        try:
+            spaces = self.spaces(sites)
+            if not spaces:
+                text = "no site has an approximation with a predicted gain worth it at the inputs' sizes"
+                return Result(kept=self._refusals, warnings=(text,))
+            if self._settings.density is not None:
+                return self._by_density(spaces, self._settings.density)
+            return self._by_budget(spaces)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._executor is not None:
+            self._executor.close()
+
+    def spaces(self, sites: Sequence[AttentionSite]) -> list[SiteSpace]:
+        """All that ``sites`` can become, scored on the calibration inputs. ``close`` ends what is started for it."""
+        for site in sites:
+            self._open(site)
+        if not self._heads and not self._whole:
+            return []
+        key = key_of(
+            self._found.model.hash, self.feeds,
+            {**self._settings.to_json(), "version": __version__, "sites": [*self._heads, *self._whole],
+             "policy": repr(self._policy), "exact": [(e.site.id, e.decision.mechanism) for e in self._exact],
+             "gpu": self._gpu.said if self._gpu else ""},
+        )  # fmt: skip
+        self._state = State(self._state_folder, key)
+        threads = self._settings.threads or measure.default_threads()
+        self._executor = executors.make(self._settings.executor, self._settings.jobs, threads)
+        folder = self._scratch / "inputs"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, feed in zip(self._files, self.feeds, strict=True):
+            save(path, feed)
+        self._slim = SlimModel(self._found.index.model, self._scratch / "models")
+        self._score_heads()
+        spaces = [*(self._space(p) for p in self._heads.values()), *self._whole_spaces()]
+        if self._state.resumed:
+            self._progress.note(f"{self._state.resumed} pieces of an earlier search were taken up")
+        return self._weighed(spaces)
+
+    # What each site can become.
+
+    def _open(self, site: AttentionSite) -> None:
+        for name in self._policy.approximate:
+            mechanism = self._by_name[name]
+            geometry = heads.geometry_of(mechanism, site)
+            if isinstance(geometry, Verdict):
+                if isinstance(mechanism, HeadMechanism):
+                    self._refusals[site.id] = f"no pattern for each head: {geometry.reason}"
+                continue
+            assert isinstance(mechanism, HeadMechanism)
+            world = self._worlds[0]
+            try:
+                time = heads.block_time(site, geometry, mechanism, world.binding, self._gpu)
+            except Unsupported as error:
+                self._refusals[site.id] = f"no pattern for each head: {error.message}"
+                continue
+            self._heads[site.id] = _HeadPlan(site, mechanism, geometry, time, heads.spec(site, geometry, world))
+            return
+        known = [self._worlds[i] for i in self._known]
+        edits = whole_sites.options_for(site, self._policy, self._registry, known, self._opset, self._gpu)
+        if edits:
+            self._whole[site.id] = edits
+
+    def _score_heads(self) -> None:
+        if not self._heads:
+            return
+        assert self._slim is not None
+        provider = self._settings.provider
+        model = self._slim.with_outputs([n for p in self._heads.values() for n in p.spec.read], "capture.onnx")
+        sizes = {n: 4 * int(np.prod(s)) for n, s in self._worlds[0].shapes.items()}
+        groups = tasks.groups([p.spec for p in self._heads.values()], sizes, whole_sites.CAPTURE_BYTES)
+        self._progress.stage("read attention maps", len(groups) * len(self._known))
+        work = [
+            (f"mass-{i}-{g}", tasks.Masses(model, self._files[i], tuple(group), provider))
+            for i in self._known for g, group in enumerate(groups)
+        ]  # fmt: skip
+        sums: dict[str, np.ndarray] = {}
+        for arrays in self._stored(work, lambda found: found):
+            for name, mass in arrays.items():
+                sums[name] = sums.get(name, 0) + mass / len(self._known)
+        for name, plan in self._heads.items():
+            plan.mass = sums[name]
+            average = self._gpu is None and not plan.spec.padding
+            plan.offered = [candidates(m, plan.geometry, average) for m in plan.mass]
+        texts = {n: [[p.text for p in head] for head in plan.offered] for n, plan in self._heads.items()}
+        self._progress.stage("score patterns of heads", len(groups) * len(self._known))
+        scoring = [
+            (f"score-{i}-{g}", tasks.Scores(model, self._files[i], tuple(group), texts, i, provider))
+            for i in self._known for g, group in enumerate(groups)
+        ]  # fmt: skip
+        totals: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for arrays in self._stored(scoring, _flattened):
+            for name in {n.rpartition("/")[0].rpartition("/")[0] for n in arrays}:
+                count = len(texts[name])
+                for h in range(count):
+                    pair = (arrays[f"{name}/{h}/error"], arrays[f"{name}/{h}/kept"])
+                    known = totals.setdefault(name, [])
+                    if len(known) <= h:
+                        known.append(pair)
+                    else:
+                        known[h] = (known[h][0] + pair[0], known[h][1] + pair[1])
+        for name, plan in self._heads.items():
+            plan.damage = [d / len(self._known) for d, _ in totals[name]]
+            plan.kept = [k / len(self._known) for _, k in totals[name]]
+
+    def _stored(
+        self, work: Sequence[tuple[str, tasks.Task]], arrays_of: Callable[[Any], Mapping[str, np.ndarray]]
+    ) -> list[Mapping[str, np.ndarray]]:
+        """Results as arrays, in order; what is stored is not computed again, and what is computed is stored."""
+        assert self._state is not None and self._executor is not None
+        found: list[Mapping[str, np.ndarray] | None] = [self._state.arrays(name) for name, _ in work]
+        for _ in (f for f in found if f is not None):
+            self._progress.advance()
+        missing = [i for i, f in enumerate(found) if f is None]
+        size = max(self._settings.jobs, 1) * 4  # stored in between, so that little is lost
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            results = self._executor.map([work[i][1] for i in part], self._progress.advance)
+            for i, result in zip(part, results, strict=True):
+                found[i] = arrays_of(result)
+                self._state.store(work[i][0], found[i] or {})
+        return [f for f in found if f is not None]
+
+    def _base(self, site: AttentionSite, dense: float) -> float:
+        """Time of the site with its exact replacement, if it has one."""
+        exact = next((e for e in self._exact if e.site.id == site.id), None)
+        return dense / max(exact.decision.predicted_gain, 1.0) if exact is not None else dense
+
+    def _space(self, plan: _HeadPlan) -> SiteSpace:
+        units = []
+        for head, patterns in enumerate(plan.offered):
+            blocks = np.array([float(p.blocks(plan.geometry).sum()) for p in patterns])
+            time = plan.time.block * blocks
+            time[0] = plan.time.head  # dense
+            units.append(Unit(tuple(p.text for p in patterns), time, plan.damage[head]))
+        base = self._base(plan.site, plan.time.dense)
+        return SiteSpace(plan.site.id, base, plan.time.fixed, tuple(units), 1.0, self._least)
+
+    def _whole_spaces(self) -> list[SiteSpace]:
+        sites = [e[0].site for e in self._whole.values()]
+        if not sites:
+            return []
+        self._progress.stage("score approximations", len(sites) * len(self._known))
+        slim = self._slim
+        assert slim is not None
+        scored = whole_sites.score_sites(
+            self._whole, sites, [self.feeds[i] for i in self._known], [self._worlds[i] for i in self._known],
+            lambda names: slim.with_outputs(names, "sites.onnx"), self._settings.threads, self._progress.advance,
+        )  # fmt: skip
+        spaces = []
+        for site, options in zip(sites, scored, strict=True):
+            shape = shape_of(site, self._worlds[0].binding)
+            dense = self._gpu.before(site, shape) if self._gpu else dense_cost(site, shape).elements
+            base = self._base(site, dense)
+            time = np.array([base, *(dense / o.edit.decision.predicted_gain for o in options)])
+            damage = np.array([0.0, *(float(np.mean(np.square(o.errors))) for o in options)])
+            labels = ("as it is", *(o.edit.decision.reason for o in options))
+            damage[~np.isfinite(damage)] = 1e30
+            spaces.append(SiteSpace(site.id, base, 0.0, (Unit(labels, time, damage),), 1.0, self._least))
+        return spaces
+
+    # Whole models.
+
+    def _edit(self, site: str, picks: Sequence[int], space: SiteSpace | None = None) -> Edit:
+        if site in self._whole:
+            return self._whole[site][picks[0] - 1]
+        plan = self._heads[site]
+        chosen = [offered[k] for offered, k in zip(plan.offered, picks, strict=True)]
+        given = plan.mechanism.head_parameters(plan.geometry, chosen)
+        blocks = sum(int(p.blocks(plan.geometry).sum()) for p in chosen)
+        share = blocks / (len(chosen) * int(plan.geometry.all.sum()))
+        gain = plan.time.dense / space.time(picks) if space is not None else 1.0
+        reason = f"{share:.1%} of the blocks, chosen for each head"
+        decision = Decision(site, plan.mechanism.name, reason, False, given, gain)
+        return Edit.of(plan.site, decision, plan.mechanism, self._opset)
+
+    def edits(self, choice: Choice, spaces: Sequence[SiteSpace] = ()) -> list[Edit]:
+        """The exact edits that stay, and those of ``choice``. Without ``spaces`` their gains are not predicted."""
+        by_site = {s.site: s for s in spaces}
+        kept = [e for e in self._exact if e.site.id not in choice]
+        return [*kept, *(self._edit(site, picks, by_site.get(site)) for site, picks in choice.items())]
+
+    def errors(self, choice: Choice, spaces: Sequence[SiteSpace], inputs: Sequence[int], metric: str) -> list[float]:
+        """How far the whole model with ``choice`` is from the original on these inputs: see ``tasks.badness``."""
+        assert self._state is not None and self._executor is not None and self._slim is not None
+        text = json.dumps([metric, sorted((s, list(p)) for s, p in choice.items())])
+        stamp = hashlib.sha256(text.encode()).hexdigest()[:16]
+        names = [f"error-{stamp}-{i}" for i in inputs]
+        known = [self._state.arrays(n) for n in names]
+        missing = [k for k, found in enumerate(known) if found is None]
+        if missing:
+            self._baselines([inputs[k] for k in missing])
+            provider = self._settings.provider
+            path = self._slim.write(self.edits(choice, spaces))
+            work = [
+                tasks.Error(path, stamp, self._files[inputs[k]], self._outputs(inputs[k]), metric, provider)
+                for k in missing
+            ]
+            for k, error in zip(missing, self._executor.map(work), strict=True):
+                known[k] = {"error": np.array(error)}
+                self._state.store(names[k], {"error": np.array(error)})
+        return [float(found["error"]) for found in known if found is not None]
+
+    def _outputs(self, number: int) -> Path:
+        return self._scratch / f"outputs-{number}.npz"
+
+    def _baselines(self, inputs: Sequence[int]) -> None:
+        missing = [i for i in inputs if not self._outputs(i).is_file()]
+        path = self._found.model.path.resolve()
+        assert self._executor is not None
+        self._executor.map(
+            [tasks.Baseline(path, self._files[i], self._outputs(i), self._settings.provider) for i in missing]
+        )
+
+    def _weighed(self, spaces: Sequence[SiteSpace]) -> list[SiteSpace]:
+        """Spaces with the share of a site's squared change that arrives at the outputs, by changing one site alone."""
+        inputs = self._known[:PROBES]
+        self._progress.stage("probe sites", len(spaces))
+        found = []
+        for space in spaces:
+            wanted = PROBE_DAMAGE / len(space.units)
+            picks = tuple(int(np.argmin(np.abs(np.log(np.maximum(u.damage, 1e-12) / wanted)))) for u in space.units)
+            damage = sum(float(u.damage[k]) for u, k in zip(space.units, picks, strict=True))
+            weight = 1.0
+            if damage > 0 and any(picks):
+                errors = self.errors({space.site: picks}, spaces, inputs, "relative_l2")
+                weight = float(np.mean(np.square(np.minimum(errors, 1e6)))) / damage
+            found.append(
+                SiteSpace(space.site, space.base, space.fixed, space.units, max(weight, 1e-9), space.least_gain)
+            )
+            self._progress.advance()
+        return found
+
+    # The choice.
+
+    def _by_budget(self, spaces: Sequence[SiteSpace]) -> Result:
+        settings = self._settings
+        budget = tasks.badness(settings.metric, settings.budget)
+        limits = Limits(
+            budget, len(self._held), settings.confidence, tasks.POWER.get(settings.metric, 0.5),
+        )  # fmt: skip
+        self._progress.stage("search", limits.evaluations)
+
+        def measured(choice: Choice) -> list[float]:
+            return self.errors(choice, spaces, self._known, settings.metric)
+
+        best, points = choose.tune(spaces, limits, measured, self._progress.advance)
+        held: tuple[float, ...] = ()
+        refused = 0
+        if len(self.feeds) == 1:
+            self._warnings.append("one input served for calibration and as the held-out check: give more with --inputs")
+        elif best is not None:
+            self._progress.stage("check on held-out inputs")
+            first = best
+            best, held, refused = choose.corrected(
+                spaces, best, limits, measured, lambda c: self.errors(c, spaces, self._held, settings.metric)
+            )
+            if refused:
+                self._warnings.append("what keeps the budget on the calibration inputs breaks it on held-out ones: "
+                                      f"{refused} choice{'s' * (refused > 1)} refused by them")  # fmt: skip
+            if best is not None and best is not first:
+                points.append(best)
+        if best is None:
+            text = f"no approximation keeps {settings.metric} within {settings.budget:g} at the outputs"
+            if any(p.mean <= budget for p in points) and len(self._known) < FEW:
+                text += f" with confidence: {len(self._known)} calibration inputs say little about others, give more"
+            self._warnings.append(text)
+        return self._result(spaces, best, points, held, refused)
+
+    def _by_density(self, spaces: Sequence[SiteSpace], limit: float) -> Result:
+        choice = choose.within_density(spaces, limit, self.density)
+        if self.density(choice) > limit:
+            self._warnings.append(f"the sparsest choice keeps {self.density(choice):.1%} of the blocks")
+        self._progress.stage("measure", 1)
+        point = None
+        held: tuple[float, ...] = ()
+        if choice:
+            errors = tuple(self.errors(choice, spaces, self._known, self._settings.metric))
+            held = tuple(self.errors(choice, spaces, self._held, self._settings.metric))
+            base = sum(s.base for s in spaces) or 1.0
+            damage = choose.damage_of(spaces, choice)
+            point = Point(choose.time_of(spaces, choice) / base, damage, errors, max(errors), choice)
+        return self._result(spaces, point, [point] if point else [], held, 0)
+
+    def kept(self, site: str) -> list[np.ndarray]:
+        """Of each head of a site the share of attention weight that its candidates keep, in their order."""
+        return self._heads[site].kept if site in self._heads else []
+
+    def density(self, choice: Choice) -> float:
+        """Blocks over dense blocks, of all sites that have heads to choose for."""
+        have = whole = 0
+        for name, plan in self._heads.items():
+            all_blocks = int(plan.geometry.all.sum())
+            whole += len(plan.offered) * all_blocks
+            picks = choice.get(name)
+            for head, offered in enumerate(plan.offered):
+                have += all_blocks if picks is None else int(offered[picks[head]].blocks(plan.geometry).sum())
+        return have / whole if whole else 1.0
+
+    def _result(
+        self, spaces: Sequence[SiteSpace], best: Point | None, points: Sequence[Point], held: tuple[float, ...],
+        refused: int,
+    ) -> Result:  # fmt: skip
+        choice: Choice = best.choice if best is not None else {}
+        by_site = {s.site: s for s in spaces}
+        edits = tuple(self._edit(site, picks, by_site[site]) for site, picks in choice.items())
+        fidelity: dict[str, SiteFidelity] = {}
+        shown: dict[str, tuple[HeadFound, ...]] = {}
+        kept = dict(self._refusals)
+        for space in spaces:
+            picks = choice.get(space.site)
+            if picks is None:
+                kept[space.site] = "no pattern of its heads is worth its share of the budget"
+                if best is None:
+                    kept[space.site] = f"no approximation fits the budget {self._settings.budget:g}"
+                continue
+            kept.pop(space.site, None)
+            error = float(np.sqrt(sum(u.damage[k] for u, k in zip(space.units, picks, strict=True))))
+            mass = None
+            if space.site in self._heads:
+                shown[space.site] = self._shown(self._heads[space.site], picks)
+                mass = float(np.mean([h.kept for h in shown[space.site]]))
+            fidelity[space.site] = SiteFidelity(error, None, mass)
+        curve = tuple(CurvePoint(p.time, p.mean, p.bound, best is not None and p.choice == best.choice) for p in points)
+        settings = self._settings
+        by_density = settings.density is not None
+        report = SearchReport(
+            settings.metric, None if by_density else settings.budget, settings.confidence, len(self._known), curve,
+            held, refused, self.density(choice) if self._heads else None, shown,
+        )  # fmt: skip
+        return Result(edits, fidelity, kept, tuple(self._warnings), report)
+
+    def _shown(self, plan: _HeadPlan, picks: Sequence[int]) -> tuple[HeadFound, ...]:
+        assert plan.mass is not None
+        found = []
+        for head, k in enumerate(picks):
+            pattern = plan.offered[head][k]
+            seen = pattern.blocks(plan.geometry)
+            found.append(
+                HeadFound(pattern.text, pattern.kind, float(seen.sum() / plan.geometry.all.sum()),
+                          float(plan.damage[head][k]), float(plan.kept[head][k]), plan.mass[head], seen)
+            )  # fmt: skip
+        return tuple(found)
+
+    def done(self) -> None:
+        """The result is in the output: nothing needs to be taken up again."""
+        if self._state is not None:
+            self._state.remove()
+
+
+def _flattened(found: Mapping[str, tuple[list[np.ndarray], list[np.ndarray]]]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, (errors, kept) in found.items():
+        for head, (error, share) in enumerate(zip(errors, kept, strict=True)):
+            arrays[f"{name}/{head}/error"] = error
+            arrays[f"{name}/{head}/kept"] = share
+    return arrays

@@ -1,0 +1,60 @@
+"""What a search has found so far, on disk: an interrupted one goes on where it was.
+
+A folder beside the output's holds a file for every piece of work, each written whole or not at all. It belongs to one
+key, a hash of the model, the inputs and the options; another key empties it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attncompile.core.folder import write_file
+from attncompile.search.arrays import load, save
+
+_KEY = "key.txt"
+
+
+def key_of(model_hash: str, feeds: Sequence[Mapping[str, np.ndarray]], options: Mapping[str, Any]) -> str:
+    """Of all that decides what a search finds."""
+    digest = hashlib.sha256(model_hash.encode())
+    digest.update(json.dumps(options, sort_keys=True, default=str).encode())
+    for feed in feeds:
+        for name, value in sorted(feed.items()):
+            digest.update(repr((name, value.dtype.str, value.shape)).encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+class State:
+    """``folder`` is made when it is needed. ``resumed`` counts the pieces that were there already."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.resumed = 0
+        known = folder / _KEY
+        if not known.is_file() or known.read_text(encoding="ascii") != key:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(known, key.encode("ascii"))
+
+    def arrays(self, name: str) -> dict[str, np.ndarray] | None:
+        """What was stored under ``name``, or None."""
+        path = self.folder / f"{name}.npz"
+        if not path.is_file():
+            return None
+        self.resumed += 1
+        return load(path)
+
+    def store(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        save(self.folder / f"{name}.npz", arrays)
+
+    def remove(self) -> None:
+        """The search is over."""
+        shutil.rmtree(self.folder, ignore_errors=True)

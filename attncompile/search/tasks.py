@@ -1,0 +1,219 @@
+"""The search's work, in pieces that another process or machine can do: each names files that it reads, and is pickled.
+
+A task is called with the number of threads it may use. Files must be where all workers see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from attncompile import measure, metrics
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.errors import AttncompileError, MissingDependency
+from attncompile.measure import Provider
+from attncompile.search import maps
+from attncompile.search.arrays import load, save
+
+ROWS = 32
+"""Rows of blocks of a head that are scored for one input; of longer sequences every second, third, ... row, beginning
+at another one for each input."""
+
+
+class Task(Protocol):
+    """Anything that can be pickled and called."""
+
+    def __call__(self, threads: int) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadSite:
+    """What is needed of a site to score its heads: names of its operands and of its padding in the model, and how they
+    lie. ``weights`` [H, Dv, Dv] as in ``maps.Operands``.
+    """
+
+    site: str
+    names: tuple[str, str, str]
+    layouts: tuple[str, str, str]
+    scale: float
+    geometry: BlockGeometry
+    padding: str = ""
+    weights: np.ndarray | None = None
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        return (*self.names, *([self.padding] if self.padding else []))
+
+    def operands(self, values: Mapping[str, np.ndarray]) -> list[maps.Operands]:
+        """One for each batch entry."""
+        arrays = []
+        for name, layout in zip(self.names, self.layouts, strict=True):
+            array = np.asarray(values[name], np.float32)
+            arrays.append(array.transpose(0, 2, 1, 3) if layout == "BNHD" else array)
+        query, key, value = (np.ascontiguousarray(a) for a in arrays)
+        shown = None
+        if self.padding:
+            shown = np.asarray(values[self.padding]) != 0
+            shown = np.broadcast_to(shown.reshape(shown.shape[0], -1), (len(query), self.geometry.tokens))
+        return [
+            maps.Operands(q, k, v, self.scale, None if shown is None else shown[i], self.weights)
+            for i, (q, k, v) in enumerate(zip(query, key, value, strict=True))
+        ]
+
+
+def groups(sites: Sequence[HeadSite], sizes: Mapping[str, int], limit: int) -> list[list[HeadSite]]:
+    """Sites whose operands together stay below ``limit`` bytes."""
+    found: list[list[HeadSite]] = [[]]
+    held = 0
+    for site in sites:
+        need = sum(sizes.get(name, 0) for name in site.read)
+        if found[-1] and held + need > limit:
+            found.append([])
+            held = 0
+        found[-1].append(site)
+        held += need
+    return [g for g in found if g]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masses:
+    """Maps of all heads of one group of sites for one input: site -> float32 [H, R, R]."""
+
+    model: Path
+    feed: Path
+    sites: tuple[HeadSite, ...]
+    provider: Provider = "cpu"
+
+    def __call__(self, threads: int) -> dict[str, np.ndarray]:
+        values = _captured(self.model, self.feed, self.sites, threads, self.provider)
+        found = {}
+        for site in self.sites:
+            entries = site.operands(values)
+            heads = range(entries[0].heads)
+            found[site.site] = np.stack(
+                [np.mean([maps.masses(e, site.geometry, h) for e in entries], axis=0) for h in heads]
+            ).astype(np.float32)
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Errors of all candidates of one group of sites for one input: site -> (squared changes [H][K] relative to the
+    squared size of the site's output, shares of the weight that are kept [H][K]). ``number`` of the input.
+    """
+
+    model: Path
+    feed: Path
+    sites: tuple[HeadSite, ...]
+    candidates: Mapping[str, Sequence[Sequence[str]]]
+    number: int
+    provider: Provider = "cpu"
+
+    def __call__(self, threads: int) -> dict[str, tuple[list[np.ndarray], list[np.ndarray]]]:
+        values = _captured(self.model, self.feed, self.sites, threads, self.provider)
+        found = {}
+        for site in self.sites:
+            entries = site.operands(values)
+            count = site.geometry.count
+            step = -(-count // ROWS)
+            which = range(self.number % step, count, step)
+            errors, kept, size = [], [], 0.0
+            for head, texts in enumerate(self.candidates[site.site]):
+                choices = np.stack([BlockPattern(t).blocks(site.geometry) for t in texts])
+                scored = [maps.score(e, site.geometry, head, choices, which) for e in entries]
+                errors.append(np.sum([s.error for s in scored], axis=0))
+                kept.append(np.mean([s.kept for s in scored], axis=0))
+                size += sum(s.size for s in scored)
+            found[site.site] = ([e / max(size, 1e-300) for e in errors], kept)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """Runs the original once and keeps its outputs in ``out`` (.npz)."""
+
+    model: Path
+    feed: Path
+    out: Path
+    provider: Provider = "cpu"
+
+    def __call__(self, threads: int) -> None:
+        session = _session(self.model, "baseline", threads, self.provider)
+        names = [o.name for o in session.get_outputs()]
+        values = measure.run_session(session, load(self.feed), names)
+        save(self.out, dict(zip(names, values, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """How far the model's outputs are from those of ``baseline``, by ``metric``, the worst output's: see ``badness``.
+    Infinite where the model does not run, gives NaN, or changes whole numbers.
+    """
+
+    model: Path
+    stamp: str
+    feed: Path
+    baseline: Path
+    metric: str
+    provider: Provider = "cpu"
+
+    def __call__(self, threads: int) -> float:
+        try:
+            session = _session(self.model, self.stamp, threads, self.provider)
+            names = [o.name for o in session.get_outputs()]
+            ours = dict(zip(names, measure.run_session(session, load(self.feed), names), strict=True))
+        except MissingDependency:
+            raise
+        except AttncompileError:
+            return float("inf")
+        stored = load(self.baseline)
+        return max(distance(value, ours[name], self.metric) for name, value in stored.items())
+
+
+def distance(reference: np.ndarray, ours: np.ndarray, metric: str) -> float:
+    """``badness`` of one output."""
+    if reference.shape != ours.shape or reference.dtype != ours.dtype:
+        return float("inf")
+    if reference.dtype.kind in "iub":
+        return 0.0 if np.array_equal(reference, ours) else float("inf")
+    if not np.isfinite(reference).all() or not np.isfinite(ours).all():
+        return float("inf")
+    name = {"kl": "kl_divergence"}.get(metric, metric)
+    return badness(metric, getattr(metrics, name)(reference, ours))
+
+
+def badness(metric: str, value: float) -> float:
+    """``value`` as a number that is 0 for equal outputs and grows with their distance: 1 - cosine, 1 - agreement, and
+    of PSNR the noise's amplitude relative to the peak.
+    """
+    if np.isnan(value):
+        return float("inf")
+    if metric in ("cosine", "top1_agreement"):
+        return max(1.0 - value, 0.0)
+    if metric == "psnr":
+        return float(10 ** (-value / 20))
+    return float(value)
+
+
+POWER = {"relative_l2": 0.5, "max_abs": 0.5, "psnr": 0.5, "cosine": 1.0, "kl": 1.0, "top1_agreement": 0.5}
+"""Badness grows like damage, a squared distance, to this power where both are small."""
+
+
+@lru_cache(maxsize=2)
+def _session(model: Path, stamp: str, threads: int, provider: Provider) -> Any:
+    """``stamp`` tells models apart that were written to one path."""
+    return measure.open_session(model, threads, provider=provider)
+
+
+def _captured(
+    model: Path, feed: Path, sites: Sequence[HeadSite], threads: int, provider: Provider
+) -> dict[str, np.ndarray]:
+    given = load(feed)
+    wanted = sorted({name for s in sites for name in s.read} - given.keys())
+    session = _session(model, "capture", threads, provider)
+    return {**given, **dict(zip(wanted, measure.run_session(session, given, wanted), strict=True))}

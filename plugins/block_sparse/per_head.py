@@ -1,0 +1,129 @@
+"""Sites whose heads get blocks of their own choice: an approximation, by the parameters ``edge`` and ``heads``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.errors import Unsupported
+from attncompile.core.mechanism import Cost, Lowering, Parameters, Shape
+from attncompile.core.site import AttentionSite
+from attncompile.plugins.block_sparse import head_body
+from attncompile.plugins.block_sparse.head_lists import HeadPlan, lists_of, plan_of
+from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
+from attncompile.plugins.block_sparse.plan import LAUNCH
+from attncompile.plugins.neighborhood.call import Call
+from attncompile.plugins.neighborhood.facts import check_bias, check_padding, check_plain
+from attncompile.plugins.neighborhood.tiles import COPY
+from attncompile.plugins.token_padding import around
+
+LONG = 4096
+"""Tokens from which blocks of 128 are taken: fewer of them, and one thread block of the GPU does one."""
+
+OVERHEAD = 1.4
+"""Time of a score element in blocks of a row, relative to one of dense attention: smaller products, and masks. Measured
+with ONNX Runtime 1.32 on 2 busy cores at 1,024 and 4,096 tokens."""
+
+LARGEST = 1 << 24
+"""Blocks of all heads beyond which a site is refused: its lists would not be small any more."""
+
+
+def geometry_of(site: AttentionSite, edge: int = 0) -> BlockGeometry:
+    """The blocks of a site whose heads may be pruned. ``edge`` 0: the usual one for its length.
+
+    Raises:
+        Unsupported: it is not softmax self-attention of a fixed length with no mask but causal and padding.
+    """
+    check_plain(site)
+    if site.needs - {"body", "token-padding"}:
+        raise Unsupported("needs", f"a choice for each head does not go with {', '.join(sorted(site.needs))}")
+    tokens = site.query_length
+    if not isinstance(tokens, int) or not isinstance(site.key_length, int):
+        raise Unsupported(
+            "lengths", "lists of blocks hold for one length only", "export with a fixed length: windows alone slide"
+        )
+    if tokens != site.key_length:
+        raise Unsupported("lengths", f"{tokens} queries over {site.key_length} keys are not self-attention")
+    foreign = [p.kind for p in site.mask.parts if p.kind not in ("causal", "padding")]
+    if foreign or site.mask.ends is not None:
+        raise Unsupported("mask", f"a mask of kind {', '.join(foreign) or 'key ends'} stays as it is")
+    check_padding(site.mask)
+    check_bias(site)
+    edge = edge or (BLOCKS[1] if tokens >= LONG else BLOCKS[0])
+    if edge not in BLOCKS:
+        raise Unsupported("parameters", f"blocks of {edge}", f"edge is {' or '.join(map(str, BLOCKS))}")
+    grid = site.grid if site.grid is not None and site.grid.tokens == tokens else None
+    made = BlockGeometry(tokens, edge, site.mask.part("causal") is not None, grid)
+    if made.count < 2:
+        raise Unsupported("size", f"{tokens} tokens are one block")
+    if site.heads * made.count**2 > LARGEST:
+        raise Unsupported("size", f"{site.heads} heads of {made.count}x{made.count} blocks are too many to be listed")
+    return made
+
+
+def parameters(geometry: BlockGeometry, patterns: Sequence[BlockPattern]) -> Parameters:
+    """What plan.toml holds. ``mean`` heads give the mean of all values, which is what a query without a key gets."""
+    rule = "uniform" if any(p.kind == "mean" for p in patterns) else "zero"
+    return {"masked_rows": rule, "edge": geometry.edge, "heads": [p.text for p in patterns]}
+
+
+def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.ndarray]:
+    """The site's geometry and bool [H, R, R]. Raises ``Unsupported`` as ``geometry_of``, or for wrong parameters."""
+    edge, texts = given.get("edge", 0), given.get("heads", ())
+    if not isinstance(edge, int) or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+        raise Unsupported("parameters", "edge is a number and heads a list of patterns")
+    geometry = geometry_of(site, edge)
+    if len(texts) != site.heads:
+        raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")
+    if "mean" in texts and site.mask.part("padding") is not None:
+        raise Unsupported("pattern", "a head that averages all values beside padding", "use another pattern than mean")
+    return geometry, _seen(tuple(texts), geometry)
+
+
+@lru_cache(maxsize=64)
+def _seen(texts: tuple[str, ...], geometry: BlockGeometry) -> np.ndarray:
+    known = {text: BlockPattern(text).blocks(geometry) for text in dict.fromkeys(texts)}
+    return np.stack([known[text] for text in texts])
+
+
+@lru_cache(maxsize=64)
+def _plan(texts: tuple[str, ...], geometry: BlockGeometry) -> HeadPlan:
+    return plan_of(_seen(texts, geometry), geometry)
+
+
+def cost(site: AttentionSite, given: Parameters, shape: Shape) -> Cost:
+    """Touched keys with padding; copying keys and starting groups are counted as flops."""
+    geometry, _ = seen_of(site, given)
+    made = _plan(tuple(given["heads"]), geometry)
+    of_element = 2.0 * (site.head_dim + site.value_dim)
+    whole = len(made.whole) * geometry.count**2
+    elements = float(shape.batch * (OVERHEAD * (made.blocks - whole) + whole) * geometry.edge**2)
+    extra = OVERHEAD * COPY * shape.batch * made.copied + LAUNCH * len(made.groups)
+    keys = made.blocks * geometry.edge / (site.heads * geometry.count)
+    return Cost(of_element * (elements + extra), keys, elements)
+
+
+def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
+    """The op with the lists of all heads, and the body for them. Raises ``Unsupported`` as ``seen_of``."""
+    register()
+    geometry, seen = seen_of(site, given)
+    call = Call.of(site, opset, 0, 0)
+    said = lists_of(seen, geometry)
+    made = _plan(tuple(given["heads"]), geometry)
+    rule = str(given.get("masked_rows", "zero"))
+    if rule != ("uniform" if made.empty else "zero"):
+        raise Unsupported("parameters", f"masked_rows {rule!r}", "it is uniform where a head is mean, else zero")
+    form = Form(geometry.edge, rule, (*(["key_mask"] if call.key_mask else []), "order"))
+
+    def lowered(site: AttentionSite) -> Lowering:
+        stored = said.initializers()
+        values = {"query": site.query.value, "key": site.key.value, "value": site.value.value}
+        values |= {"key_mask": check_padding(site.mask), **{x.name.rpartition("/")[2]: x.name for x in stored}}
+        name = f"{OP_TYPE}/{site.id or site.output.value}"
+        replaced = node(form, call, form.place(values), [site.output.value], name, f"heads {said.digest}")
+        return Lowering((replaced,), (head_body.function(made, replaced, form, call),), tuple(stored))
+
+    return around(site, lowered)

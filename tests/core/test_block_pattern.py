@@ -1,0 +1,81 @@
+"""Patterns of blocks: their texts, and what they mean, against sentences about single blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from attncompile.core.block_pattern import (
+    DENSE,
+    MEAN,
+    BlockGeometry,
+    BlockPattern,
+    bitmap,
+    density,
+    slash,
+    streaming,
+)
+from attncompile.core.errors import Unsupported
+from attncompile.core.grid import TokenGrid
+from attncompile.core.pattern import GridWindow
+
+PLAIN = BlockGeometry(7 * 32 - 5, 32, False)
+CAUSAL = BlockGeometry(7 * 32 - 5, 32, True)
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, CAUSAL])
+def test_what_each_text_means(geometry) -> None:
+    texts = {
+        "dense": lambda r, c: True,
+        "sinks 2 window 1": lambda r, c: c < 2 or abs(r - c) <= 1,
+        "sinks 0 window 0": lambda r, c: False,
+        "columns 0,5 diagonals 2,-3": lambda r, c: c in (0, 5) or r - c in (2, -3),
+        "columns 4": lambda r, c: c == 4,
+        "diagonals 1": lambda r, c: r - c == 1,
+    }
+    for text, meant in texts.items():
+        seen = BlockPattern(text).blocks(geometry)
+        for r in range(7):
+            for c in range(7):
+                hidden = geometry.causal and c > r
+                assert seen[r, c] == (not hidden and (r == c or meant(r, c))), (text, r, c)
+
+
+def test_texts_round_trip() -> None:
+    assert streaming(1, 4).text == "sinks 1 window 4" and streaming(1, 4).kind == "streaming"
+    assert slash([3, 0, 3], [2]).text == "columns 0,3 diagonals 2" and slash([], [1]).text == "diagonals 1"
+    seen = np.random.default_rng(0).random((7, 7)) < 0.4
+    np.fill_diagonal(seen, True)
+    made = BlockPattern(bitmap(seen).text)
+    np.testing.assert_array_equal(made.blocks(PLAIN), seen)
+    np.testing.assert_array_equal(made.blocks(CAUSAL), np.tril(seen))
+    assert not MEAN.blocks(PLAIN).any() and DENSE.blocks(CAUSAL).sum() == 28
+    assert density([DENSE, MEAN], PLAIN) == 0.5
+
+
+def test_a_neighborhood_touches_blocks() -> None:
+    grid = TokenGrid((11, 13), prefix=2)
+    geometry = BlockGeometry(grid.tokens, 32, False, grid)
+    pairs = GridWindow(grid, (5, 7), (1, 1), (1, 1), (False, False)).visible(145, 145)
+    padded = np.zeros((160, 160), bool)
+    padded[:145, :145] = pairs
+    want = padded.reshape(5, 32, 5, 32).any(axis=(1, 3))
+    assert not want.all()
+    np.testing.assert_array_equal(BlockPattern("grid 5x7").blocks(geometry), want)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "sinks 1", "window 3", "columns", "grid", "grid 0x3", "blocks ***", "columns 1 diagonals", "Dense"]
+)
+def test_what_is_no_pattern(text) -> None:
+    with pytest.raises(Unsupported, match="is no pattern"):
+        BlockPattern(text)
+
+
+def test_patterns_that_do_not_fit() -> None:
+    for text, geometry in (
+        ("mean", CAUSAL), ("grid 3x3", PLAIN), ("blocks AAAA", PLAIN), (bitmap(np.ones((5, 5))).text, PLAIN),
+        ("grid 99x3", BlockGeometry(143, 32, False, TokenGrid((11, 13)))),
+    ):  # fmt: skip
+        with pytest.raises(Unsupported):
+            BlockPattern(text).blocks(geometry)

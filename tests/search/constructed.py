@@ -1,0 +1,94 @@
+"""A model whose heads have patterns that are known: they are made by positions, contents only blur them.
+
+x [1, N, C] -> y [1, N, C]: ``layers`` times x + attention(x) W. Heads in order: near tokens, the first tokens, one
+stripe of tokens, all tokens alike.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+HEADS = ("local", "sink", "stripe", "dense")
+
+
+def positions(kind: str, tokens: int, dim: int, stripe: int) -> tuple[np.ndarray, np.ndarray]:
+    """Constants [N, dim] that are added to queries and keys."""
+    query, key = np.zeros((tokens, dim)), np.zeros((tokens, dim))
+    place = np.arange(tokens)
+    if kind == "local":
+        # sum of cosines of the distance: a peak about 20 tokens wide
+        waves = np.geomspace(0.01, 0.12, dim // 2)
+        turned = np.concatenate([np.cos(place[:, None] * waves), np.sin(place[:, None] * waves)], axis=1)
+        return 3.2 * turned, 3.2 * turned
+    if kind in ("sink", "stripe"):
+        query[:, 0] = 4.0
+        there = place < 20 if kind == "sink" else (place >= stripe) & (place < stripe + 20)
+        key[there, 0] = 10.0
+    return query, key
+
+
+def build(
+    tokens: int = 512, layers: int = 2, dim: int = 16, causal: bool = True, seed: int = 0,
+    kinds: tuple[str, ...] = HEADS, dynamic: bool = False,
+) -> onnx.ModelProto:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    heads, width = len(kinds), len(kinds) * dim
+    stored: list[TensorProto] = []
+    nodes: list[onnx.NodeProto] = []
+
+    def const(value: np.ndarray, name: str) -> str:
+        stored.append(numpy_helper.from_array(value.astype(np.int64 if value.dtype.kind == "i" else np.float32), name))
+        return name
+
+    def op(kind: str, *inputs: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(kind, list(inputs), [f"t{len(nodes)}"], **attributes))
+        return nodes[-1].output[0]
+
+    shape = const(np.array([0, 0 if dynamic else tokens, heads, dim]), "shape")
+    back = const(np.array([0, 0 if dynamic else tokens, width]), "back")
+    root = const(np.array(dim**-0.5), "root")
+    x = "x"
+    for layer in range(layers):
+        parts = []
+        offsets = [positions(kind, tokens, dim, tokens // 2 + 40) for kind in kinds]
+        for i, what in enumerate(("q", "k", "v")):
+            spread = (0.35, 0.35, 1.0)[i] / np.sqrt(width)
+            part = op("MatMul", x, const(rng.standard_normal((width, width)) * spread, f"{what}{layer}"))
+            if what != "v" and not dynamic:
+                added = np.concatenate([o[i] for o in offsets], axis=1)
+                part = op("Add", part, const(added[None], f"{what}{layer}_at"))
+            parts.append(op("Transpose", op("Reshape", part, shape), perm=[0, 2, 1, 3]))
+        query, key, value = parts
+        scores = op("Mul", op("MatMul", query, op("Transpose", key, perm=[0, 1, 3, 2])), root)
+        if causal:
+            if layer == 0:
+                const(np.where(np.tri(tokens, dtype=bool), 0, -np.inf)[None, None], "mask")
+            scores = op("Add", scores, "mask")
+        out = op("MatMul", op("Softmax", scores, axis=-1), value)
+        out = op("Reshape", op("Transpose", out, perm=[0, 2, 1, 3]), back)
+        out = op("MatMul", out, const(rng.standard_normal((width, width)) / np.sqrt(width), f"o{layer}"))
+        x = op("Add", x, out)
+    nodes.append(helper.make_node("Identity", [x], ["y"]))
+    length: int | str = "n" if dynamic else tokens
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, length, width]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "constructed", values[:1], values[1:], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def feeds(count: int, tokens: int = 512, width: int = 64, seed: int = 1) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.standard_normal((1, tokens, width)).astype(np.float32)} for _ in range(count)]
+
+
+def write(folder: Path, model: onnx.ModelProto, given: list[dict[str, np.ndarray]]) -> tuple[Path, Path]:
+    """Paths of the model and of Polygraphy's JSON of the inputs."""
+    from polygraphy.json import save_json
+
+    path, inputs = folder / "model.onnx", folder / "inputs.json"
+    onnx.save(model, path)
+    save_json(given, str(inputs))
+    return path, inputs

@@ -1,0 +1,183 @@
+"""The choice among candidates, the confidence bound, and what a search keeps on disk."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attncompile.search.choose import (
+    Limits,
+    Point,
+    SiteSpace,
+    Unit,
+    choose,
+    corrected,
+    damage_of,
+    time_of,
+    tune,
+    within_damage,
+    within_density,
+)
+from attncompile.search.confidence import student, upper_bound
+from attncompile.search.state import State, key_of
+
+
+def unit(rng: np.random.Generator, count: int = 5) -> Unit:
+    time = np.concatenate([[1.0], np.sort(rng.random(count - 1))[::-1]])
+    damage = np.concatenate([[0.0], np.sort(rng.random(count - 1)) ** 3])
+    return Unit(tuple(map(str, range(count))), time, damage)
+
+
+def space(seed: int, site: str, heads: int = 3, **changes: float) -> SiteSpace:
+    rng = np.random.default_rng(seed)
+    given = {"base": heads * 1.1, "fixed": 0.1, "weight": 1.0 + seed, "least_gain": 1.1, **changes}
+    return SiteSpace(site, units=tuple(unit(rng) for _ in range(heads)), **given)
+
+
+@pytest.mark.parametrize("price", [0.0, 0.3, 1.0, 5.0, 1e9])
+def test_a_price_is_paid_by_every_head_alone(price) -> None:
+    """Against all combinations of all heads."""
+    spaces = [space(0, "a"), space(1, "b")]
+    found = choose(spaces, price)
+    for s in spaces:
+        every = itertools.product(*(range(len(u.time)) for u in s.units))
+        best = min(every, key=lambda picks: s.time(picks) + price * s.damage(picks))
+        worth = s.base >= s.least_gain * s.time(best) and s.time(best) + price * s.damage(best) < s.base
+        assert found.get(s.site) == (best if worth else None)
+    assert price < 1e9 or not found
+
+
+def test_a_site_that_does_not_gain_stays() -> None:
+    assert choose([space(0, "a", base=0.15)], 0.0) == {}
+    assert set(choose([space(0, "a", base=9.0)], 0.0)) == {"a"}
+
+
+def test_damage_and_density_are_kept() -> None:
+    spaces = [space(i, str(i)) for i in range(4)]
+    last = np.inf
+    for limit in (1e-9, 0.01, 0.1, 1.0, 10.0, 1e6):
+        found = within_damage(spaces, limit)
+        assert damage_of(spaces, found) <= limit
+        assert time_of(spaces, found) <= last
+        last = time_of(spaces, found)
+    assert within_damage(spaces, 1e6) == choose(spaces, 0.0)
+
+    def density(choice: dict[str, tuple[int, ...]]) -> float:
+        return time_of(spaces, choice) / time_of(spaces, {})
+
+    for limit in (0.4, 0.7, 1.0):
+        assert density(within_density(spaces, limit, density)) <= limit
+
+
+def errors_of(spaces: list[SiteSpace], spread: float, count: int, seed: int = 0):
+    """Inputs whose errors follow the damage, each by its own factor, none exactly."""
+    rng = np.random.default_rng(seed)
+    factors = np.exp(spread * rng.standard_normal(count))
+
+    def measure(choice) -> list[float]:
+        return list(np.sqrt(1.7 * damage_of(spaces, choice)) ** 1.1 * factors)
+
+    return measure
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.3, 1.0, 100.0])
+def test_the_fastest_choice_within_the_budget(budget) -> None:
+    spaces = [space(i, str(i)) for i in range(6)]
+    measure = errors_of(spaces, 0.1, 8)
+    limits = Limits(budget, 8, 0.99, evaluations=14)
+    best, points = tune(spaces, limits, measure)
+    assert len(points) <= 14 and len({tuple(p.choice.items()) for p in points}) == len(points)
+    # What any price gives, and would have kept the budget.
+    every = [choose(spaces, p) for p in np.geomspace(1e-4, 1e5, 400)]
+    fitting = [time_of(spaces, c) for c in every if c and upper_bound(measure(c), 8, 0.99) <= budget]
+    if not fitting:
+        assert best is None
+        return
+    assert best is not None and best.bound <= budget
+    assert best.time * time_of(spaces, {}) <= min(fitting) * 1.1
+
+
+def test_no_budget_is_nothing() -> None:
+    def never(choice) -> list[float]:
+        raise AssertionError("nothing is to be measured")
+
+    assert tune([space(0, "a")], Limits(0.0, 4, 0.99), never) == (None, [])
+
+
+def test_held_out_inputs_refuse() -> None:
+    spaces = [space(i, str(i)) for i in range(6)]
+    known, held = errors_of(spaces, 0.0, 4), errors_of(spaces, 0.0, 4, seed=1)
+    limits = Limits(0.5, 4, 0.99)
+    best, _ = tune(spaces, limits, known)
+    assert best is not None
+    assert corrected(spaces, best, limits, known, held) == (best, tuple(held(best.choice)), 0)
+    asked: list[object] = []
+
+    def twice(choice) -> list[float]:
+        asked.append(choice)
+        return [3 * e for e in held(choice)]
+
+    less, errors, refused = corrected(spaces, best, limits, known, twice)
+    assert less is not None and refused >= 1 and max(errors) <= 0.5 and len(asked) == refused + 1
+    assert less.damage < best.damage and less.time > best.time
+    nothing, _, refused = corrected(spaces, best, limits, known, lambda c: [np.inf])
+    assert nothing is None and refused == 6
+
+
+def test_the_bound_holds_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for n, future, confidence in ((4, 4, 0.9), (8, 8, 0.95), (3, 1, 0.8)):
+        exceeded = 0
+        for _ in range(2000):
+            logs = rng.standard_normal(n + future) * 0.3
+            exceeded += max(np.exp(logs[n:])) > upper_bound(list(np.exp(logs[:n])), future, confidence)
+        assert exceeded / 2000 < (1 - confidence) * 1.25, (n, future)
+    assert upper_bound([0.3], 5, 0.99) == 0.3 and upper_bound([], 5, 0.99) == np.inf
+    assert upper_bound([0.1, np.inf], 5, 0.99) == np.inf and upper_bound([0.0, 0.0], 5, 0.99) == 0.0
+    assert upper_bound([1.0, 1.0, 1.0], 5, 0.99) == pytest.approx(1.0)
+    assert upper_bound([0.0, 1e-3, 1e-3, 1e-3], 1, 0.9) == upper_bound([2e-5, 1e-3, 1e-3, 1e-3], 1, 0.9) < 0.1
+
+
+def test_the_first_step_that_gains_is_found() -> None:
+    """Sites gain nothing until much is taken from them, and what is taken does little harm."""
+    time, damage = np.array([1.0, 0.9, 0.3]), np.array([0.0, 1e-6, 1.0])
+    one = SiteSpace("a", 1.0, 0.1, (Unit(("dense", "b", "c"), time, damage),), 1.0, 1.2)
+    best, _ = tune([one], Limits(1e-3, 1, 0.9), lambda choice: [1e-5])
+    assert best is not None and best.choice == {"a": (2,)}
+
+
+def test_students_quantiles() -> None:
+    """From the tables of Abramowitz and Stegun, 26.10."""
+    for probability, freedom, want in (
+        (0.975, 1, 12.706), (0.95, 2, 2.920), (0.995, 3, 5.841), (0.975, 7, 2.365), (0.95, 10, 1.812),
+        (0.9995, 30, 3.646),
+    ):  # fmt: skip
+        assert student(probability, freedom) == pytest.approx(want, abs=1e-3)
+
+
+def test_what_is_kept_belongs_to_one_key(tmp_path: Path) -> None:
+    feeds = [{"x": np.arange(3.0), "file": np.array(1)}]
+    key = key_of("m", feeds, {"budget": 0.1})
+    assert key == key_of("m", feeds, {"budget": 0.1})
+    others = {
+        key_of("n", feeds, {"budget": 0.1}), key_of("m", feeds, {"budget": 0.2}),
+        key_of("m", [{"x": np.arange(3.0) + 1, "file": np.array(1)}], {"budget": 0.1}),
+        key_of("m", feeds * 2, {"budget": 0.1}),
+    }  # fmt: skip
+    assert len(others) == 4 and key not in others
+    state = State(tmp_path / "s", key)
+    state.store("a-1", feeds[0])
+    again = State(tmp_path / "s", key)
+    found = again.arrays("a-1")
+    assert found is not None and again.resumed == 1 and again.arrays("b") is None
+    assert {n: v.tolist() for n, v in found.items()} == {"x": [0, 1, 2], "file": 1}
+    assert State(tmp_path / "s", "another").arrays("a-1") is None
+    again.remove()
+    assert not (tmp_path / "s").exists()
+
+
+def test_points_say_their_mean() -> None:
+    assert Point(1.0, 0.1, (1.0, 3.0), 4.0, {}).mean == 2.0

@@ -1,0 +1,304 @@
+"""The search on whole models: heads with known patterns, budgets, held-out inputs, interruption, workers."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+
+from attncompile import gate, pipeline, report, whole
+from attncompile.core import plan_toml
+from attncompile.core.errors import MissingDependency
+from attncompile.pipeline import Options
+from attncompile.search import executors, run, split, tasks
+from tests.search import constructed
+
+TOKENS = 600
+CHECK = gate.SiteGate.check
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, and sites are not timed: what is fast here is another test's business."""
+    monkeypatch.setattr(whole, "TIMING_SECONDS", 0.2)
+    monkeypatch.setattr(executors, "make", lambda name, jobs, threads: executors.Inline(1))
+    monkeypatch.setattr(gate.SiteGate, "check", lambda self, edit: gate.SiteResult())
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One layer of full attention, six inputs."""
+    folder = tmp_path_factory.mktemp("full")
+    return constructed.write(folder, constructed.build(TOKENS, 1, causal=False), constructed.feeds(6, TOKENS))
+
+
+def compiled(made: tuple[Path, Path], folder: Path, **more: Any) -> report.Report:
+    given = {"policy": "sparse", "target": "onnx", "out": folder / "out", "inputs": made[1], "keep_slower": True}
+    return pipeline.compile(made[0], Options(**{**given, **more}))
+
+
+def test_heads_with_known_patterns(tmp_path: Path) -> None:
+    full = constructed.write(tmp_path, constructed.build(TOKENS, causal=False), constructed.feeds(4, TOKENS))
+    found = compiled(full, tmp_path, max_error=0.03)
+    assert found.outcome == "replaced" and found.approximate, found.warnings
+    assert found.parity is not None and found.parity.passed and 0 < found.parity.value <= 0.03
+    assert found.search is not None and set(found.search.sites) == {"site0", "site1"}
+    column = (TOKENS // 2 + 40) // 64
+    for heads in found.search.sites.values():
+        near, first, stripe, even = heads
+        place = np.arange(len(near.seen))
+        assert (np.abs(place[:, None] - place[None, :])[near.seen] <= 1).all(), near.pattern
+        assert first.pattern == "sinks 1 window 0" and stripe.pattern == f"columns {column}"
+        assert even.pattern == "mean" and max(h.density for h in heads) < 0.35
+        assert max(h.damage for h in heads) < 0.02
+    plan = plan_toml.loads((tmp_path / "out" / "plan.toml").read_text())
+    assert [d.mechanism for d in plan.decisions] == ["BlockSparseAttention"] * 2
+    assert not any(d.exact for d in plan.decisions)
+    nodes = [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert nodes.count("BlockSparseAttention") == 2 and "Softmax" not in nodes
+    jsonschema.validate(found.to_json(), report.schema())
+    assert "sinks 1 window 0" in (tmp_path / "out" / "report.html").read_text()
+    # The plan alone makes the same model.
+    again = compiled(full, tmp_path / "again", plan=tmp_path / "out" / "plan.toml", max_error=0.03)
+    assert again.outcome == "replaced"
+    assert (tmp_path / "again/out/model.onnx").read_bytes() == (tmp_path / "out/model.onnx").read_bytes()
+
+
+def test_causal_heads(tmp_path: Path) -> None:
+    """A causal head that looks at everything stays nearly whole; the half above the diagonal is nobody's."""
+    made = constructed.write(tmp_path, constructed.build(1000, layers=1), constructed.feeds(6, 1000))
+    found = compiled(made, tmp_path, max_error=0.02)
+    assert found.outcome == "replaced" and found.search is not None, found.warnings
+    near, first, stripe, even = found.search.sites["site0"]
+    assert near.density < 0.3 and first.pattern == "sinks 1 window 0" and stripe.density < 0.6 < even.density
+    assert all(np.array_equal(h.seen, np.tril(h.seen)) for h in found.search.sites["site0"])
+    assert found.sites[0].decision.mechanism == "BlockSparseAttention"
+
+
+def test_a_budget_of_nothing_is_the_policy_exact(tmp_path: Path) -> None:
+    made = constructed.write(tmp_path, constructed.build(1000, layers=1), constructed.feeds(4, 1000))
+    exact = compiled(made, tmp_path / "a", policy="exact")
+    none = compiled(made, tmp_path / "b", max_error=0.0)
+    assert exact.outcome == none.outcome == "replaced" and not none.approximate
+    for made_of in (exact, none):
+        assert [s.decision.mechanism for s in made_of.sites] == ["DenseAttention"]
+    assert (tmp_path / "a/out/model.onnx").read_bytes() == (tmp_path / "b/out/model.onnx").read_bytes()
+    assert none.search is None
+
+
+def test_a_site_that_is_undone_is_not_shown(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = gate.SiteResult(rolled_back="not faster", slower=True)
+    monkeypatch.setattr(gate.SiteGate, "check", lambda self, edit: slow)
+    found = compiled(full, tmp_path, max_error=0.03)
+    assert found.outcome == "rolled_back" and found.search is not None and not found.search.sites
+    assert found.search.points and (tmp_path / "out/model.onnx").read_bytes() == full[0].read_bytes()
+
+
+def test_what_does_not_fit_leaves_the_exact_replacement(tmp_path: Path) -> None:
+    made = constructed.write(tmp_path, constructed.build(1000, layers=1), constructed.feeds(4, 1000))
+    found = compiled(made, tmp_path, max_error=1e-9)
+    assert found.outcome == "replaced" and not found.approximate
+    assert found.sites[0].decision.mechanism == "DenseAttention"
+    assert any("no approximation keeps relative_l2 within 1e-09" in w for w in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("metric", "budget", "low"), [("cosine", 0.9995, False), ("psnr", 40.0, False), ("kl", 1e-3, True)]
+)
+def test_other_metrics(metric, budget, low, full, tmp_path: Path) -> None:
+    found = compiled(full, tmp_path, metric=metric, max_error=budget)
+    assert found.outcome == "replaced" and found.parity is not None and found.parity.passed, found.warnings
+    assert found.parity.metric == metric and (found.parity.value <= budget) == low
+    assert found.search is not None and all(e <= tasks.badness(metric, budget) for e in found.search.held)
+
+
+def test_a_density_in_place_of_a_budget(full, tmp_path: Path) -> None:
+    found = compiled(full, tmp_path, density=0.4)
+    assert found.outcome == "replaced" and found.search is not None
+    assert found.search.budget is None and 0.15 < found.search.density <= 0.4
+    assert found.parity is not None and found.parity.passed and found.parity.value > 0
+    text = report.dumps(found.to_json())
+    assert '"budget": null' in text
+    less = compiled(full, tmp_path / "less", density=0.1)
+    assert less.search is not None and less.search.density <= 0.1 and less.parity.value > found.parity.value
+
+
+def test_held_out_inputs_are_touched_last_and_refuse(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of other inputs are never run before there is a choice; what they refuse is made smaller."""
+    asked: list[tuple[int, ...]] = []
+    scale: list[float] = []
+    right = run.Search.errors
+
+    def errors(self: Any, choice: Any, spaces: Any, inputs: Sequence[int], metric: str) -> list[float]:
+        asked.append(tuple(inputs))
+        found = right(self, choice, spaces, inputs, metric)
+        if set(inputs) != {1, 3, 5}:
+            return found
+        scale.append(1.5 * 0.03 / max(found))  # the first choice exceeds the budget by a half
+        return [scale[0] * e for e in found]
+
+    monkeypatch.setattr(run.Search, "errors", errors)
+    found = compiled(full, tmp_path, max_error=0.03)
+    assert found.outcome == "replaced" and found.search is not None
+    first = asked.index((1, 3, 5))
+    assert all(set(inputs) <= {0, 2, 4} for inputs in asked[:first])
+    assert found.search.refused == asked.count((1, 3, 5)) - 1 > 0 and max(found.search.held) <= 0.03
+    assert any("breaks it on held-out ones" in w for w in found.warnings)
+    monkeypatch.setattr(run.Search, "errors", lambda *a: [np.inf] * len(a[3]) if 1 in a[3] else right(*a))
+    nothing = compiled(full, tmp_path / "none", max_error=0.03)
+    assert nothing.outcome == "unchanged" and nothing.search is not None and not nothing.search.sites
+    assert (tmp_path / "none/out/model.onnx").read_bytes() == full[0].read_bytes()
+
+
+def test_an_interrupted_search_goes_on(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def counted(limit: float) -> Callable[..., Any]:
+        def call(self: Any, tasks_: Sequence[Any], done: Callable[[], None] = lambda: None) -> list[Any]:
+            results = []
+            for task in tasks_:
+                if len(called) >= limit:
+                    raise KeyboardInterrupt
+                called.append(type(task).__name__)
+                results.append(task(1))
+                done()
+            return results
+
+        return call
+
+    plain = compiled(full, tmp_path / "plain", max_error=0.03)
+    monkeypatch.setattr(executors.Inline, "map", counted(np.inf))
+    compiled(full, tmp_path / "counted", max_error=0.03)
+    whole_run = list(called)
+    called.clear()
+    monkeypatch.setattr(executors.Inline, "map", counted(len(whole_run) - 3))
+    with pytest.raises(KeyboardInterrupt):
+        compiled(full, tmp_path, max_error=0.03)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.search" / "key.txt").is_file()
+    called.clear()
+    monkeypatch.setattr(executors.Inline, "map", counted(np.inf))
+    found = compiled(full, tmp_path, max_error=0.03)
+    assert "Masses" not in called and "Scores" not in called and called.count("Error") < whole_run.count("Error") / 2
+    assert not (tmp_path / ".out.search").exists()
+    assert found.search is not None and plain.search is not None
+    assert found.search.to_json() == plain.search.to_json()
+    # Another budget is another search.
+    monkeypatch.setattr(executors.Inline, "map", counted(3))
+    called.clear()
+    with pytest.raises(KeyboardInterrupt):
+        compiled(full, tmp_path, max_error=0.03)
+    called.clear()
+    monkeypatch.setattr(executors.Inline, "map", counted(np.inf))
+    compiled(full, tmp_path, max_error=0.04)
+    assert called.count("Masses") == whole_run.count("Masses")
+
+
+def test_any_number_of_workers_finds_the_same(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inline = compiled(full, tmp_path / "inline", max_error=0.03)
+    monkeypatch.setattr(executors, "make", lambda name, jobs, threads: executors.Processes(2, 2))
+    found = compiled(full, tmp_path / "two", max_error=0.03)
+    assert found.search is not None and inline.search is not None
+    assert {n: [h.pattern for h in heads] for n, heads in found.search.sites.items()} == {
+        n: [h.pattern for h in heads] for n, heads in inline.search.sites.items()
+    }
+
+
+def test_dynamic_lengths_get_windows(tmp_path: Path) -> None:
+    made = constructed.write(
+        tmp_path, constructed.build(TOKENS, layers=1, kinds=("dense", "dense"), dynamic=True, causal=False),
+        constructed.feeds(4, TOKENS, 32),
+    )  # fmt: skip
+    found = compiled(made, tmp_path, max_error=10.0)
+    assert found.outcome == "replaced" and found.approximate, found.warnings
+    assert found.sites[0].decision.mechanism == "NeighborhoodAttention"
+    tight = compiled(made, tmp_path / "tight", max_error=1e-7)
+    assert tight.outcome == "unchanged"
+
+
+def test_padding(tmp_path: Path) -> None:
+    """Keys that padding hides carry no weight, and queries that see nothing but padding do not spoil the others."""
+    from tests.passes.attention_graphs import Spec, build, save
+
+    path = save(build(Spec(batch=1, heads=2, kv_heads=1, length=500, head_dim=16, padding=True, mask_form="where",
+                           guard=True)), tmp_path)  # fmt: skip
+    rng = np.random.default_rng(0)
+    given = []
+    for i in range(4):
+        shown = np.ones((1, 1, 1, 500), bool)
+        shown[..., 300 + 20 * i :] = False
+        given.append({"x": rng.standard_normal((1, 500, 32)).astype(np.float32), "pad": shown})
+    from polygraphy.json import save_json
+
+    save_json(given, str(tmp_path / "in.json"))
+    found = compiled((path, tmp_path / "in.json"), tmp_path, max_error=0.9)
+    assert found.outcome == "replaced" and found.search is not None, found.warnings
+    (heads,) = found.search.sites.values()
+    assert all(h.mass[:, 6:].max() < 1e-6 and "mean" not in h.pattern for h in heads)
+
+
+def test_every_other_input_is_held_out() -> None:
+    assert split(5) == ([0, 2, 4], [1, 3]) and split(2) == ([0], [1]) and split(1) == ([0], [0])
+
+
+def test_ray_is_asked_for_and_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependency, match="not installed"):
+        executors.Ray(1)
+
+
+def test_ray_does_the_tasks(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a double of the five calls that are made of Ray: tasks and results are pickled, results come in any
+    order.
+    """
+    import pickle
+
+    class Double(types.ModuleType):
+        started = closed = 0
+
+        def is_initialized(self) -> bool:
+            return False
+
+        def init(self, **given: Any) -> None:
+            self.started += 1
+
+        def shutdown(self) -> None:
+            self.closed += 1
+
+        def remote(self, function: Any) -> Any:
+            def call(*given: Any) -> bytes:
+                return pickle.dumps(function(*pickle.loads(pickle.dumps(given))))
+
+            return types.SimpleNamespace(remote=call)
+
+        def wait(self, references: list[bytes], num_returns: int) -> tuple[list[bytes], list[bytes]]:
+            return references[-num_returns:], references[:-num_returns]
+
+        def get(self, references: list[bytes]) -> list[Any]:
+            return [pickle.loads(r) for r in references]
+
+    double = Double("ray")
+    monkeypatch.setitem(sys.modules, "ray", double)
+    inline = compiled(full, tmp_path / "inline", max_error=0.03)
+    monkeypatch.setattr(executors, "make", lambda name, jobs, threads: executors.Ray(threads))
+    found = compiled(full, tmp_path / "ray", max_error=0.03, executor="ray")
+    assert (double.started, double.closed) == (1, 1)
+    assert found.search is not None and inline.search is not None
+    assert found.search.to_json() == inline.search.to_json()
+
+
+def test_a_provider_that_is_not_there(full, tmp_path: Path) -> None:
+    """Nothing runs on the CPU instead."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("it is there")
+    with pytest.raises(MissingDependency, match="no CUDA provider"):
+        compiled(full, tmp_path, provider="cuda")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,300 @@
+"""Every tactic of every op of linear attention on its own, each checked before it is timed; then the best ones in a row
+beside the peers: ``prepare-linear DIR --tactics``, ``linear DIR --tactics``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from linear import CASES, HEAD, TOKEN, Linear, calls, peers, plan, shapes, truth
+from measure import ceilings, times
+
+from attncompile.core.errors import AttncompileError
+from attncompile.core.kernel import OpCall, Program, Tactic
+from attncompile.kernels.build import build, general
+from attncompile.kernels.bundle import Bundle, write
+from attncompile.kernels.cache import Cache
+from attncompile.kernels.launcher import Launch, run_program
+from attncompile.kernels.records import key_of
+from attncompile.plugins import kernels
+from attncompile.plugins.linear_attention.kernel import tactic
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+
+BUDGET = 3e-3
+"""Relative L2 of any output."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A case in chunks of every one of ``chunks``. ``peers``: whether they are measured, which takes seconds."""
+
+    case: Linear
+    chunks: tuple[int, ...]
+    peers: bool = True
+
+
+def _named(name: str) -> Linear:
+    return next(c for c in CASES if c.name == name)
+
+
+def _causal(name: str, form: Any, tokens: int, wanted: Mapping[str, float]) -> Linear:
+    return Linear(name, form, 32, tokens, 128, dict(wanted))
+
+
+TRIALS = (
+    Trial(_causal("retention-8k", HEAD, 8192, {"fla": 1.0, "lightning": 1.0}), (64, 128, 256, 512, 1024)),
+    Trial(_causal("simple-gla-8k", TOKEN, 8192, {"fla": 1.0}), (256, 512)),
+    Trial(_named("relu-d32-16k"), (1024, 2048)),
+    Trial(_named("relu-d128-16k"), (1024, 2048)),
+    Trial(_causal("retention-32k", HEAD, 32768, {"fla": 1.0, "lightning": 1.0}), (256, 512, 1024)),
+    Trial(_causal("simple-gla-32k", TOKEN, 32768, {"fla": 1.0}), (256, 512)),
+    Trial(_named("relu-d128-64k"), (4096, 8192), peers=False),
+)
+
+
+def tried(op: str, call: OpCall) -> list[Tactic]:
+    """What is worth a try at the head dims of the cases, 32 and 128."""
+    short, t = call.head_dim == 32, tactic
+    if op == COMBINE:
+        wide = min(call.value_dim, 128)
+        return [t(4, 1, BK=8, BV=wide, AHEAD=8), t(4, 1, BK=4, BV=wide, AHEAD=16), t(4, 1, BK=16, BV=32, AHEAD=8)]
+    if op == STATE and short:
+        return [
+            *(t(8, s, BV=32, BN=64, HB=4, FAST=1) for s in (3, 5)), t(8, 3, 128, BV=32, BN=64, HB=4, FAST=1),
+            t(4, 4, BV=32, BN=64, HB=2, FAST=1), t(4, 4, BV=32, BN=128, HB=2, FAST=1),
+            t(4, 4, BV=32, BN=128, HB=1, FAST=1), t(4, 4, BV=32, BN=128, HB=1, FAST=0),
+        ]  # fmt: skip
+    if op == STATE:
+        return [
+            *(t(8, s, BV=128, BN=64, HB=1, FAST=1) for s in (3, 5)), t(8, 3, 128, BV=128, BN=64, HB=1, FAST=1),
+            t(8, 4, BV=128, BN=32, HB=1, FAST=1), t(8, 4, BV=64, BN=64, HB=1, FAST=1),
+            t(8, 3, BV=128, BN=64, HB=1, FAST=0),
+        ]  # fmt: skip
+    if op == APPLY and short:
+        return [
+            t(8, 3, BV=32, BM=64, HB=4, FAST=1, BLOCKS=1), t(8, 2, 128, BV=32, BM=64, HB=4, FAST=1, BLOCKS=2),
+            t(4, 3, BV=32, BM=64, HB=2, FAST=1, BLOCKS=4), t(4, 3, BV=32, BM=128, HB=2, FAST=1, BLOCKS=4),
+            *(t(4, 3, BV=32, BM=128, HB=1, FAST=1, BLOCKS=n) for n in (4, 16)),
+            t(4, 3, BV=32, BM=64, HB=1, FAST=1, BLOCKS=8), t(4, 3, BV=32, BM=128, HB=1, FAST=0, BLOCKS=4),
+        ]  # fmt: skip
+    if op == APPLY:
+        return [
+            *(t(8, 2, BV=128, BM=128, HB=1, FAST=1, BLOCKS=n) for n in (1, 4)),
+            t(8, 3, BV=128, BM=128, HB=1, FAST=1, BLOCKS=1),
+            *(t(8, 2, 128, BV=128, BM=64, HB=1, FAST=1, BLOCKS=n) for n in (2, 4)),
+            t(8, 4, BV=128, BM=64, HB=1, FAST=1, BLOCKS=1), t(4, 3, 168, BV=64, BM=64, HB=1, FAST=1, BLOCKS=3),
+        ]  # fmt: skip
+    chunk = int(call.attributes["chunk"])
+    if op == STATES:
+        found = [
+            t(4, 4, BK=64, BV=64, BT=64), t(4, 4, BK=128, BV=32, BT=64), t(4, 6, BK=64, BV=64, BT=64),
+            t(8, 3, BK=64, BV=64, BT=128), t(4, 5, BK=64, BV=32, BT=64),
+        ]  # fmt: skip
+    else:
+        found = [
+            t(4, 2, BV=64, BT=64), t(4, 3, BV=64, BT=64), t(4, 2, BV=32, BT=64), t(8, 2, BV=128, BT=64),
+            t(4, 3, BV=64, BT=32), t(8, 2, BV=64, BT=128),
+        ]  # fmt: skip
+    return [x for x in found if int(x.constants["BT"] or 0) <= chunk]
+
+
+class Tried:
+    """The kernel of an op with the tactics to try in place of its own."""
+
+    def __init__(self, op: str) -> None:
+        self.made = kernels()[op]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.made, name)
+
+    def programs(self, call: OpCall, architecture: int) -> list[Program]:
+        return [replace(self.made.trial(call, t), rank=n) for n, t in enumerate(tried(call.op, call))]
+
+
+def known() -> dict[str, Any]:
+    return {op: Tried(op) for op in (STATE, COMBINE, APPLY, STATES, OUTPUT)}
+
+
+def in_chunks(case: Linear, chunk: int) -> Linear:
+    return replace(case, form=replace(case.form, chunk=chunk))
+
+
+def prepare(out: Path, architectures: Sequence[int]) -> None:
+    """Compile what the trials need, on a machine that needs no GPU."""
+    import triton
+
+    every = [call for trial in TRIALS for chunk in trial.chunks for call in calls(in_chunks(trial.case, chunk))]
+    built = build([], every, known(), architectures or (90,), Cache.default())
+    for kept in built.calls:
+        for refusal in kept.refused:
+            print(f"not compiled: {kept.call.op} {refusal.tactic}: {refusal.reason}", flush=True)
+    for made in built.compiled.values():
+        e = made.entry
+        print(f"{e.op} {e.tactic} d{e.head_dim} chunk {e.constants.get('CHUNK')} decay {e.constants.get('DECAY')}: "
+              f"{e.registers} registers, {e.spills} spills, {e.shared} shared, serialized {e.serialized}")  # fmt: skip
+    write(out, built, triton.__version__)
+
+
+def states_of(case: Linear, at: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Float64 of all that ops give to others."""
+    k, v = (at[n].double().transpose(1, 2) for n in ("key", "value"))
+    b, h, n, d = k.shape
+    chunk = case.form.chunk
+    cut_k, cut_v = (x.reshape(b, h, n // chunk, chunk, d) for x in (k, v))
+    if not case.form.causal:
+        cut_k = cut_k.relu()
+        state, total = cut_k.transpose(3, 4) @ cut_v, cut_k.sum(3)
+        return {"state": state, "total": total, "whole_state": state.sum(2, True), "whole_total": total.sum(2, True)}
+    decay = at["log_decay"].double()
+    steps = decay[None, :, None].expand(b, h, n) if case.form.decay == "head" else decay.transpose(1, 2)
+    sums = steps.reshape(b, h, n // chunk, chunk).cumsum(3)
+    last = sums[..., -1:]
+    added = (cut_k * (last - sums).exp()[..., None]).transpose(3, 4) @ cut_v
+    state, before = torch.zeros_like(added[:, :, 0]), []
+    for c in range(n // chunk):
+        before.append(state)
+        state = last[:, :, c].exp()[..., None] * state + added[:, :, c]
+    return {"state": torch.stack(before, 2)}
+
+
+def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    result: dict[str, Any] = {
+        "gpu": device.name, "torch": torch.__version__, "when": time.strftime("%Y-%m-%d"), "rounds": rounds,
+        **ceilings(), "cases": [],
+    }  # fmt: skip
+    opened = Bundle.open(bundle)
+    for trial in TRIALS:
+        if names and trial.case.name not in names:
+            continue
+        found = one(trial, opened, device.major * 10 + device.minor, rounds, with_peers, result["copy_tbs"])
+        result["cases"].append(found)
+        print(json.dumps(found), flush=True)
+        torch.cuda.empty_cache()
+    return result
+
+
+def one(
+    trial: Trial, bundle: Bundle, capability: int, rounds: int, with_peers: bool, copy_tbs: float
+) -> dict[str, Any]:  # fmt: skip
+    torch.manual_seed(0)
+    began, case = time.monotonic(), trial.case
+    kind = getattr(torch, case.dtype)
+    at: dict[str, torch.Tensor] = {}
+    for name, shape in shapes(case).items():
+        if name in ("query", "key", "value"):
+            at[name] = torch.randn(shape, device="cuda", dtype=kind)
+        elif name == "log_decay":
+            at[name] = -torch.rand(shape, device="cuda") / 16
+    want_output = truth(case, at)
+    stream = torch.cuda.current_stream().cuda_stream
+    found: dict[str, Any] = {"name": case.name, "chunks": {}}
+    chains: dict[int, tuple[list[Launch], list[str], dict[str, torch.Tensor]]] = {}
+    for chunk in trial.chunks:
+        cut = in_chunks(case, chunk)
+        want = {**states_of(cut, at), "output": want_output}
+        given = {**at, **{n: x.float().contiguous() for n, x in want.items() if n != "output"}}
+        rows, best = [], []
+        for call, (_, inputs, outputs) in zip(calls(cut), plan(cut), strict=True):
+            tested, kept = launches(call, bundle, capability, given, inputs, outputs, want, stream)
+            ok = {name: partial(launch, stream) for name, launch, _ in tested if isinstance(launch, Launch)}
+            took = {name: median(t) for name, t in times(ok, rounds).items()} if ok else {}
+            del kept  # launches hold addresses alone
+            rows.append({"op": call.op, "tactics": {name: {"ms": took.get(name), "error": said}
+                                                    for name, _, said in tested}})  # fmt: skip
+            print(json.dumps({"case": case.name, "chunk": chunk, **rows[-1]}), flush=True)
+            best.append(min(took, key=lambda n: took[n]) if took else "")
+        found["chunks"][chunk] = {"ops": rows, "best": best}
+        if all(best):
+            chains[chunk] = chain(cut, bundle, capability, at, best, stream)
+            error = float((chains[chunk][2]["output"].double() - want_output).norm() / want_output.norm())
+            found["chunks"][chunk]["error"] = error
+            if not error <= BUDGET:
+                del chains[chunk]
+    runs: dict[str, Any] = {f"ours in chunks of {c}": partial(in_a_row, x[0], stream) for c, x in chains.items()}
+    left_out = {}
+    for name, make in peers(case, at) if with_peers and trial.peers else ():
+        try:
+            runs[name] = made = make()
+            error = float((made().double() - want_output).norm() / want_output.norm())
+            if not error <= 3 * BUDGET:
+                left_out[name] = f"wrong: {error:.1e}"
+                del runs[name]
+        except Exception as problem:  # a peer that fails in whatever way is left out by name
+            runs.pop(name, None)
+            left_out[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+    took = {name: median(t) for name, t in times(runs, rounds).items()} if runs else {}
+    ours = {n: ms for n, ms in took.items() if n.startswith("ours")}
+    found |= {"ms": took, "left_out": left_out, "seconds": time.monotonic() - began}
+    if ours:
+        first = min(ours, key=lambda n: ours[n])
+        least = 2.0 * case.batch * case.heads * case.tokens * case.dim * 4
+        share = least / ours[first] * 1e-9 / copy_tbs
+        ratios = {n: ms / ours[first] for n, ms in took.items() if n not in ours}
+        met = {n: ratios[n] >= x for n, x in case.wanted.items() if n in ratios}
+        found |= {"best": first, "ratios": ratios, "share_of_copy": share,
+                  "met": met | ({"copy": share >= case.copy} if case.copy else {})}  # fmt: skip
+    return found
+
+
+def in_a_row(every: Sequence[Launch], stream: int) -> None:
+    for launch in every:
+        launch(stream)
+
+
+def _empty(name: str, shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, torch.nan, device="cuda", dtype=kind if name == "output" else torch.float32)
+
+
+def launches(
+    call: OpCall, bundle: Bundle, capability: int, given: Mapping[str, torch.Tensor], inputs: Mapping[str, str],
+    outputs: Mapping[str, str], want: Mapping[str, torch.Tensor], stream: int,
+) -> tuple[list[tuple[str, Launch | None, Any]], dict[str, torch.Tensor]]:  # fmt: skip
+    """Of every tactic: its name, its launch where that is right, and its outputs' largest error or what it said; and
+    the tensors, which have to live as long as the launches are made.
+    """
+    found: list[tuple[str, Launch | None, Any]] = []
+    asked = general(known(), call)
+    compiled = {k.entry.tactic: k for k in bundle.kernels(key_of(asked), capability)}
+    kind = given["query"].dtype
+    tensors = {formal: given[name] for formal, name in inputs.items()}
+    for formal, name in outputs.items():
+        tensors[formal] = _empty(name, tuple(want[name].shape), kind)
+    for program in known()[call.op].programs(asked, capability):
+        if program.tactic not in compiled:
+            found.append((program.tactic, None, "not compiled"))
+            continue
+        for formal in outputs:
+            tensors[formal].fill_(torch.nan)
+        try:
+            launch = run_program(program, compiled[program.tactic], tensors, call.attributes, stream)
+            error = max(float((tensors[f].double() - want[n]).norm() / want[n].norm()) for f, n in outputs.items())
+        except AttncompileError as problem:
+            found.append((program.tactic, None, str(problem)))
+            continue
+        found.append((program.tactic, launch if error <= BUDGET else None, error))
+    return found, tensors
+
+
+def chain(
+    case: Linear, bundle: Bundle, capability: int, at: Mapping[str, torch.Tensor], best: Sequence[str], stream: int
+) -> tuple[list[Launch], list[str], dict[str, torch.Tensor]]:
+    """The ops of ``case`` with the tactics ``best``, on tensors of their own."""
+    kind = at["query"].dtype
+    own = {n: at[n] if n in at else _empty(n, shape, kind) for n, shape in shapes(case).items()}
+    made = []
+    for call, (_, inputs, outputs), name in zip(calls(case), plan(case), best, strict=True):
+        asked = general(known(), call)
+        compiled = next(k for k in bundle.kernels(key_of(asked), capability) if k.entry.tactic == name)
+        program = next(p for p in known()[call.op].programs(asked, capability) if p.tactic == name)
+        tensors = {formal: own[n] for formal, n in (*inputs.items(), *outputs.items())}
+        made.append(run_program(program, compiled, tensors, call.attributes, stream))
+    return made, list(best), own

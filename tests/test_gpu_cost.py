@@ -181,8 +181,8 @@ def test_heads_are_chosen_by_the_gpus_time(
     monkeypatch.setattr(executors, "make", lambda name, jobs, threads: executors.Inline(1))
     slow = gate.SiteResult(rolled_back="not faster", slower=True)
     monkeypatch.setattr(gate.SiteGate, "check", lambda self, edit: slow)
-    model = constructed.build(1100, 1, 64, causal=False, kinds=("local", "sink"))
-    path, inputs = constructed.write(tmp_path, model, constructed.feeds(8, 1100, 128))
+    model = constructed.build(1100, 1, 64, causal=False)
+    path, inputs = constructed.write(tmp_path, model, constructed.feeds(8, 1100, 256))
     result = pipeline.compile(path, options(tmp_path, policy="sparse", inputs=inputs, max_error=0.05))
     (site,) = result.sites
     if not measured:

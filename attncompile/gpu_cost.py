@@ -17,8 +17,8 @@ from attncompile.passes.evaluate import World
 from attncompile.passes.extract import extract_site
 from attncompile.targets.base import Target
 
-PRODUCTS = 766e9
-"""Half-precision flops a millisecond of large products on the GPU of the cost model (docs/bench/kernels-h100.json)."""
+PRODUCTS = 755e9
+"""Half-precision flops a millisecond of large products on the GPU of the cost model (docs/bench/sweep-h200.json)."""
 MEASURED = 90
 """The compute capability whose launches the cost model knows; others are judged by it too."""
 SCORE_BYTES = 8

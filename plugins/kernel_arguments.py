@@ -43,6 +43,11 @@ def widths(call: OpCall) -> dict[str, int]:
     return {"DK": call.head_dim, "K1": k1, "K2": k2, "DV": call.value_dim, "V1": v1, "V2": v2}
 
 
+def parted(call: OpCall) -> bool:
+    """Whether head or value dim is multiplied in two parts."""
+    return bool(split(call.head_dim)[1] or split(call.value_dim)[1])
+
+
 def check_operands(call: OpCall) -> None:
     """Types and head dims that all kernels take. Raises ``Unsupported``."""
     if call.dtype not in HALF:

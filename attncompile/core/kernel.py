@@ -119,7 +119,8 @@ class Program:
 class Work:
     """What one launch has to do, for the cost model. ``flops`` of the products over touched tiles (2 a multiply-add),
     ``scores`` touched score elements, ``masked`` of them under mask code, ``bytes`` that must reach device memory,
-    ``blocks`` thread blocks.
+    ``blocks`` thread blocks, the longest of which does ``peak`` times what they do on average; ``parted``: head or
+    value dim in two parts, as 72 is.
     """
 
     flops: float
@@ -127,6 +128,8 @@ class Work:
     masked: float
     bytes: float
     blocks: int
+    peak: float = 1.0
+    parted: bool = False
 
 
 class Kernel(Protocol):

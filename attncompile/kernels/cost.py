@@ -3,10 +3,12 @@
 A GPU runs one block of the Gluon kernel a multiprocessor, so that blocks come in rounds; a block costs something to
 begin and end, then what its products, score elements and masked score elements cost:
 
-    ms = launch + rounds * (block + (flops * flop + scores * score + masked * mask) / blocks),
+    ms = launch + load * (block + (flops * flop + scores * score + masked * mask) / blocks),
 
-and no less than the bytes take. The constants are fitted by ``tools/bench fit`` on every second configuration of a
-sweep; the others say how far off it is (``cost.toml``): for windows of a sequence much further than for the rest.
+where load is the number of rounds, or what the longest block does over the average, if that is more; products and
+scores cost ``parts`` times as much where a head dim is multiplied in two parts; and no less than the bytes take. The
+constants are fitted by ``tools/bench fit`` on every second configuration of a sweep; the others say how far off it is
+(``cost.toml``): within a quarter for the Gluon kernels of dense attention and grids, further for the rest.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from attncompile.core.kernel import Program, Work
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Constants of one language's kernels on one architecture, in nanoseconds: of a launch, of a block, of 10^9 flops
-    of one block, of a million score elements and of a million masked ones; ``multiprocessors`` and bytes a nanosecond
-    of the GPU that they were measured on. ``withheld``: the largest relative error on configurations not fitted.
+    of one block, of a million score elements and of a million masked ones, and the factor ``parts``;
+    ``multiprocessors`` and bytes a nanosecond of the GPU that they were measured on. ``withheld``: the largest
+    relative error on configurations not fitted.
     """
 
     launch: float
@@ -34,6 +37,7 @@ class CostModel:
     flop: float
     score: float
     mask: float
+    parts: float
     multiprocessors: int
     bandwidth: float
     withheld: float
@@ -41,7 +45,7 @@ class CostModel:
 
     def features(self, work: Work) -> tuple[float, float, float, float, float]:
         """What the constants are multiplied by, in their order."""
-        return features(work, self.multiprocessors)
+        return features(work, self.multiprocessors, self.parts)
 
     def milliseconds(self, work: Work) -> float:
         constants = (self.launch, self.block, self.flop, self.score, self.mask)
@@ -49,11 +53,11 @@ class CostModel:
         return max(computed, self.launch + work.bytes / self.bandwidth) * 1e-6
 
 
-def features(work: Work, multiprocessors: int) -> tuple[float, float, float, float, float]:
+def features(work: Work, multiprocessors: int, parts: float) -> tuple[float, float, float, float, float]:
     """Launches, blocks, 10^9 flops, 10^6 scores and 10^6 masked scores that one multiprocessor has to do."""
-    rounds = float(ceil(work.blocks / multiprocessors))
-    share = rounds / work.blocks
-    return 1.0, rounds, work.flops * share * 1e-9, work.scores * share * 1e-6, work.masked * share * 1e-6
+    load = max(float(ceil(work.blocks / multiprocessors)), work.peak)
+    share = load / work.blocks * (parts if work.parted else 1.0)
+    return 1.0, load, work.flops * share * 1e-9, work.scores * share * 1e-6, work.masked * share * 1e-6
 
 
 @cache

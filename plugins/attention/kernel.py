@@ -21,6 +21,7 @@ from attncompile.plugins.kernel_arguments import (
     int32,
     output,
     padded,
+    parted,
     strides,
     widths,
     without_sizes,
@@ -175,4 +176,5 @@ def work(call: OpCall, program: Program) -> Work:
     size = 2 * (call.batch * nq * call.heads * (call.head_dim + call.value_dim))
     size += 2 * (call.batch * nk * call.kv_heads * (call.head_dim + call.value_dim))
     dims = padded(call.head_dim) + padded(call.value_dim)
-    return Work(2.0 * touched * dims, touched, touched - whole, float(size), ceil(nq / bm) * heads)
+    peak = float(tiles.max() / max(tiles.mean(), 1e-9))
+    return Work(2.0 * touched * dims, touched, touched - whole, float(size), ceil(nq / bm) * heads, peak, parted(call))

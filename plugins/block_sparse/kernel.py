@@ -18,6 +18,7 @@ from attncompile.plugins.kernel_arguments import (
     int32,
     output,
     padded,
+    parted,
     strides,
     widths,
     without_sizes,
@@ -176,4 +177,4 @@ def of_blocks(call: OpCall, program: Program, full: int, partial: int) -> Work:
     dims = padded(call.head_dim) + padded(call.value_dim)
     scores = float((full + partial) * blocks)
     items = ceil(call.query_length / block) * (block // queries(dict(program.constants))) * heads
-    return Work(2.0 * scores * dims, scores, float(partial * blocks), float(size), items)
+    return Work(2.0 * scores * dims, scores, float(partial * blocks), float(size), items, parted=parted(call))

@@ -21,6 +21,7 @@ from attncompile.plugins.kernel_arguments import (
     int32,
     output,
     padded,
+    parted,
     strides,
     widths,
     without_sizes,
@@ -324,4 +325,4 @@ def work(call: OpCall, program: Program) -> Work:
     size = 2 * call.batch * hood.tokens * (call.heads + call.kv_heads) * (call.head_dim + call.value_dim)
     dims = padded(call.head_dim) + padded(call.value_dim)
     blocks = (made.tiles + ceil(apart / bm)) * heads
-    return Work(2.0 * scores * heads * dims, scores * heads, masked * heads, float(size), blocks)
+    return Work(2.0 * scores * heads * dims, scores * heads, masked * heads, float(size), blocks, parted=parted(call))

@@ -116,8 +116,7 @@ def test_what_a_launch_does(replaced: onnx.ModelProto) -> None:
     work = of_blocks(call, program, whole, partial)
     assert work.scores == touched * block * block * 8 and work.masked == partial * block * block * 8
     assert kernel.work(call, program).scores == work.scores
-    with pytest.raises(Unsupported, match="no cost was measured"):
-        cost.milliseconds(work, program, 90)
+    assert cost.milliseconds(work, program, 90) > 0
     with pytest.raises(Unsupported, match="shapes of its lists"):
         kernel.work(build.general(kernels(), call), program)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,10 @@ import numpy as np
 from attncompile.core.kernel import Work
 from attncompile.kernels.cost import CostModel, features
 
-NAMES = ("launch", "block", "flop", "score", "mask")
+NAMES = ("launch", "block", "flop", "score", "mask", "parts")
+PARTS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
+LARGEST = 0.5
+"""Where it is further off than this on any configuration that was withheld there are no constants."""
 FEWEST = 4
 """Configurations that say how far off a fit is, at least."""
 
@@ -25,21 +28,30 @@ def fit(result: dict[str, Any], multiprocessors: int) -> str:
         if len(withheld) < FEWEST:
             lines += [f"# {name}: {len(cases)} configurations are too few", ""]
             continue
-        matrix = np.array([features(Work(**c["work"]), multiprocessors) for c in used])
-        times = np.array([c["ms"] * 1e6 for c in used])
-        constants = least_squares(matrix / times[:, None], np.ones(len(used)))
+        constants = min((fitted(used, multiprocessors, parts) for parts in PARTS), key=lambda found: found[0])[1]
         model = CostModel(
             *constants, multiprocessors, result["copy_tbs"] * 1e3, 0.0, f"{result['gpu']}, {result['when']}"
         )
         errors = [model.milliseconds(Work(**c["work"])) / c["ms"] - 1 for c in withheld]
         for c, e in zip(withheld, errors, strict=True):
             lines.append(f"# withheld {c['name']}: {c['ms']:.3f} ms, {e:+.0%}")
+        if max(abs(e) for e in errors) > LARGEST:
+            lines += [f"# {name}: too far off", ""]
+            continue
         lines += [f"[{name}]", *(f"{n} = {v:.6g}" for n, v in zip(NAMES, constants, strict=True))]
         lines += [
             f"multiprocessors = {multiprocessors}", f"bandwidth = {model.bandwidth:.6g}",
             f"withheld = {max(abs(e) for e in errors):.3f}", f'measured_on = "{model.measured_on}"', "",
         ]  # fmt: skip
     return "\n".join(lines)
+
+
+def fitted(cases: Sequence[dict[str, Any]], multiprocessors: int, parts: float) -> tuple[float, list[float]]:
+    """Constants for a given factor ``parts``, and the root mean square of their relative errors."""
+    matrix = np.array([features(Work(**c["work"]), multiprocessors, parts) for c in cases])
+    scaled = matrix / np.array([c["ms"] * 1e6 for c in cases])[:, None]
+    constants = least_squares(scaled, np.ones(len(cases)))
+    return float(np.square(scaled @ constants - 1).mean()), [*constants, parts]
 
 
 def launches(result: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import onnx
 import torch
 
 from attncompile.models.export import export_built, quiet
@@ -16,6 +17,7 @@ from attncompile.models.trained.vit import Vit
 from attncompile.models.trained.weights import load as load_weights
 
 _OPSET = {"dynamo": 18, "torchscript": 17}
+_KEPT = ("namespace", "pkg.torch.onnx.name_scopes")
 
 
 def built(name: str, recipes: Recipes, weights: Path, dtype: torch.dtype, tokens: int | None = None) -> Built:
@@ -52,7 +54,18 @@ def export(name: str, weights: Path, out: Path, options: Options, recipes: Recip
         made.inputs.update({key: value.repeat(2, *[1] * (value.ndim - 1)) for key, value in made.inputs.items()})  # type: ignore[attr-defined]
     with quiet():
         export_built(made, options, out)
+    _without_traces(out)
     return out
+
+
+def _without_traces(path: Path) -> None:
+    """Drops the source lines and paths that the exporter notes at every node; names of modules and scopes stay."""
+    model = onnx.load(path)
+    for node in model.graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key in _KEPT]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    onnx.save(model, path)
 
 
 def main() -> None:

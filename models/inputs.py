@@ -42,13 +42,24 @@ def write(name: str, out: str | Path, count: int = 1, **options: Any) -> Path:
     ``.npz`` keyed by input name, any number as Polygraphy's ``.json``.
     """
     out = Path(out)
+    check(out, count)
+    return save(samples(name, count, **options), out)
+
+
+def check(out: Path, count: int) -> None:
+    """Raises ``BadArguments`` where ``count`` input sets cannot be written to ``out``."""
+    if count < 1:
+        raise BadArguments(f"--count is {count}", "ask for at least one input set")
     if out.suffix not in (".npz", ".json"):
-        raise BadArguments(f"{out} ends in neither .npz nor .json", "give --inputs a file name such as inputs.json")
+        raise BadArguments(f"{out} ends in neither .npz nor .json", "give a file name such as inputs.json")
     if out.suffix == ".npz" and count != 1:
-        raise BadArguments(f"an .npz holds one input set, not {count}", "give --inputs a name that ends in .json")
+        raise BadArguments(f"an .npz holds one input set, not {count}", "give a name that ends in .json")
     if not out.parent.is_dir():
-        raise BadArguments(f"{out.parent} is not a folder", "create it first, or choose another --inputs")
-    sets = samples(name, count, **options)
+        raise BadArguments(f"{out.parent} is not a folder", "create it first, or choose another name")
+
+
+def save(sets: list[Sample], out: Path) -> Path:
+    """Writes input sets that ``check`` has let pass."""
     if out.suffix == ".npz":
         np.savez(out, **sets[0])  # type: ignore[arg-type]
     else:

@@ -141,6 +141,14 @@ def test_wheel_leaves_out_the_zoos_graphs(wheel: zipfile.ZipFile) -> None:
     ]
 
 
+def test_wheel_leaves_out_trained_weights(built: Path, wheel: zipfile.ZipFile) -> None:
+    assert "attncompile/models/trained/export.py" in wheel.namelist()
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = [*wheel.namelist(), *archive.getnames()]
+    assert not [name for name in names if name.endswith((".onnx", ".safetensors", ".xz"))]
+
+
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = message_from_string(wheel.read(name).decode())

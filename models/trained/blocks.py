@@ -77,15 +77,23 @@ class Mlp(nn.Module):
         return self.down_proj(functional.gelu(self.up_proj(x), approximate="tanh"))
 
 
-def grid_positions(rows: int, columns: int, hidden: int, device: torch.device) -> Tensor:
-    """Fixed sine and cosine positions float32 [rows * columns, hidden], in units of patches: an image of another size
-    gives its patches the same ones.
+def with_positions(x: Tensor, rows: int, columns: int) -> Tensor:
+    """``x`` [batch, rows * columns, hidden] plus fixed sine and cosine positions, in units of patches: an image of
+    another size gives its patches the same ones.
+
+    One half of the channels tells the row, the other the column. Each half is a table of its own, [rows, 1, hidden] and
+    [1, columns, hidden] with zeros in the other half, so that an exported file holds no [rows * columns, hidden].
     """
+    batch, tokens, hidden = x.shape
     quarter = hidden // 4
-    rates = torch.exp(-math.log(100.0) * torch.arange(quarter, device=device) / quarter)
-    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-    parts = [part(at.reshape(-1, 1) * rates) for at in (y.float(), x.float()) for part in (torch.sin, torch.cos)]
-    return torch.cat(parts, dim=1)
+    rates = torch.exp(-math.log(100.0) * torch.arange(quarter, device=x.device) / quarter)
+    tables = []
+    for count in (rows, columns):
+        angles = torch.arange(count, device=x.device).float()[:, None] * rates
+        tables.append(torch.cat((angles.sin(), angles.cos()), dim=1).to(x.dtype))
+    of_rows = functional.pad(tables[0], (0, 2 * quarter))[:, None]
+    of_columns = functional.pad(tables[1], (2 * quarter, 0))[None]
+    return (x.view(batch, rows, columns, hidden) + of_rows + of_columns).view(batch, tokens, hidden)
 
 
 def patches_of(images: Tensor, patch: int) -> Tensor:

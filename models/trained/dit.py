@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attncompile.models.trained.blocks import Attention, Mlp, first_weights, grid_positions, patches_of
+from attncompile.models.trained.blocks import Attention, Mlp, first_weights, patches_of, with_positions
 from attncompile.models.trained.recipe import DitRecipe
 
 
@@ -54,7 +54,7 @@ class Dit(nn.Module):
         batch, _, height, width = sample.shape
         rows, columns = height // self.patch, width // self.patch
         x = self.embed(patches_of(sample, self.patch))
-        x = x + grid_positions(rows, columns, self.hidden, x.device).to(x.dtype)
+        x = with_positions(x, rows, columns)
         half = self.hidden // 2
         rates = torch.exp(-math.log(1e4) * torch.arange(half, device=x.device).float() / half)
         angles = 1000.0 * time.float()[:, None] * rates[None, :]

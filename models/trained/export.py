@@ -1,21 +1,37 @@
-"""``python -m attncompile.models.trained.export lm|vit|dit --weights FOLDER --out FILE``: trained weights to ONNX."""
+"""``python -m attncompile.models.trained.export lm|vit|dit --out FILE``: trained weights to ONNX.
+
+They come from the committed file, so that this is how one gets it in float32, at another length or with dynamic axes;
+or with ``--weights`` from what ``train`` wrote.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+import onnx
 import torch
 
+from attncompile.core.errors import MissingDependency
 from attncompile.models.export import export_built, quiet
 from attncompile.models.recipe import Built, Options
 from attncompile.models.trained.dit import Dit
 from attncompile.models.trained.lm import Lm
 from attncompile.models.trained.recipe import Recipes, load
 from attncompile.models.trained.vit import Vit
+from attncompile.models.trained.weights import SCOPES
 from attncompile.models.trained.weights import load as load_weights
 
 _OPSET = {"dynamo": 18, "torchscript": 17}
+_KEPT = ("namespace", SCOPES)
+
+
+def committed(name: str) -> Path:
+    """The trained model that lies beside this file in a checkout; a wheel has none."""
+    path = Path(__file__).with_name(f"{name}.onnx")
+    if not path.is_file():
+        raise MissingDependency(f"{path} is not there", "the trained models are in the repository, not in the package")
+    return path
 
 
 def built(name: str, recipes: Recipes, weights: Path, dtype: torch.dtype, tokens: int | None = None) -> Built:
@@ -52,14 +68,25 @@ def export(name: str, weights: Path, out: Path, options: Options, recipes: Recip
         made.inputs.update({key: value.repeat(2, *[1] * (value.ndim - 1)) for key, value in made.inputs.items()})  # type: ignore[attr-defined]
     with quiet():
         export_built(made, options, out)
+    _without_traces(out)
     return out
+
+
+def _without_traces(path: Path) -> None:
+    """Drops the source lines and paths that the exporter notes at every node; names of modules and scopes stay."""
+    model = onnx.load(path)
+    for node in model.graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key in _KEPT]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    onnx.save(model, path)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("lm", "vit", "dit"))
-    parser.add_argument("--weights", type=Path, required=True, help="folder with MODEL-0.safetensors and so on")
+    parser.add_argument("--weights", type=Path, help="folder with MODEL-0.safetensors and so on, or an exported file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--exporter", choices=tuple(_OPSET), default="dynamo")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16")
@@ -69,7 +96,8 @@ def main() -> None:
     arguments = parser.parse_args()
     options = Options(exporter=arguments.exporter, opset=_OPSET[arguments.exporter], dtype=arguments.dtype,
                       tokens=arguments.tokens, dynamic=tuple(arguments.dynamic))  # fmt: skip
-    path = export(arguments.model, arguments.weights, arguments.out, options, load(arguments.recipe))
+    weights = arguments.weights or committed(arguments.model)
+    path = export(arguments.model, weights, arguments.out, options, load(arguments.recipe))
     print(f"{path}: {path.stat().st_size} bytes")  # noqa: T201
 
 

@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     same[parameter.shape].append(parameter)
             for shape, parameters in same.items():
-                gradients = [parameter.grad for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 buffers = [self._momentum(parameter) for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 steps = orthogonal(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from attncompile.models.trained.blocks import Attention, Mlp, first_weights, grid_positions, patches_of
+from attncompile.models.trained.blocks import Attention, Mlp, first_weights, patches_of, with_positions
 from attncompile.models.trained.recipe import VitRecipe
 
 
@@ -38,7 +38,7 @@ class Vit(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(patches_of(images, self.patch))
         rows, columns = images.shape[2] // self.patch, images.shape[3] // self.patch
-        x = x + grid_positions(rows, columns, self.hidden, x.device).to(x.dtype)
+        x = with_positions(x, rows, columns)
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x).mean(dim=1))

@@ -1,12 +1,16 @@
-"""Trained weights as float16 safetensors, in files small enough to travel."""
+"""Trained weights as float16 safetensors, in files small enough to travel; and read back from an exported file."""
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
+import onnx
 import torch
+from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 
+SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules that a node stands in
 _SHARD = 14 * 2**20  # bytes
 
 
@@ -34,10 +38,15 @@ def save(model: nn.Module, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def load(model: nn.Module, folder: Path, name: str) -> None:
-    """Fills ``model`` with all of its weights; raises ``FileNotFoundError`` without files, ``RuntimeError`` where they
-    are another model's.
+def load(model: nn.Module, path: Path, name: str) -> None:
+    """Fills ``model`` with all of its weights, from a folder of safetensors or from the ONNX file that ``export`` made.
+
+    Raises ``FileNotFoundError`` without files, ``RuntimeError`` where they are another model's.
     """
+    model.load_state_dict(_of_onnx(path, set(model.state_dict())) if path.suffix == ".onnx" else _of_folder(path, name))
+
+
+def _of_folder(folder: Path, name: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     paths = sorted(folder.glob(f"{name}-*.safetensors"))
@@ -46,4 +55,21 @@ def load(model: nn.Module, folder: Path, name: str) -> None:
     state: dict[str, Tensor] = {}
     for path in paths:
         state |= load_file(path)
-    model.load_state_dict(state)
+    return state
+
+
+def _of_onnx(path: Path, wanted: set[str]) -> dict[str, Tensor]:
+    """The exporter keeps the names of all but the matrices that it transposed; those are named by their node's scope,
+    ``layers.0.attention.q_proj`` before the node itself.
+    """
+    graph = onnx.load(path).graph
+    stored = {item.name: item for item in graph.initializer}
+    state = {name: torch.from_numpy(to_array(stored[name]).copy()) for name in wanted & stored.keys()}
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in stored:
+            continue
+        scopes = next(entry.value for entry in node.metadata_props if entry.key == SCOPES)
+        key = f"{ast.literal_eval(scopes)[-2]}.weight"
+        if key in wanted - state.keys():
+            state[key] = torch.from_numpy(to_array(stored[node.input[1]]).T.copy())
+    return state

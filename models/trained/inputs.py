@@ -1,0 +1,95 @@
+"""``python -m attncompile.models.trained.inputs lm|vit|dit --count 8 --out calibration.json``: for ``attncompile
+--inputs``.
+
+One set goes into an ``.npz``, several into Polygraphy's ``.json``. ``--part calibration`` (the default) and ``--part
+held-out`` share no image and no window of text, and neither shares one with what ``evaluate`` scores: of the committed
+windows that takes the first four, calibration the next two, held-out the last two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attncompile.core.errors import AttncompileError, BadArguments
+from attncompile.models.inputs import Sample, check, save
+from attncompile.models.trained import corpus, draw, tasks
+from attncompile.models.trained.recipe import DitRecipe, LmRecipe, Recipes, load
+
+_SEEDS = {"calibration": 30_011, "held-out": 40_013}
+_WINDOWS = {"calibration": slice(4, 6), "held-out": slice(6, 8)}
+_CPU = torch.device("cpu")
+DATA = Path(__file__).with_name("data")
+
+
+def samples(
+    name: str, count: int, part: str, recipes: Recipes, dtype: torch.dtype = torch.float16, tokens: int | None = None
+) -> list[Sample]:
+    """``count`` different input sets of batch 1 for a trained model's file; ``dtype`` of its images, ``tokens`` of the
+    decoder's, else its context. For ``lm`` there are six at most. Raises ``BadArguments`` for more.
+    """
+    generator = torch.Generator().manual_seed(_SEEDS[part])
+    if name == "lm":
+        windows = torch.from_numpy(corpus.held(DATA))[_WINDOWS[part], : (tokens or recipes.lm.context) + 1]
+        made = [{"input_ids": row[None, :-1]} for row in _texts(windows, recipes.lm, generator)]
+        if count > len(made):
+            raise BadArguments(f"--count is {count}: there are {len(made)} sets for lm", "ask for fewer")
+    elif name == "vit":
+        images, _ = draw.scene(count, recipes.vit.side, generator, _CPU, full=True)
+        made = [{"images": image[None].to(dtype)} for image in images]
+    else:
+        made = _noised(count, recipes.dit, generator, dtype)
+    return [{key: value.contiguous().numpy() for key, value in one.items()} for one in made[:count]]
+
+
+def _texts(windows: Tensor, recipe: LmRecipe, generator: torch.Generator) -> list[Tensor]:
+    """Each window as it is, then with records, then with a repeated segment."""
+    segment = min(256, windows.shape[1] // 8)
+    return [
+        *windows,
+        *tasks.needle(windows, recipe.vocab, generator).windows,
+        *tasks.copy(windows, recipe.vocab, segment, generator).windows,
+    ]
+
+
+def _noised(count: int, recipe: DitRecipe, generator: torch.Generator, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Images at times spread from little noise to almost nothing else, as the sampler meets them."""
+    images, labels = draw.family(count, recipe.side, generator, _CPU)
+    noise = torch.randn(images.shape, generator=generator)
+    times = (torch.arange(count) + 0.5) / count
+    at = times[:, None, None, None]
+    mixed = (images * (1 - at) + noise * at).to(dtype)
+    return [
+        {"sample": mixed[i : i + 1], "time": times[i : i + 1], "label": labels[i : i + 1].long()} for i in range(count)
+    ]
+
+
+def main() -> int:
+    """The command line; returns the exit code (0 done, 2 could not run)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=("lm", "vit", "dit"))
+    parser.add_argument("--out", type=Path, required=True, help=".npz for one set, .json for several")
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--part", choices=tuple(_SEEDS), default="calibration")
+    parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="of images: the model's")
+    parser.add_argument("--tokens", type=int, help="of the decoder; its context where not given")
+    parser.add_argument("--recipe", type=Path)
+    arguments = parser.parse_args()
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
+    try:
+        check(arguments.out, arguments.count)
+        sets = samples(arguments.model, arguments.count, arguments.part, load(arguments.recipe), dtype,
+                       arguments.tokens)  # fmt: skip
+        save(sets, arguments.out)
+    except AttncompileError as error:
+        sys.stderr.write(f"error: {error.message}\nhint: {error.hint}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

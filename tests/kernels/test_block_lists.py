@@ -151,7 +151,7 @@ def test_lists_that_come_from_the_gpu() -> None:
     (found,) = calls.find(helper.make_model(graph, opset_imports=opsets), kernels())
     assert found.call is not None and found.symbols is not None
     assert found.call.outputs == ("output", "log_sum_exp") and found.call.attributes["masked_rows"] == "nan"
-    program = kernels()[found.call.op].programs(build.general(kernels(), found.call), 90)[1]
+    program = kernels()[found.call.op].programs(build.general(kernels(), found.call), 90)[0]
     assert program.language == "gluon"
     sizes = {"query": (2, 300, 8, 64), "key": (2, 300, 2, 64), "value": (2, 300, 2, 64), "rows": (2, 8, 3, 3)}
     known = symbols.values(found.symbols, {**sizes, "columns": (9,), "kinds": (9,), "masks": (1, 128, 4)})

@@ -550,7 +550,8 @@ def test_stdout_closed_early(tmp_path: Path) -> None:
 
 def test_ctrl_c_is_clean(tmp_path: Path) -> None:
     code = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background ignores it
         "import attncompile\n"
         "fake = types.ModuleType('attncompile.pipeline')\n"
         "fake.Options = lambda **k: k\n"

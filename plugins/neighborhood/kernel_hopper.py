@@ -243,11 +243,6 @@ def consume(
     DV: gl.constexpr = SPEC[3]
     BN: gl.constexpr = SPEC[4]
     G: gl.constexpr = SHAPE[0]
-    W: gl.constexpr = SHAPE[3]
-    L: gl.constexpr = SHAPE[4]
-    S: gl.constexpr = SHAPE[5]
-    C: gl.constexpr = SHAPE[7]
-    CLAMP: gl.constexpr = SHAPE[9]
     OUTSIDE: gl.constexpr = SHAPE[8][0] + SHAPE[8][1]
     V1: gl.constexpr = rings[4].shape[2]
     V2: gl.constexpr = rings[5].shape[2]
@@ -259,23 +254,16 @@ def consume(
     turn = 0
     go = 1 if INDEX == 0 else 0
     for number in range(gl.program_id(0), total, gl.num_programs(0)):
-        queries, h, g, b, begin, corner = item(number, H, group, SHAPE)
-        token, real, p0, p1, p2 = query_of(row, queries, SHAPE)
-        low0, high0, c0 = window(p0, queries[3], W[0], L[0], S[0], C[0], CLAMP)
-        low1, high1, c1 = window(p1, queries[4], W[1], L[1], S[1], C[1], CLAMP)
-        low2, high2, c2 = window(p2, queries[5], W[2], L[2], S[2], C[2], CLAMP)
-        row_words = bounds(low2 - begin[2], high2 - begin[2], FIELD, 0)
-        if FIELD == 8:
-            row_words = row_words + bounds(low1 - begin[1], high1 - begin[1], FIELD, 2)
+        row_words, low0, high0 = seen_by(row, number, H, group, SHAPE, FIELD)
         before = 0
         count = 0
         parts = PLANES * PARTS
         if OUTSIDE > 0:
-            apart = queries[7]
+            apart = item(number, H, group, SHAPE)[0][7]
             count = gl.where(apart >= 0, OUTSIDE + G[0] * G[1] * G[2], OUTSIDE)
             before = (count + BN - 1) // BN
             parts = gl.where(apart >= 0, 0, parts)
-        facts = (row_words, low0 - begin[0], high0 - begin[0], words, count, before)
+        facts = (row_words, low0, high0, words, count, before)
         work = (rings, barriers, (turn & 1) * CONSUMERS + INDEX, facts, factor)
         start = no_keys_yet(V1, V2, BN)
         slot = (stage, phase, turn, go)

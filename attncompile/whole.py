@@ -228,7 +228,6 @@ class Run:
         result = self._search.run(chosen)
         self._warnings += result.warnings
         self._searched = result.report
-        self._fidelity.update(result.fidelity)
         decisions = {d.site: d for d in plan.decisions}
         for made in result.edits:
             edit = self._with_assumptions(made)
@@ -239,6 +238,8 @@ class Run:
                     decisions[edit.site.id] = edit.decision
                 continue
             self._results[edit.site.id] = checked
+            if edit.site.id in result.fidelity:
+                self._fidelity[edit.site.id] = result.fidelity[edit.site.id]
             decisions[edit.site.id] = edit.decision
             self._edits = [*(e for e in self._edits if e.site.id != edit.site.id), edit]
         for site, reason in result.kept.items():

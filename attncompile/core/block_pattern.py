@@ -108,9 +108,12 @@ class BlockPattern:
 
     def _slash(self, geometry: BlockGeometry) -> np.ndarray:
         columns, diagonals = self._numbers()
-        place = np.arange(geometry.count)
+        count = geometry.count
+        if any(not 0 <= c < count for c in columns) or any(abs(d) >= count for d in diagonals):
+            raise Unsupported("pattern", f"'{self.text}': there are {count} blocks along a side", "count them from 0")
+        place = np.arange(count)
         seen = np.isin(place[:, None] - place[None, :], diagonals)
-        seen[:, [c for c in columns if 0 <= c < geometry.count]] = True
+        seen[:, columns] = True
         return seen
 
     def _grid(self, geometry: BlockGeometry) -> np.ndarray:
@@ -148,7 +151,7 @@ def _kind(text: str) -> str:
     if text in ("dense", "mean"):
         return text
     for kind, form in _FORMS.items():
-        if text and form.fullmatch(text):
+        if text and text == text.strip() and form.fullmatch(text):
             if kind == "grid" and prod(int(x) for x in text.removeprefix("grid ").split("x")) < 1:
                 break
             return kind

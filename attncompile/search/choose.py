@@ -187,24 +187,29 @@ def corrected(
     held: Callable[[Choice], Sequence[float]], tries: int = 6,
 ) -> tuple[Point | None, tuple[float, ...], int]:  # fmt: skip
     """``start``, or what is left of it once inputs that chose nothing (``held``) keep the budget too; their errors; and
-    how many choices they refused. Each refusal lowers the damage that is allowed by what it was exceeded.
+    how many choices they refused. Each refusal lowers the damage that is allowed by what it was exceeded; what is left
+    has to keep the calibration inputs' bound too.
     """
     base = sum(s.base for s in spaces) or 1.0
-    point: Point | None = start
-    for refused in range(tries):
-        assert point is not None
-        errors = tuple(float(e) for e in held(point.choice))
-        if max(errors) <= limits.budget:
-            return point, errors, refused
-        over = max(errors) / limits.budget
+    point = start
+    refused = 0
+    for _ in range(tries):
+        worst = point.bound
+        if worst <= limits.budget:
+            errors = tuple(float(e) for e in held(point.choice))
+            if max(errors) <= limits.budget:
+                return point, errors, refused
+            refused += 1
+            worst = max(errors)
+        over = worst / limits.budget
         shrink = 0.9 * over ** (-1 / limits.power) if math.isfinite(over) else 0.25
         choice = within_damage(spaces, point.damage * shrink)
-        if not choice:
-            return None, (), refused + 1
+        if not choice or refused == tries:
+            break
         known = tuple(float(e) for e in measure(choice))
         bound = upper_bound(known, limits.future, limits.confidence)
         point = Point(time_of(spaces, choice) / base, damage_of(spaces, choice), known, bound, choice)
-    return None, (), tries
+    return None, (), refused
 
 
 def within_density(spaces: Sequence[SiteSpace], limit: float, density: Callable[[Choice], float]) -> Choice:

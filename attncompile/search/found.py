@@ -65,8 +65,14 @@ class SearchReport:
     sites: Mapping[str, tuple[HeadFound, ...]] = field(default_factory=dict)
 
     def only(self, sites: Collection[str]) -> SearchReport:
-        """Without the heads of sites that were undone later."""
-        return replace(self, sites={name: heads for name, heads in self.sites.items() if name in sites})
+        """Without the heads of sites that were undone later; then what was measured of the whole choice is not of the
+        model that is there.
+        """
+        left = {name: heads for name, heads in self.sites.items() if name in sites}
+        if len(left) == len(self.sites):
+            return self
+        points = tuple(replace(p, chosen=False) for p in self.points)
+        return replace(self, sites=left, points=points, held=(), density=None)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -423,7 +423,10 @@ class Search:
         held: tuple[float, ...] = ()
         if choice:
             errors = tuple(self.errors(choice, spaces, self._known, self._settings.metric))
-            held = tuple(self.errors(choice, spaces, self._held, self._settings.metric))
+            if len(self.feeds) > 1:
+                held = tuple(self.errors(choice, spaces, self._held, self._settings.metric))
+            else:
+                self._warnings.append("one input served for calibration, none was held out: give more with --inputs")
             base = sum(s.base for s in spaces) or 1.0
             damage = choose.damage_of(spaces, choice)
             point = Point(choose.time_of(spaces, choice) / base, damage, errors, max(errors), choice)
@@ -458,7 +461,9 @@ class Search:
             picks = choice.get(space.site)
             if picks is None:
                 kept[space.site] = "no pattern of its heads is worth its share of the budget"
-                if best is None:
+                if self._settings.density is not None:
+                    kept[space.site] = "no pattern of its heads gains"
+                elif best is None:
                     kept[space.site] = f"no approximation fits the budget {self._settings.budget:g}"
                 continue
             kept.pop(space.site, None)

@@ -65,7 +65,20 @@ def test_a_neighborhood_touches_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "sinks 1", "window 3", "columns", "grid", "grid 0x3", "blocks ***", "columns 1 diagonals", "Dense"]
+    "text",
+    [
+        "",
+        "sinks 1",
+        "window 3",
+        "columns",
+        "grid",
+        "grid 0x3",
+        "blocks ***",
+        "columns 1 diagonals",
+        "Dense",
+        " ",
+        "columns 1 ",
+    ],
 )
 def test_what_is_no_pattern(text) -> None:
     with pytest.raises(Unsupported, match="is no pattern"):
@@ -74,7 +87,8 @@ def test_what_is_no_pattern(text) -> None:
 
 def test_patterns_that_do_not_fit() -> None:
     for text, geometry in (
-        ("mean", CAUSAL), ("grid 3x3", PLAIN), ("blocks AAAA", PLAIN), (bitmap(np.ones((5, 5))).text, PLAIN),
+        ("mean", CAUSAL), ("grid 3x3", PLAIN), ("columns 99", PLAIN), ("columns -1", PLAIN), ("diagonals 50", PLAIN),
+        ("blocks AAAA", PLAIN), (bitmap(np.ones((5, 5))).text, PLAIN),
         ("grid 99x3", BlockGeometry(143, 32, False, TokenGrid((11, 13)))),
     ):  # fmt: skip
         with pytest.raises(Unsupported):

@@ -125,6 +125,9 @@ def test_held_out_inputs_refuse() -> None:
     assert less.damage < best.damage and less.time > best.time
     nothing, _, refused = corrected(spaces, best, limits, known, lambda c: [np.inf])
     assert nothing is None and refused == 6
+    # Inputs that were held out cannot vouch for what the calibration inputs speak against.
+    wild, _, _ = corrected(spaces, best, limits, lambda c: [1e3] * 4, lambda c: [1.0] if c is best.choice else [0.1])
+    assert wild is None
 
 
 def test_the_bound_holds_as_often_as_it_says() -> None:

@@ -99,6 +99,8 @@ def test_a_site_that_is_undone_is_not_shown(full, tmp_path: Path, monkeypatch: p
     found = compiled(full, tmp_path, max_error=0.03)
     assert found.outcome == "rolled_back" and found.search is not None and not found.search.sites
     assert found.search.points and (tmp_path / "out/model.onnx").read_bytes() == full[0].read_bytes()
+    assert not any(p.chosen for p in found.search.points), "no point is of the model that is there"
+    assert found.search.density is None and not found.search.held
 
 
 def test_what_does_not_fit_leaves_the_exact_replacement(tmp_path: Path) -> None:

@@ -133,13 +133,18 @@ def open_session(
         raise BadModel(f"{source} does not exist", "give the path of an ONNX file")
     names = providers(provider)
     try:
-        return ort.InferenceSession(source, options, providers=names)
+        session = ort.InferenceSession(source, options, providers=names)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         name = "the model" if isinstance(source, bytes) else source
         raise BadModel(
             f"ONNX Runtime cannot load {name}: {_first_line(error)}",
             "check the file with `python -m onnx.checker`, and that ONNX Runtime supports its opset and types",
         ) from error
+    if names[0] not in session.get_providers():  # it is compiled in, its libraries do not load, and the CPU took over
+        raise MissingDependency(
+            f"ONNX Runtime did not start {names[0]}, and said why above", "see which of its libraries are missing"
+        )
+    return session
 
 
 def providers(name: Provider) -> list[str]:

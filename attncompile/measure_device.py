@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from attncompile.core.errors import BadModel
-from attncompile.runtime.session import PROVIDER, InferenceSession, missing
+from attncompile import measure
+from attncompile.runtime.session import InferenceSession, missing
 
 Feed = Mapping[str, np.ndarray]
 
@@ -55,10 +55,4 @@ def open_on_device(path: Path) -> OnDevice:
         raise reason
     if path.is_dir():
         return OnDevice(InferenceSession(path))
-    try:
-        return OnDevice(ort.InferenceSession(str(path), providers=[PROVIDER]))
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        said = " ".join(str(error).split())[:300]
-        raise BadModel(
-            f"ONNX Runtime cannot load {path}: {said}", "check the file with `python -m onnx.checker`"
-        ) from None
+    return OnDevice(measure.open_session(path, provider="cuda"))

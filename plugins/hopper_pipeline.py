@@ -317,12 +317,13 @@ def consume_run(
 
 
 @gluon.jit
-def consume_between(state, work, turn, following_work, hide: gl.constexpr, FLAGS: gl.constexpr, MASKED: gl.constexpr,
-                    SPEC: gl.constexpr):  # fmt: skip
-    """The last tile of item ``turn`` and the first of the next, ``following_work``, together: scores of the one while
-    the values of the other are multiplied. Returns sum and output of the item, and the next one's state.
+def consume_between(
+    state, work, turn, hide: gl.constexpr, FLAGS: gl.constexpr, MASKED: gl.constexpr, SPEC: gl.constexpr
+):
+    """The last tile of item ``turn`` and the first of the next, ``work``, together: scores of the one while the values
+    of the other are multiplied. Returns sum and output of the item, and the next one's state.
     """
-    rings, barriers, queries, facts, factor = following_work
+    rings, barriers, queries, facts, factor = work
     DV: gl.constexpr = SPEC[3]
     BN: gl.constexpr = SPEC[4]
     STAGES: gl.constexpr = SPEC[5]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from attncompile.core.errors import KernelError
+from attncompile.core.errors import KernelError, Unsupported
 from attncompile.kernels.bundle import Bundle
 from attncompile.kernels.records import key_of
 from attncompile.plugins import kernels
@@ -86,7 +86,9 @@ def test_what_is_wrong_is_said(name: str, tool: Any) -> None:
     broken = tool.compare(case, number, Broken(KernelError("cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS")))
     assert broken.verdict == "failed" and "CUDA_ERROR_ILLEGAL_ADDRESS" in broken.problem
     launched = tool.compare(case, number, Broken(KernelError("cuLaunchKernel"), launch_only=True))
-    assert tool.compare(case, number, Broken(launch_only=True)).verdict == "right" and launched.verdict == "failed"
+    assert tool.compare(case, number, Broken(launch_only=True)).verdict == "launched" and launched.verdict == "failed"
+    # Only a call that no kernel takes is refused: what is raised later is a fault.
+    assert tool.compare(case, number, Broken(Unsupported("strides", "gaps"))).verdict == "failed"
     assert nothing.tactics == missing.tactics == broken.tactics and nothing.tactics
     row = next(x for x in tool.table([nothing, missing, broken]).split("\n") if x.startswith(f"{nothing.op} triton"))
     assert row.split()[-5:] == ["0", "1", "1", "1", "0"]

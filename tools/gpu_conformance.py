@@ -194,9 +194,18 @@ class Interpreter:
         function[tuple(value(x, known) for x in program.grid)](**named)
 
 
+PASSED = ("right", "launched")
+
+
+def said_of(case: Any_) -> str:
+    return str(case if isinstance(case, Linear) else case.call)
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """``verdict``: right, wrong, not compiled, failed (it raised, or its process ended or hung) or refused."""
+    """``verdict``: right, wrong, not compiled, failed (it raised, or its process ended or hung), refused, or launched,
+    where nothing was compared.
+    """
 
     number: int
     name: str
@@ -215,19 +224,19 @@ def compare(case: Any_, number: int, on: Gpu | Interpreter) -> Outcome:
     verdict, problem = "right", ""
     try:
         launches = chosen(case, number, on.architecture)
+    except Unsupported as error:
+        return Outcome(number, case.name, op, (), "refused", error.code, said_of(case))
+    try:
         tactics = tuple(f"{p.language} {p.tactic}" for _, _, p in launches)
         problem = of_linear(case, launches, on) if isinstance(case, Linear) else of_softmax(case, launches[0], on)
-        verdict = "wrong" if problem else "right"
-    except Unsupported as error:
-        verdict, problem = "refused", error.code
+        verdict = "wrong" if problem else "launched" if on.launch_only else "right"
     except Missing as error:
         verdict, problem = "not compiled", str(error)
     except Exception as error:
         verdict = "failed"
         problem = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
-    said = str(case if isinstance(case, Linear) else case.call) if verdict in ("right", "refused") else repr(case)
     seconds = round(time.monotonic() - start, 3)
-    return Outcome(number, case.name, op, tactics, verdict, problem, "" if verdict == "right" else said, seconds)
+    return Outcome(number, case.name, op, tactics, verdict, problem, "" if verdict in PASSED else repr(case), seconds)
 
 
 def of_softmax(case: Case, launch: tuple[OpCall, OpCall, Program], on: Gpu | Interpreter) -> str:
@@ -373,22 +382,23 @@ def run(given: argparse.Namespace) -> int:
 
     for outcome in found():
         outcomes.append(outcome)
-        if outcome.verdict not in ("right", "refused"):
+        if outcome.verdict not in (*PASSED, "refused"):
             again = f"--seed {given.seed} --count {given.count} --case '{outcome.name}'"
             print(f"{outcome.verdict}: {outcome.name} ({outcome.number}): {' | '.join(outcome.tactics)}", flush=True)
             print(f"    {outcome.problem}\n    {outcome.call}\n    run again: {again}", flush=True)
     seconds = time.monotonic() - start
-    bad = sum(o.verdict not in ("right", "refused") for o in outcomes) + len(chosen_cases) - len(outcomes)
+    bad = sum(o.verdict not in (*PASSED, "refused") for o in outcomes) + len(chosen_cases) - len(outcomes)
     print(table(outcomes))
     print(f"{len(outcomes)} of {len(chosen_cases)} cases in {seconds:.0f} s, {bad} not right or not run")
     if given.json:
         device = {"device": "interpreter"} if given.interpret else of_device()
         record = {
             **device, "seed": given.seed, "count": given.count, "only": given.only, "seconds": round(seconds, 1),
-            "not_right": bad, "cases": [asdict(o) for o in sorted(outcomes, key=lambda o: o.number)],
+            "launch_only": given.launch_only, "not_right": bad,
+            "cases": [asdict(o) for o in sorted(outcomes, key=lambda o: o.number)],
         }  # fmt: skip
         given.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return bad + (not outcomes)
+    return bad or int(not any(o.verdict in PASSED for o in outcomes))
 
 
 def of_device() -> dict[str, Any]:
@@ -405,7 +415,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for o in outcomes:
         languages = sorted({t.split()[0] for t in o.tactics})
         tally[" ".join([o.op, *languages]), o.verdict] += 1
-    verdicts = ("right", "wrong", "failed", "not compiled", "refused")
+    verdicts = (*PASSED, "wrong", "failed", "not compiled", "refused")
     rows = [("", *verdicts)]
     for kind in sorted({kind for kind, _ in tally}):
         rows.append((kind, *(str(tally[kind, v]) for v in verdicts)))

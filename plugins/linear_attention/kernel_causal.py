@@ -153,12 +153,12 @@ def output(
         z += tl.load(total + index.to(tl.int64) * DK + cols, mask=cols < DK, other=0.0)
     rate = 0.0
     apart = place[:, None] - place[None, :]
-    between = tl.where(apart >= 0, 1.0, 0.0)
+    between = 1.0
     if DECAY == 1:
         rate = tl.load(log_decay + g).to(tl.float32) * LOG2E
-        between = tl.where(apart >= 0, tl.exp2(rate * tl.maximum(apart, 0).to(tl.float32)), 0.0)
-    low_end = c * CHUNK
-    for first in range(low_end, tl.minimum(low_end + CHUNK, NQ), BT):
+        between = tl.exp2(rate * tl.maximum(apart, 0).to(tl.float32))
+    begin = c * CHUNK
+    for first in range(begin, tl.minimum(begin + CHUNK, NQ), BT):
         rows = first + place
         end = tl.minimum(first + BT, NQ)
         seen = (rows < NQ)[:, None] & (cols < DK)[None, :]
@@ -174,19 +174,20 @@ def output(
         if NORM != 0:
             below += tl.sum((fq.to(tl.float32) if Q_MAP <= 1 else features(q, seen, Q_MAP)) * z[None, :], 1)
         if DECAY == 0:
-            p *= between
             acc *= largest
         elif DECAY == 1:
             since = tl.exp2(rate * (place + 1).to(tl.float32))
-            p *= between
+            p = p * between
             acc *= (since * largest)[:, None]
             below *= since
         else:
             x = tl.cumsum(gates(log_decay, b, rows, g, groups, NQ, NQ), 0)
             since = tl.exp2(x)
-            p *= tl.where(apart >= 0, tl.exp2(tl.minimum(x[:, None] - x[None, :], 0.0)), 0.0)
+            p = p * tl.exp2(tl.minimum(x[:, None] - x[None, :], 0.0))
             acc *= (since * largest)[:, None]
             below *= since
+        # Taken, not multiplied by 0: a later key may be infinite.
+        p = tl.where(apart >= 0, p, 0.0)
         if NORM != 0:
             below += tl.sum(p, 1)
         acc = tl.dot(p.to(half), v, acc)

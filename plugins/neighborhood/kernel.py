@@ -236,7 +236,8 @@ class NeighborhoodKernel:
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         hood = self._check(call)
         hopper = architecture == 90
-        chosen = tactics(PACKAGE, call, architecture, kind(hood), lambda t: hopper and on_hopper(call, hood, t))
+        met = kind(hood) if hopper else "many"
+        chosen = tactics(PACKAGE, call, architecture, met, lambda t: hopper and on_hopper(call, hood, t))
         return [self._program(call, hood, t, rank) for rank, t in enumerate(chosen)]
 
     def _program(self, call: OpCall, hood: Neighborhood, tactic: Tactic, rank: int) -> Program:
@@ -273,7 +274,7 @@ def kind(hood: Neighborhood) -> str:
     made = cut(hood, 2 * HOPPER_ROWS, 128, True)
     met = made.keys_met(128, True)
     if made.all_seen:
-        return "few, all seen" if met <= 512 else "many, all seen"
+        return "few, all seen" if met <= 512 else "many"
     return "few" if met <= 1024 else "many"
 
 

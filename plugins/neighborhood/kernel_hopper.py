@@ -377,7 +377,7 @@ def consume_overlapping(
         state = run_box(state, work, PLANES * PARTS, PLANE, FLAGS, SPEC)
         mine, low, high = seen_by(row, number + step, H, group, SHAPE, FIELD)
         work = (rings, barriers, ((turn + 1) & 1) * CONSUMERS + INDEX, (mine, low, high, words, 0, 0), factor)
-        done, out1, out2, state = consume_between(state, work, turn, work, hide_part, FLAGS, MASKED, SPEC)
+        done, out1, out2, state = consume_between(state, work, turn, hide_part, FLAGS, MASKED, SPEC)
         m, l, acc1, acc2, weights, stage, phase, go = state
         put(number, done, out1, out2, output, o_strides, H, group, SHAPE, RULE, SPEC)
         turn += 1

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from attncompile.core.kernel import Program
+from attncompile.plugins.linear_attention.form import Form
 from attncompile.plugins.linear_attention.op import OUTPUT
 from tests.conformance import launch, linear
 from tests.conformance.budget import wrong
@@ -141,10 +142,26 @@ def planted(name: str) -> str:
         return verdict(case)
 
 
+def earlier_tokens(decay: str) -> str:
+    """A key whose exp is infinite, and what stays finite before it."""
+    case = Linear("later", Form("exp", "exp", "sum", causal=True, decay=decay, chunk=64), (1, 64, 64, 1, 1, 16, 16))
+    made = linear.tensors
+
+    def drawn(case: Linear, device: str = "cpu") -> Tensors:
+        at = made(case, device)
+        at["key"][:, 40] = 12.0
+        return at
+
+    with patch.object(linear, "tensors", drawn):
+        got = [linear.run(case, interpreted, small)["output"][:, :40] for small in (False, True)]
+    return "" if all(np.isfinite(x).all() for x in got) else "a later key reaches earlier tokens"
+
+
 def main(part: int, parts: int) -> None:
     mend()
     warnings.simplefilter("ignore")
     work: list[tuple[str, Callable[[], str]]] = [(c.name, lambda c=c: verdict(c)) for c in CASES]
+    work += [(f"earlier tokens, decay {d}", lambda d=d: earlier_tokens(d)) for d in ("none", "head", "token")]
     work += [(f"planted: {name}", lambda n=name: planted(n)) for name in PLANTED]
     for name, run in work[part::parts]:
         print(json.dumps({"name": name, "wrong": run()}), flush=True)

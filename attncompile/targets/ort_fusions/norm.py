@@ -104,7 +104,7 @@ def _weighted(view: View, x: str, y: str, shape: Dims, epsilon: float) -> bool:
         return False
     cast = view.only(reader.output[0], "Cast")
     if half is not None and cast is not None and view.kind(cast.output[0]) == _HALF:
-        narrow = _narrow(view, weight, width)
+        narrow = _narrow(view, weight, (width,))
         return narrow is not None and _simplified(view, half, narrow, cast.output[0], epsilon)
     if view.kind(x) != view.kind(weight) or view.kind(x) not in KINDS:
         return False
@@ -116,12 +116,14 @@ def _simplified(view: View, x: str, weight: str, y: str, epsilon: float) -> bool
     return True
 
 
-def _narrow(view: View, value: str, width: int | str) -> str | None:
-    """[width] in fp16; None for a constant that is none of its numbers."""
+def _narrow(view: View, value: str, shape: Dims) -> str | None:
+    """``value`` of this shape in fp16; None for a constant that is none of its numbers, or one of another shape."""
+    if view.shape(value) != shape:
+        return None
     if view.kind(value) == _HALF:
         return value
     if not view.is_constant(value):
-        return view.node("Cast", [value], _HALF, (width,), to=_HALF)
+        return view.node("Cast", [value], _HALF, shape, to=_HALF)
     known = view.constant(value)
     if known is None:
         return None
@@ -181,7 +183,7 @@ def narrow_norm(view: View) -> int:
             continue
         if view.kind(cast.output[0]) != _HALF:
             continue
-        rows = [_narrow(view, v, shape[-1]) for v in node.input[1:] if v]
+        rows = [_narrow(view, v, (shape[-1],)) for v in node.input[1:] if v]
         if all(r is not None for r in rows):
             view.put("LayerNormalization", [half, *(r for r in rows if r)], [cast.output[0]], axis=-1,
                      epsilon=attribute(node, "epsilon", 1e-5))  # fmt: skip
@@ -212,8 +214,9 @@ def _gated(view: View, x: str, product: NodeProto, out: str, shape: Dims) -> boo
         y = view.uncast(wide)
         if y is None or view.shape(y) != shape or not one_row(view, gate, len(shape), shape[-1]):
             continue
-        gate_shape = view.shape(gate) or ()
-        narrow = view.node("Cast", [gate], _HALF, gate_shape, to=_HALF)
+        narrow = _narrow(view, gate, view.shape(gate) or ())
+        if narrow is None:
+            continue
         view.put("Add", [x, view.node("Mul", [y, narrow], _HALF, shape)], [out])
         return True
     return False

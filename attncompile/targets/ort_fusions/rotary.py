@@ -82,7 +82,8 @@ def _halves(view: View, first: NodeProto, second: NodeProto, rows: int) -> list[
 
 def _permutation(view: View, value: str) -> list[int] | None:
     node = view.maker(value, "Transpose")
-    return None if node is None else list(attribute(node, "perm", []))
+    perm = None if node is None else attribute(node, "perm", None)
+    return None if perm is None else list(perm)
 
 
 def _stack(view: View, values: list[str], axis: int, kind: int, dims: Dims) -> str:

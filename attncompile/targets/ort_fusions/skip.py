@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from attncompile.targets.ort_fusions.norm import last_axis, one_row
-from attncompile.targets.ort_fusions.view import CONTRIB, KINDS, Dims, View, attribute
+from attncompile.targets.ort_fusions.view import CONTRIB, Dims, View, attribute
 
 
 def skip_norm(view: View) -> int:
-    """``norm(a + b)`` as ``SkipLayerNormalization`` or ``SkipSimplifiedLayerNormalization``."""
+    """``norm(a + b)`` as ``SkipLayerNormalization`` or ``SkipSimplifiedLayerNormalization``, in float32 alone.
+
+    In fp16 ONNX Runtime's CUDA kernels of these add up squares in fp16, unless the provider's option
+    ``enable_skip_layer_norm_strict_mode`` is set: rows of a few hundred are infinite there.
+    """
     done = 0
     for node in view.nodes("LayerNormalization", "SimplifiedLayerNormalization"):
         x = node.input[0]
         total, shape, kind = view.maker(x, "Add"), view.shape(x), view.kind(x)
-        if total is None or not shape or len(shape) not in (2, 3) or kind not in KINDS:
+        if total is None or not shape or len(shape) not in (2, 3) or kind != TensorProto.FLOAT:
             continue
         if not last_axis(node, len(shape)) or any(view.shape(v) != shape for v in total.input):
             continue

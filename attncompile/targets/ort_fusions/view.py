@@ -88,10 +88,6 @@ class View:
         dims = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in info.type.tensor_type.shape.dim]
         return None if any(d == "" for d in dims) else tuple(dims)
 
-    def static(self, value: str) -> tuple[int, ...] | None:
-        shape = self.shape(value)
-        return None if shape is None or any(isinstance(d, str) for d in shape) else tuple(int(d) for d in shape)
-
     def constant(self, value: str) -> np.ndarray | None:
         """The value of a constant of moderate size."""
         tensor = self._tensors.get(value)

@@ -1,7 +1,6 @@
 """``python -m attncompile.models.trained.train lm|vit|dit --seconds S --out FOLDER``: trains one of the models.
 
-Ends inside the budget, whatever the machine; two runs on one machine see the same batches in the same order, but one
-may take a step more.
+Ends inside the budget on a GPU. Seeds fix the first weights and the batches of the first phase; phases end by the clock.
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ PEERS = ("cudnn", "flash", "flex", "flex-tiled", "flex-tiled+permute", "natten")
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown. ``met`` says which of the wanted ratios were reached."""
+    """Markdown; peers that no case has are left out. ``met`` says which of the wanted ratios were reached."""
+    peers = [p for p in PEERS if any(p in case["ms"] for case in result["cases"])]
     lines = [
         f"{result['gpu']}, torch {result['torch']}, {result['when']}: fp16 product {result['gemm_tflops']:.0f} TFLOP/s"
         f", copy {result['copy_tbs']:.2f} TB/s; medians of {result['rounds']} alternating rounds, L2 flushed, ms",
         "",
-        "| case | ours | TFLOP/s | limit | " + " | ".join(PEERS) + " | wanted | reached |",
-        "|---|---|---|---|" + "---|" * len(PEERS) + "---|---|",
+        "| case | ours | TFLOP/s | limit | " + " | ".join(peers) + " | wanted | reached |",
+        "|---|---|---|---|" + "---|" * len(peers) + "---|---|",
     ]
     for case in result["cases"]:
         ms = case["ms"]
@@ -27,7 +28,7 @@ def table(result: dict[str, Any]) -> str:
         # Tactics that were faster than the one which would be taken.
         also = [f"{n} {t:.3f}" for n, t in ms.items() if n.startswith(("triton-", "hopper-")) and t < ms["ours"]]
         ours = f"{ms['ours']:.3f}" + (f" ({'; '.join(also)})" if also else "")
-        cells = [f"{ms[p]:.3f}" if p in ms else "" for p in PEERS]
+        cells = [f"{ms[p]:.3f}" if p in ms else "" for p in peers]
         lines.append(
             f"| {case['name']} | {ours} | {case['ours_tflops']:.0f} | {case['limit_ms']:.3f} | "
             + " | ".join(cells) + f" | {'; '.join(wanted)} | {'; '.join(reached)}{_mark(case)} |"

@@ -144,7 +144,8 @@ def main() -> None:
             LineProgress(Console(stderr=True)), pipeline.gpu_of(options, target, worlds), folder / "state",
         )  # fmt: skip
         try:
-            rows = compared(search, search.spaces(sites), given)
+            spaces = [s for s in search.spaces(sites) if search.kept(s.site)]  # others have no heads to choose for
+            rows = compared(search, spaces, given)
             report(rows, found, search, write, given)
         finally:
             search.close()

@@ -86,6 +86,8 @@ def _weights(node: NodeProto, value: str, world: World) -> np.ndarray | None:
     except Unsupported:
         return None
     turned = any(a.name == "transB" and a.i for a in node.attribute)
+    if any((a.name == "transA" and a.i) or (a.name == "alpha" and a.f != 1.0) for a in node.attribute):
+        return None
     return None if stored.ndim != 2 else stored.T if turned else stored
 
 

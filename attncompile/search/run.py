@@ -344,6 +344,8 @@ class Search:
                 for k in missing
             ]
             for k, error in zip(missing, self._executor.map(work), strict=True):
+                if not np.isfinite(error) and _BROKEN not in self._warnings:
+                    self._warnings.append(_BROKEN)
                 known[k] = {"error": np.array(error)}
                 self._state.store(names[k], {"error": np.array(error)})
         return [float(found["error"]) for found in known if found is not None]
@@ -498,6 +500,9 @@ class Search:
         """The result is in the output: nothing needs to be taken up again."""
         if self._state is not None:
             self._state.remove()
+
+
+_BROKEN = "a choice that was tried does not run or gives NaN: its error counts as infinite"
 
 
 def _flattened(found: Mapping[str, tuple[list[np.ndarray], list[np.ndarray]]]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """``python -m attncompile.models.trained.train lm|vit|dit --seconds S --out FOLDER``: trains one of the models.
 
-Ends inside the budget on a GPU. Seeds fix the first weights and the batches of the first phase; phases end by the clock.
+Ends inside the budget on a GPU. Seeds fix the first weights and the batches of the first phase; phases end by the
+clock.
 """
 
 from __future__ import annotations

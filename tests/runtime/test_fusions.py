@@ -61,7 +61,7 @@ def compiled(folder: Path, **given: Any) -> tuple[list[str], tuple[str, ...], An
 @needs_compiler
 def test_fused_and_compared(tmp_path: Path, no_triton: None) -> None:
     found, notes, proto = compiled(tmp_path)
-    assert found == ["FastGelu", "SkipSimplifiedLayerNormalization"]
+    assert found == ["FastGelu"]  # the residual sum stays outside of a norm in fp16
     assert not {"Tanh", "Pow", "ReduceMean"} & {n.op_type for n in proto.graph.node}
     assert any(n.startswith("fused for ONNX Runtime: ") and "GELU (1)" in n and "RMS norm (1)" in n for n in notes)
     assert any(n.startswith("with fusions against without, on the CPU in float32: relative L2") for n in notes)

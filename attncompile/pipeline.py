@@ -14,7 +14,7 @@ from attncompile import outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
 from attncompile.core.errors import BadArguments, MissingDependency, Unsupported
-from attncompile.core.mechanism import Candidate, Mechanism, understood
+from attncompile.core.mechanism import Candidate, Mechanism, kernel_parameters, understood
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
 from attncompile.core.policy import Policy
@@ -281,7 +281,8 @@ def _decide(
 
     def gain_of(candidate: Candidate) -> float | Verdict:
         if gpu is not None:  # nothing will be measured: the replacement has to win at every shape
-            lowering = by_name[candidate.mechanism].lower(site, candidate.parameters, opset)
+            mechanism = by_name[candidate.mechanism]
+            lowering = mechanism.lower(site, kernel_parameters(mechanism, site, candidate.parameters), opset)
             try:
                 return min(gpu.gain(site, lowering, binding) for binding in bindings)
             except Unsupported as error:

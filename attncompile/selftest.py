@@ -219,9 +219,18 @@ def _linear_output() -> ModelProto:
     return _linear(linear_op.OUTPUT, RETENTION, given, {"output": _of(160)}, 160)
 
 
+def _linear_step() -> ModelProto:
+    """One token for each of a batch, and the states before it."""
+    state = TensorProto.FLOAT, ("batch", HEADS, DIM, DIM)
+    given = {"query": _of(1), "key": _of(1), "value": _of(1),
+             "log_decay": (TensorProto.FLOAT, ("batch", 1, HEADS)), "initial_state": state}  # fmt: skip
+    return _linear(linear_op.STEP, RETENTION, given, {"output": _of(1), "final_state": state}, 1)
+
+
 MODELS: Mapping[str, Callable[[], ModelProto]] = {
     "Attention": _attention, "NeighborhoodAttention": _neighborhood, sparse_op.OP_TYPE: _lists,
     linear_op.STATE: _linear_state, linear_op.COMBINE: _linear_combine, linear_op.APPLY: _linear_apply,
     linear_op.STATES: _linear_states, linear_op.OUTPUT: _linear_output,
+    linear_op.STEP: _linear_step,
 }  # fmt: skip
 """By op. The kernel of another op may have a method ``selftest`` that gives such a model."""

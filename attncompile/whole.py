@@ -14,6 +14,7 @@ from onnx import ModelProto
 
 from attncompile import __version__, branches, measure, search, verify
 from attncompile.core.errors import BadModel, Unsupported
+from attncompile.core.mechanism import kernel_parameters
 from attncompile.core.plan import Plan
 from attncompile.culprits import find_culprits
 from attncompile.gate import Edit, SiteGate, SiteResult
@@ -116,7 +117,7 @@ class Run:
         self._undo([e for e in self._edits if e.site.scope and not branches.reached(usual, e.site, seen)],
                    "the body that holds it was not run by any inputs")  # fmt: skip
         parity = self._parity(shaped)
-        self._on_gpu = list(self._edits) if parity.passed else []
+        self._on_gpu = [self._for_kernels(e) for e in self._edits] if parity.passed else []
         error = parity.value
         timings: tuple[ShapeTiming, ...] = ()
         slow = [e for e in self._edits if self._results[e.site.id].slower]
@@ -138,6 +139,21 @@ class Run:
         on_gpu = tuple(e.site.id for e in self._on_gpu)
         return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures,
                        self._bisection, on_gpu, error if on_gpu else None, self._in_force())  # fmt: skip
+
+    def _for_kernels(self, edit: Edit) -> Edit:
+        """With the parameters that kernels like, where the target runs them and what they give was shown to be as
+        exact.
+        """
+        mechanism = next(m for m in self._registry if m.name == edit.decision.mechanism)
+        parameters = kernel_parameters(mechanism, edit.site, edit.decision.parameters)
+        if self._gpu is None or parameters == edit.decision.parameters:
+            return edit
+        decision = replace(edit.decision, parameters=parameters)
+        changed = Edit.of(edit.site, decision, mechanism, self._found.index.model.opset)
+        refused = self._checker.exact(changed).rolled_back
+        if refused:
+            self._warnings.append(f"{edit.site.id}: kernels run with the parameters of model.onnx: {refused}")
+        return edit if refused else changed
 
     def _broken_assumptions(self) -> tuple[str, ...]:
         """What the user's inputs break; then nothing stays replaced, and the run fails."""

@@ -32,6 +32,9 @@ KERNELS = (
     "attncompile.plugins.linear_attention.kernel:ApplyKernel",
     "attncompile.plugins.linear_attention.kernel:StatesKernel",
     "attncompile.plugins.linear_attention.kernel:OutputKernel",
+    "attncompile.plugins.linear_attention.kernel:SolveKernel",
+    "attncompile.plugins.linear_attention.kernel:DeltaKernel",
+    "attncompile.plugins.linear_attention.kernel:StepKernel",
 )
 
 ENTRY_POINT_GROUP = "attncompile.extensions"

@@ -13,15 +13,13 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import float_type
+from attncompile.plugins.linear_attention.causal import CAUSAL_CHUNK, CHANNEL_CHUNK
 from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.function import function, node
+from attncompile.plugins.linear_attention.kernel import preferred_chunk
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES, register
 from attncompile.plugins.linear_attention.reference import reference
 from attncompile.plugins.linear_attention.site import facts_of, form_of, head_decays, sizes_of
-
-CAUSAL_CHUNK = 64
-CHANNEL_CHUNK = 16
-"""Under gates of every channel, whose products of pairs of tokens are written out."""
 
 BLOCKS = 264
 """Batch entries times heads times chunks that fill a large GPU twice."""
@@ -95,6 +93,17 @@ class LinearAttention:
 
     def without_branches(self, parameters: Parameters) -> Parameters:
         return parameters
+
+    def for_kernels(self, site: AttentionSite, parameters: Parameters) -> Parameters:
+        """Chunks as long as the kernels like them, under a triangle: how many tokens lie between two states says
+        nothing about the result. Where the batch is not known it is taken for 1.
+        """
+        facts = facts_of(site)
+        if not facts.causal or not isinstance(site.key_length, int):
+            return parameters
+        batch = site.batch if isinstance(site.batch, int) else 1
+        chunk = preferred_chunk(facts.decay, batch * site.heads, site.key_length, site.value_dim)
+        return {**parameters, "chunk": max(chunk, parameters.get("chunk", 0))}
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` where ``supports`` says no, or for an opset without a body."""

@@ -14,7 +14,7 @@ from attncompile.kernels import symbols
 from attncompile.kernels.symbols import Strided
 from attncompile.plugins import kernels
 from attncompile.plugins.linear_attention.form import Form
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES, STEP
 from attncompile.plugins.linear_attention.reference import with_state
 from tests.conformance.case import rounded
 
@@ -26,7 +26,9 @@ Launch = Callable[[Program, Tensors, Mapping[str, int]], None]
 
 @dataclass(frozen=True)
 class Linear:
-    """``layouts`` of query, key, value, output. ``sizes``: B, queries, keys, heads, key heads, head dim, value dim."""
+    """``layouts`` of query, key, value, output. ``sizes``: B, queries, keys, heads, key heads, head dim, value dim.
+    ``step``: a token at a time.
+    """
 
     name: str
     form: Form
@@ -36,6 +38,11 @@ class Linear:
     decay_type: str = "float32"
     seed: int = 1
     size: float = 1.0
+    step: bool = False
+    closed: bool = False
+    """Whether some gates are minus infinity."""
+    beta: str = "a head"
+    """With the delta rule: whether its rate is one ``a head`` or one ``a token``."""
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +60,13 @@ class Linear:
         shape = {"head": (groups,), "token": (batch, keys, groups), "channel": (batch, keys, groups, dim)}
         if self.form.decay != "none":
             found["log_decay"] = -np.abs(normal(*shape[self.form.decay], kind=self.decay_type)) / 4
+        if self.closed:
+            found["log_decay"][(0,) if self.form.decay == "head" else (slice(None), slice(5, None, 23))] = -np.inf
+        if self.form.delta:  # of keys of length one, as the models have them
+            length = np.linalg.norm(found["key"], axis=-1, keepdims=True)
+            found["key"] = rounded(found["key"] / length, self.dtype)
+            rates = rng.random((batch, keys, groups if self.beta == "a head" else 1)).astype(np.float32)
+            found["beta"] = rounded(rates, self.dtype)
         if self.form.key_weight:
             found["key_weight"] = np.abs(normal(batch, keys, groups))
         if self.form.initial:
@@ -63,6 +77,7 @@ class Linear:
 
 HEADS_FIRST = ("BHND",) * 4
 COLUMNS = ("BHDN",) * 4
+COLUMNS_OF_KEYS = ("BHND", "BHDN", "BNHD", "BHND")
 MIXED = ("BNHD", "BHDN", "BHND", "BHDN")
 RELU = Form("relu", "relu", "sum", 1e-3)
 RETENTION = Form(causal=True, decay="head", scale=0.25, chunk=16)
@@ -103,6 +118,25 @@ CASES = (
            (1, 300, 300, 2, 1, 40, 32), MIXED),
     Linear("simple GLA, sums, long chunks", Form("exp", "relu", "sum", 1e-3, 0.1, causal=True, decay="token", chunk=128,
            initial=True), (1, 290, 290, 2, 1, 16, 24), dtype="bfloat16"),
+    Linear("closed gates, a head", replace(RETENTION, chunk=64, initial=True), (1, 90, 90, 2, 2, 16, 16), closed=True),
+    Linear("closed gates, a token", replace(RETENTION, decay="token", chunk=64, initial=True), (1, 90, 90, 2, 2, 16, 16),
+           closed=True),
+    Linear("closed gates, a channel", replace(RETENTION, decay="channel", chunk=64, initial=True),
+           (1, 90, 90, 2, 2, 16, 16), closed=True),
+    Linear("retention, a chunk of 1,024", replace(RETENTION, chunk=1024, initial=True), (1, 1100, 1100, 1, 1, 16, 16)),
+    Linear("a step", replace(RETENTION, decay="token", initial=True), (2, 1, 1, 4, 2, 32, 48), step=True),
+    Linear("steps, sums", Form("elu+1", "relu", "sum", 1e-3, 0.5, 0.7, causal=True, chunk=1), (2, 5, 5, 3, 1, 40, 72),
+           MIXED, "bfloat16", step=True),
+    Linear("steps, retention, first state and sums", Form("exp", "exp", "sum", 1e-3, causal=True, decay="head", chunk=1,
+           initial=True), (1, 7, 7, 2, 2, 16, 24), HEADS_FIRST, step=True),
+    Linear("steps, GLA", Form(causal=True, decay="channel", chunk=1, initial=True, scale=0.25), (2, 6, 6, 4, 2, 72, 32),
+           COLUMNS_OF_KEYS, decay_type="bfloat16", step=True),
+    Linear("steps, delta rule", Form(causal=True, delta=True, chunk=1, scale=0.25), (2, 9, 9, 4, 2, 24, 40), step=True,
+           beta="a token"),
+    Linear("steps, gated delta rule", Form(causal=True, delta=True, decay="token", chunk=1, initial=True),
+           (1, 19, 19, 4, 2, 128, 64), dtype="bfloat16", step=True),
+    Linear("steps, 256 features", Form(causal=True, delta=True, decay="token", chunk=1, initial=True, query_map="softmax"),
+           (1, 3, 3, 1, 1, 256, 136), step=True),
     Linear("simple GLA, half gates", replace(RETENTION, decay="token", chunk=32, initial=True),
            (1, 75, 75, 2, 2, 48, 32), COLUMNS, decay_type="float16"),
 )  # fmt: skip
@@ -119,7 +153,11 @@ def expected(case: Linear) -> dict[str, np.ndarray]:
 
 
 def low(case: Linear) -> np.ndarray:
-    """What the type makes of the output at best: features, weights, state and result are rounded to it."""
+    """What the type makes of the output at best: features, weights, state and result are rounded to it. Of single
+    steps the result alone.
+    """
+    if case.step:
+        return rounded(expected(case)["output"].astype(np.float32), case.dtype)
     form, given = case.form, case.values()
     batch, _, keys, heads, groups, _, _ = case.sizes
     half = case.dtype
@@ -135,7 +173,7 @@ def low(case: Linear) -> np.ndarray:
                     continue
                 logs = np.broadcast_to(given["log_decay"][g] if form.decay == "head" else given["log_decay"][b, :, g]
                                        if form.decay == "token" else np.float32(0), (keys,))  # fmt: skip
-                sums = np.cumsum(logs)
+                sums = np.cumsum(np.maximum(logs, -128))
                 apart = np.tril(np.exp(np.minimum(sums[:, None] - sums[None], 0)))
                 p = (fq @ fk.T) * apart
                 found = rounded(p, half) @ v
@@ -167,7 +205,7 @@ def _gated(
     case: Linear, given: Mapping[str, np.ndarray], b: int, g: int, fq: np.ndarray, fk: np.ndarray, v: np.ndarray
 ) -> np.ndarray:  # fmt: skip
     """With a gate for every channel: all pairs, channel by channel."""
-    sums = np.cumsum(given["log_decay"][b, :, g], 0)
+    sums = np.cumsum(np.maximum(given["log_decay"][b, :, g], -128), 0)
     p = np.zeros((len(fq), len(fk)), np.float32)
     for d in range(fq.shape[1]):
         p += fq[:, d, None] * fk[None, :, d] * np.exp(np.minimum(sums[:, None, d] - sums[None, :, d], 0))
@@ -211,6 +249,9 @@ def steps(case: Linear) -> list[Step]:
     if form.causal:
         decay = ("log_decay",) if form.decay != "none" else ()
         first = ("initial_state", "initial_total") if form.initial else ()
+        if case.step:
+            beta = ("beta",) if form.delta else ()
+            return [step(STEP, ("query", *keyed, *decay, *beta, *first), ("output", "final_state", "final_total"))]
         read = ("state", "total") if form.sums else ("state",)
         return [step(STATES, (*keyed, *decay, *first), ("state", "total", "final_state", "final_total")),
                 step(OUTPUT, ("query", *keyed, *read, *decay), ("output",))]  # fmt: skip
@@ -240,9 +281,10 @@ def nodes(case: Linear) -> list[OpCall]:
     batch, queries, keys, heads, groups, dim, value_dim = case.sizes
     orders = dict(zip(OPERANDS, case.layouts, strict=True))
     decays = {"head": (groups,), "token": (batch, keys, groups), "channel": (batch, keys, groups, dim)}
-    sizes = {**_shapes(case), "log_decay": decays.get(case.form.decay, ()), "key_weight": (batch, keys, groups),
+    rates = groups if case.beta == "a head" else 1
+    sizes = {**_shapes(case), "beta": (batch, keys, rates), "log_decay": decays.get(case.form.decay, ()), "key_weight": (batch, keys, groups),
              "initial_state": (batch, groups, dim, value_dim), "initial_total": (batch, groups, dim)}  # fmt: skip
-    types = {"log_decay": case.decay_type, "key_weight": case.dtype}
+    types = {"log_decay": case.decay_type, "key_weight": case.dtype, "beta": case.dtype}
     found = []
     for step in steps(case):
         formal = (*step.inputs, *step.outputs)
@@ -251,7 +293,7 @@ def nodes(case: Linear) -> list[OpCall]:
             del said["chunk"]
         more = {n: name for n, name in step.inputs.items() if n not in orders}
         found.append(OpCall(
-            step.op, case.dtype if step.op != COMBINE else "float32", heads if step.op in (APPLY, OUTPUT) else groups,
+            step.op, case.dtype if step.op != COMBINE else "float32", heads if step.op in (APPLY, OUTPUT, STEP) else groups,
             groups, dim, value_dim, said, {n: types.get(n, "float32") for n in more},
             {n: sizes[name] for n, name in more.items()}, tuple(step.outputs), batch,
             queries if "query" in formal else None, keys if "key" in formal else None,
@@ -263,7 +305,7 @@ def tensors(case: Linear, device: str = "cpu") -> Tensors:
     """All values by name: what is given, with axes BNHD and lying as the layouts say, and poisoned outputs."""
     batch, queries, _, heads, _, _, value_dim = case.sizes
     half, orders = getattr(torch, case.dtype), dict(zip(OPERANDS, case.layouts, strict=True))
-    kinds = {"log_decay": getattr(torch, case.decay_type), "key_weight": half}
+    kinds = {"log_decay": getattr(torch, case.decay_type), "key_weight": half, "beta": half}
     at: Tensors = {}
     for name, array in case.values().items():
         x = torch.from_numpy(array).to(device)

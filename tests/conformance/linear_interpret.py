@@ -128,6 +128,11 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "features that nobody sees": ("elu", {"attribute": "features", "device": relu_of_one_too_many}),
     "heads in one another's place": ("short heads side by side", {"change": _expressions(groups="HKV - 1")}),
     "a state that stays": ("retention, long chunks", {"attribute": "left_over", "device": all_is_left}),
+    "a step less": ("steps, sums", {"change": _expressions(NK="NK - 1")}),
+    "steps without decay": ("steps, GLA", {"change": _constants(DECAY=0)}),
+    "steps without the delta rule": ("steps, delta rule", {"change": _constants(BETA=0)}),
+    "rates of other heads": ("steps, gated delta rule", {"change": _constants(BETA=1)}),
+    "steps without a bound": ("steps, sums", {"change": _constants(FLOOR=False)}),
     "size of the state": ("relu", {"attribute": "scaled", "device": not_scaled_back}),
 }  # fmt: skip
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES, STEP
 
 Tensors = Mapping[str, torch.Tensor]
 Round = Callable[[torch.Tensor], torch.Tensor]
+CLOSED = -800.0
+"""A logarithm of which float64 keeps nothing: the difference of two infinite sums is none."""
 
 
 def expected(op: str, said: Mapping[str, Any], given: Tensors, half: str = "") -> dict[str, torch.Tensor]:
@@ -27,7 +29,7 @@ def expected(op: str, said: Mapping[str, Any], given: Tensors, half: str = "") -
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x.to(getattr(torch, half)).double() if half else x
 
-    made = {STATE: _state, COMBINE: _combine, APPLY: _apply, STATES: _states, OUTPUT: _output}[op]
+    made = {STATE: _state, COMBINE: _combine, APPLY: _apply, STATES: _states, OUTPUT: _output, STEP: _step}[op]
     return made(said, inputs, rounded)
 
 
@@ -113,7 +115,7 @@ def _sums(said: Mapping[str, Any], given: Tensors) -> torch.Tensor:
     if decay is None:
         decay = torch.zeros(groups, dtype=key.dtype, device=key.device)
     every = decay.reshape(decay.shape if decay.ndim > 1 else (1, 1, -1)).expand(batch, tokens, groups, *decay.shape[3:])
-    cut = _chunks(every, said["chunk"])
+    cut = _chunks(every.clamp(min=CLOSED), said["chunk"])
     return (cut if decay.ndim == 4 else cut[..., None]).cumsum(3)
 
 
@@ -164,3 +166,28 @@ def _output(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str
             out = _normalised(said, found, below, None)
             made[b, h] = out.reshape(-1, out.shape[-1])[:tokens]
     return {"output": rounded(made).transpose(1, 2)}
+
+
+def _step(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
+    """Token by token; nothing but the result is rounded."""
+    fk, value = _map(given["key"], said["key_map"]), given["value"]
+    batch, tokens, groups, features = fk.shape
+    group = given["query"].shape[2] // groups
+    fq = _map(given["query"], said["query_map"]).unflatten(2, (groups, group))  # [B, N, G, r, F]
+    state, total = (
+        given.get(name, torch.zeros(batch, groups, *sizes, dtype=fk.dtype, device=fk.device))
+        for name, sizes in (("initial_state", (features, value.shape[3])), ("initial_total", (features,)))
+    )
+    kept = torch.exp(_sums({"chunk": 1}, given)[:, :, :, 0])  # [B, G, N, F or 1]
+    found = []
+    for t in range(tokens):
+        state, total = kept[:, :, t, :, None] * state, kept[:, :, t] * total
+        written = value[:, t]
+        if "beta" in given:
+            written = given["beta"][:, t, :, None] * (written - torch.einsum("bgf,bgfe->bge", fk[:, t], state))
+        state = state + fk[:, t, :, :, None] * written[:, :, None]
+        total = total + fk[:, t]
+        read = torch.einsum("bgrf,bgfe->bgre", fq[:, t], state)
+        below = torch.einsum("bgrf,bgf->bgr", fq[:, t], total)[..., None]
+        found.append(_normalised(said, read, below, None).flatten(1, 2))
+    return {"output": rounded(torch.stack(found, 1)), "final_state": state, "final_total": total}

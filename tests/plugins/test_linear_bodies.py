@@ -204,6 +204,42 @@ def test_causal(name: str, layouts: tuple[Any, ...]) -> None:
     check(replace(CAUSAL[name], chunk=7), sizes(layouts, kv_heads=4, queries=21, keys=21))
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_long_chunks_are_gone_through_in_pieces(name: str) -> None:
+    """Of 64 tokens, or 16; the last chunk is not a whole one."""
+    chunk = 64 if CAUSAL[name].decay == "channel" else 256
+    form = replace(CAUSAL[name], chunk=chunk)
+    check(form, sizes(MIXED, queries=300, keys=300))
+    check(form, sizes(queries=None, keys=None, kv_heads=4))
+    at = sizes(queries=300, keys=300)
+    assert far_apart(form, at, replace(form, chunk=7)) < 3e-6
+
+
+def far_apart(form: Form, at: Sizes, other: Form) -> float:
+    """How far the last states of two forms are from one another."""
+    given = values(form, at)
+    one, two = (run(model(f, at, given), at, given)["final_state"] for f in (form, other))
+    return far(one, two.astype(np.float64))
+
+
+@pytest.mark.parametrize("decay", ["head", "token", "channel"])
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_closed_gates(decay: Any, chunk: int) -> None:
+    """A gate of minus infinity, or one that a float32 keeps nothing of, leaves nothing of the state, and no NaN. Sums of
+    logarithms in a chunk reach thousands here, where a float32 has steps of 1e-4.
+    """
+    form, at = Form(causal=True, chunk=chunk, decay=decay, initial=True), sizes(queries=200, keys=200)
+    given = values(form, at)
+    logs = given["log_decay"]
+    if decay == "head":
+        logs[0], logs[1] = -np.inf, -1000.0
+    else:
+        logs[:, 50], logs[:, 130:160, 1] = -np.inf, -90.0
+    output, state, _ = expected(form, given)
+    got = run(model(form, at, given), at, given)
+    assert far(got["output"], output) < 3e-5 and far(got["final_state"], state) < 3e-6
+
+
 @pytest.mark.parametrize("name", [*CAUSAL, "delta", "gated delta"])
 def test_step(name: str) -> None:
     more = {

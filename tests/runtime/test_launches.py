@@ -16,7 +16,7 @@ from attncompile.kernels import symbols
 from attncompile.kernels.launcher import Function
 from attncompile.plugins import kernels
 from attncompile.plugins.attention.op import OPTIONAL
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES, STEP
 from attncompile.runtime import layout
 from tests.runtime.conftest import TYPES, Double, Launch, Made, Maker, needs_compiler, node_model
 
@@ -164,6 +164,12 @@ CASES = [
          "state": ["b", 2, "c", 64, 48]}, CHUNKED, {"chunk": 32, "scale": 0.5, **layouts("BNHD BHND BNHD BHND")}, WIDE),
     Case(OUTPUT, "bfloat16", {**linear("query key value", "BNHD BNHD BNHD"), "state":
          ["b", 2, "c", 64, 48], "log_decay": ["b", "n", 2, 64]}, CHUNKED, {"chunk": 32}, WIDE),
+    Case(STEP, "float16", {**linear("query key value", "BNHD BHND BNHD"), "log_decay": ["b", "n", 2],
+         "initial_state": ["b", 2, 64, 48]}, CHUNKED, {"scale": 0.5, **layouts("BNHD BHND BNHD BHND")}, WIDE,
+         ("output", "final_state")),
+    *(Case(STEP, "bfloat16", {**linear("query key value", "BNHD BNHD BNHD"), "beta": ["b", "n", rates],
+           "initial_state": ["b", 2, 64, 48]}, CHUNKED, {}, {**WIDE, "beta": "bfloat16"}, ("output", "final_state"))
+      for rates in (1, 2)),
 ]  # fmt: skip
 DEVICES = (80, 86, 89, 90, 100, 120, 87, 121, 103)
 

@@ -49,7 +49,7 @@ LARGE = (
     widened(_named("states of chunks")), widened(_named("whole state applied")),
     widened(_named("states before chunks"), chunk=128), widened(_named("output of chunks"), chunk=128),
 )  # fmt: skip
-"""Of each op that multiplies: the sum of chunks needs no shared memory at all."""
+"""Of each op that multiplies tiles: the sum of chunks and single steps need no shared memory to speak of."""
 
 
 def points(sample: Sample, among: Sequence[Mapping[str, int]] = POINTS) -> list[dict[str, int]]:
@@ -175,6 +175,10 @@ def _linear(sample: Sample, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         x = rng.standard_normal(shape).astype(np.float32)
         if name in POSITIVE:
             x = np.abs(x) + np.float32(0.5)
+        if name == "key" and "beta" in sample.inputs:  # the delta rule is made for keys of length one
+            x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        if name == "beta":
+            x = 1 / (1 + np.exp(-x))
         found[name] = -np.abs(x) / 4 if name == "log_decay" else x
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES, STEP
 
 HOUSE = "attncompile"
 Dim = int | str
@@ -109,6 +109,7 @@ KEY, VALUE = (HALF, ("B", "N", 2, 32)), (HALF, ("B", "N", 2, 48))
 QUERY, DECAY = (HALF, ("B", "N", 4, 32)), (FLOAT, ("B", "N", 2))
 CHUNKS, SUMS = (FLOAT, ("B", 2, "C", 32, 48)), (FLOAT, ("B", 2, "C", 32))
 WHOLE, WHOLE_SUM = (FLOAT, ("B", 2, 1, 32, 48)), (FLOAT, ("B", 2, 1, 32))
+LAST, LAST_SUM = (FLOAT, ("B", 2, 32, 48)), (FLOAT, ("B", 2, 32))
 
 QUICK = (
     dense("dense"),
@@ -126,6 +127,8 @@ QUICK = (
     linear("states before chunks", STATES, {"key": KEY, "value": VALUE, "log_decay": DECAY}, ("state",), chunk=32),
     linear("output of chunks", OUTPUT, {"query": QUERY, "key": KEY, "value": VALUE, "state": CHUNKS,
                                         "log_decay": DECAY}, sizes=CHUNKED, chunk=32, scale=0.5),
+    linear("a token at a time", STEP, {"query": QUERY, "key": KEY, "value": VALUE, "log_decay": DECAY,
+           "initial_state": LAST}, ("output", "final_state"), scale=0.5),
 )  # fmt: skip
 SLOW = (
     dense("log-sum-exp", outputs=("output", "log_sum_exp"), layouts="hhhn"),
@@ -161,6 +164,14 @@ SLOW = (
         "key": KEY, "value": VALUE, "log_decay": (HALF, (2,)), "initial_state": (FLOAT, ("B", 2, 32, 48)),
         "initial_total": (FLOAT, ("B", 2, 32)),
     }, ("state", "total", "final_state", "final_total"), key_map="exp", chunk=16),
+    linear("decoding by the delta rule, bfloat16", STEP, {
+        "query": (BRAIN, ("B", 4, 1, 32)), "key": (BRAIN, ("B", 1, 2, 32)), "value": (BRAIN, ("B", 1, 2, 48)),
+        "log_decay": (FLOAT, ("B", 1, 2)), "beta": (BRAIN, ("B", 1, 1)), "initial_state": LAST,
+    }, ("output", "final_state"), {"B": (1, 2, 3)}, q_layout="BHND", o_layout="BHND"),
+    linear("decoding with sums", STEP, {
+        "query": (HALF, (2, 1, 4, 32)), "key": (HALF, (2, 1, 2, 32)), "value": (HALF, (2, 1, 2, 48)),
+        "log_decay": (HALF, (2, 1, 2, 32)), "initial_state": (FLOAT, (2, 2, 32, 48)), "initial_total": (FLOAT, (2, 2, 32)),
+    }, ("output", "final_state", "final_total"), {}, query_map="exp", key_map="exp", normaliser="sum", epsilon=1e-6),
     linear("gates of every channel, static", OUTPUT, {
         "query": (HALF, (2, 37, 4, 32)), "key": (HALF, (2, 37, 2, 32)), "value": (HALF, (2, 37, 2, 48)),
         "state": (FLOAT, (2, 2, 3, 32, 48)), "log_decay": (FLOAT, (2, 37, 2, 32)),

@@ -1,9 +1,9 @@
-"""The bodies of ``LinearAttentionSolve`` and ``-Delta`` in standard ops: the delta rule in chunks (arXiv:2406.06484, with
-decays 2412.06464).
+"""The bodies of ``LinearAttentionSolve`` and ``-Delta`` in standard ops: the delta rule in chunks (arXiv:2406.06484,
+with decays 2412.06464).
 
-What the i-th key of a tile writes, w[i] = beta[i] (v[i] - c[i] phi(k[i]) S - sum_j A'[i, j] w[j]) over the earlier j, is
-the solution of a triangular system, whose inverse does not depend on the state S before the tile. Names of axes as in
-``causal``; L here are the tokens of a tile.
+What the i-th key of a tile writes, w[i] = beta[i] (v[i] - c[i] phi(k[i]) S - sum_j a[i, j] w[j]) over the earlier j,
+solves a triangular system, whose inverse does not depend on the state S before the tile; c[i] is what is left of S, and
+a[i, j] the decayed product of two keys. Names of axes as in ``causal``; L here are the tokens of a tile.
 """
 
 from __future__ import annotations

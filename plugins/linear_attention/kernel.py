@@ -123,7 +123,9 @@ class _LinearKernel:
     def _check_delta(self, call: OpCall) -> None:
         tile = call.attributes.get("tile", 0)
         if tile not in TILES or (self.op == DELTA and call.attributes["chunk"] % tile):
-            raise Unsupported("chunk", f"tile {tile}: kernels take {', '.join(map(str, TILES))}, and whole ones a chunk")
+            raise Unsupported(
+                "chunk", f"tile {tile}: kernels take {', '.join(map(str, TILES))}, and whole ones a chunk"
+            )
         if call.attributes.get("decay") == DECAYS[4]:
             raise Unsupported("decay", "there is no kernel of the delta rule with gates for every channel")
 
@@ -308,7 +310,7 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         best = tactic(8 if wide >= 128 else 4, 2, BV=values, BM=128 if wide <= 128 else 64, HB=1, FAST=1, BLOCKS=4)
         return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, HB=1, FAST=0, BLOCKS=4)]
     if op == SOLVE:
-        return [tactic(4, 1), tactic(8, 1)]
+        return [tactic(4, 1), tactic(2, 1)]
     if op == DELTA:
         values = min(v1, 32 if k1 <= 128 else 16)
         return [tactic(4, 2, BV=values), tactic(4, 1, BV=16)]

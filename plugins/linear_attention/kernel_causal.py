@@ -21,7 +21,7 @@ from attncompile.plugins.linear_attention.kernel_triton import (
 )
 
 CLOSED = tl.constexpr(-185.0)
-"""A gate in units of log2 below which a float32 keeps nothing: lower ones, minus infinity too, are taken for it, so that
+"""A gate in units of log2 of which a float32 keeps nothing: lower ones, minus infinity too, are taken for it, so that
 no difference of their sums is a NaN.
 """
 

@@ -32,9 +32,7 @@ def solve(
     MAP: tl.constexpr, DECAY: tl.constexpr, BETA: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, BT: tl.constexpr,
     K_COLUMNS: tl.constexpr, K_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A block: one tile of one key head. Blocks of 16 on the diagonal are inverted row by row in float32, and then put
-    together in pairs. Grid (cdiv(NK, BT), HKV, B).
-    """
+    """A block: one tile of one key head, whose inverse is made row by row in float32. Grid (cdiv(NK, BT), HKV, B)."""
     tile, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles, groups = tl.num_programs(0), tl.num_programs(1)
     place, cols = tl.arange(0, BT), tl.arange(0, K1)
@@ -50,25 +48,15 @@ def solve(
     if BETA == 2:
         at = at * groups + g
     rates = tl.load(beta + at, mask=rows < NK, other=0.0).to(tl.float32)
-    p = tl.dot(f, tl.trans(f)) * tl.exp2(tl.minimum(x[:, None] - x[None, :], 0.0)) * rates[:, None]
+    # Transposed: [j, i] is what the i-th token takes of the earlier j-th.
+    p = tl.dot(f, tl.trans(f)) * tl.exp2(tl.minimum(x[None, :] - x[:, None], 0.0)) * rates[None, :]
     # Taken, not multiplied by 0: a later key may be infinite.
-    p = tl.where(place[:, None] > place[None, :], p, 0.0)
-    same = place[:, None] // 16 == place[None, :] // 16
-    near = tl.where(same, p, 0.0)
+    p = tl.where(place[None, :] > place[:, None], p, 0.0)
     inverse = tl.where(place[:, None] == place[None, :], 1.0, 0.0)
-    for i in range(1, 16):
-        row = place % 16 == i
-        # Of the i-th row of every block: a column belongs to one block, so that sums over all rows stay apart.
-        of = tl.sum(tl.where(row[:, None], near, 0.0), 0)
+    for i in range(1, BT):
+        of = tl.sum(tl.where((place == i)[None, :], p, 0.0), 1)
         made = tl.sum(of[:, None] * inverse, 0)
-        inverse = tl.where(row[:, None] & same, inverse - made[None, :], inverse)
-    SIZES: tl.constexpr = 1 if BT == 32 else 2 if BT == 64 else 0
-    for n in tl.static_range(SIZES):
-        size = 16 << n
-        pair = place[:, None] // (2 * size) == place[None, :] // (2 * size)
-        part = tl.where(pair & (place[:, None] // size != place[None, :] // size), p, 0.0)
-        taken = tl.dot(inverse, part, input_precision="tf32x3")
-        inverse -= tl.dot(taken, inverse, input_precision="tf32x3")
+        inverse = tl.where((place == i)[:, None], inverse - made[None, :], inverse)
     out = solved + ((b * groups + g) * tiles + tile).to(tl.int64) * (BT * BT)
     tl.store(out + place[:, None] * BT + place[None, :], inverse * rates[None, :])
 

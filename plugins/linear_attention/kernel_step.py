@@ -56,7 +56,7 @@ def step(
     v_at, v_apart = vector(value, v_b, v_h, b, g, out_cols, v_n, V_COLUMNS, V_UNIT)
     if DECAY == 1:
         kept = tl.exp2(tl.load(log_decay + g).to(tl.float32) * LOG2E)
-    for n in range(0, NK):
+    for n in range(NK):
         t = b.to(tl.int64) * NK + n
         f = features(tl.load(k_at, mask=there, other=0.0)[None, :], there[None, :], K_MAP)
         v = tl.load(v_at, mask=out_there, other=0.0).to(tl.float32)
@@ -74,7 +74,7 @@ def step(
             v = rate * (v - tl.sum(s * f, 1))
         s += v[:, None] * f
         z += f
-        for r in range(0, group):
+        for r in range(group):
             h = g * group + r
             q_at, q_apart = vector(query, q_b, q_h, b, h, cols, q_n, Q_COLUMNS, Q_UNIT)
             o_at, o_apart = vector(output, o_b, o_h, b, h, out_cols, o_n, O_COLUMNS, O_UNIT)

@@ -23,8 +23,8 @@ With a triangle, S[t] = exp(g[t]) S[t - 1] + phi(k[t])^T v[t] and out[t] = phi(q
 - ``LinearAttentionOutput``: ``output`` of each chunk: what its queries read from the state before it, and from the keys
   of the chunk up to their own.
 - ``LinearAttentionSolve`` and ``LinearAttentionDelta``: the delta rule in chunks. ``solved`` [B, G, C, L, L] of every
-  ``tile`` of L tokens is (I + A)^-1 diag(beta), A below the diagonal beta[i] phi(k[i]) . phi(k[j]) times the decay between
-  the two; ``written`` [B, N, G, E] is what each key writes, ``value`` of the ``LinearAttentionOutput`` after it.
+  ``tile`` of L tokens is (I + A)^-1 diag(beta), A below the diagonal beta[i] phi(k[i]) . phi(k[j]) times the decay
+  between the two; ``written`` [B, N, G, E] is what each key writes, ``value`` of the ``LinearAttentionOutput`` after.
 - ``LinearAttentionStep``: both at once for few tokens (decoding): ``output``, ``final_state`` and ``final_total``.
 
 ``log_decay`` is g: [G] (one number a head), [B, N, G], or [B, N, G, F]; at most 0. With ``beta`` [B, N, G] or [B, N, 1]

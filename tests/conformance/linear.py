@@ -14,7 +14,7 @@ from attncompile.kernels import symbols
 from attncompile.kernels.symbols import Strided
 from attncompile.plugins import kernels
 from attncompile.plugins.linear_attention.form import Form
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES, STEP
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, STEP
 from attncompile.plugins.linear_attention.reference import with_state
 from tests.conformance.case import rounded
 
@@ -81,6 +81,7 @@ COLUMNS_OF_KEYS = ("BHND", "BHDN", "BNHD", "BHND")
 MIXED = ("BNHD", "BHDN", "BHND", "BHDN")
 RELU = Form("relu", "relu", "sum", 1e-3)
 RETENTION = Form(causal=True, decay="head", scale=0.25, chunk=16)
+DELTA_RULE = Form(causal=True, delta=True, chunk=64, scale=0.25)
 
 CASES = (
     Linear("relu", RELU, (2, 37, 50, 4, 2, 32, 32)),
@@ -119,11 +120,19 @@ CASES = (
     Linear("simple GLA, sums, long chunks", Form("exp", "relu", "sum", 1e-3, 0.1, causal=True, decay="token", chunk=128,
            initial=True), (1, 290, 290, 2, 1, 16, 24), dtype="bfloat16"),
     Linear("closed gates, a head", replace(RETENTION, chunk=64, initial=True), (1, 90, 90, 2, 2, 16, 16), closed=True),
-    Linear("closed gates, a token", replace(RETENTION, decay="token", chunk=64, initial=True), (1, 90, 90, 2, 2, 16, 16),
-           closed=True),
+    Linear("closed gates, a token", replace(RETENTION, decay="token", chunk=64, initial=True),
+           (1, 90, 90, 2, 2, 16, 16), closed=True),
     Linear("closed gates, a channel", replace(RETENTION, decay="channel", chunk=64, initial=True),
            (1, 90, 90, 2, 2, 16, 16), closed=True),
     Linear("retention, a chunk of 1,024", replace(RETENTION, chunk=1024, initial=True), (1, 1100, 1100, 1, 1, 16, 16)),
+    Linear("delta rule", replace(DELTA_RULE, chunk=16), (2, 45, 45, 4, 2, 32, 48), beta="a token"),
+    Linear("gated delta rule", replace(DELTA_RULE, decay="token"), (1, 150, 150, 4, 2, 40, 32), MIXED, "bfloat16"),
+    Linear("gated delta rule, first state", replace(DELTA_RULE, decay="token", initial=True, chunk=128),
+           (1, 200, 200, 1, 1, 32, 24), HEADS_FIRST),
+    Linear("delta rule, retention", replace(DELTA_RULE, decay="head", chunk=32, initial=True),
+           (1, 75, 75, 2, 2, 16, 40), COLUMNS_OF_KEYS),
+    Linear("gated delta rule, closed gates", replace(DELTA_RULE, decay="token"), (1, 90, 90, 1, 1, 16, 16),
+           closed=True),
     Linear("a step", replace(RETENTION, decay="token", initial=True), (2, 1, 1, 4, 2, 32, 48), step=True),
     Linear("steps, sums", Form("elu+1", "relu", "sum", 1e-3, 0.5, 0.7, causal=True, chunk=1), (2, 5, 5, 3, 1, 40, 72),
            MIXED, "bfloat16", step=True),
@@ -135,7 +144,7 @@ CASES = (
            beta="a token"),
     Linear("steps, gated delta rule", Form(causal=True, delta=True, decay="token", chunk=1, initial=True),
            (1, 19, 19, 4, 2, 128, 64), dtype="bfloat16", step=True),
-    Linear("steps, 256 features", Form(causal=True, delta=True, decay="token", chunk=1, initial=True, query_map="softmax"),
+    Linear("steps, 256 features", replace(DELTA_RULE, decay="token", chunk=1, initial=True, query_map="softmax"),
            (1, 3, 3, 1, 1, 256, 136), step=True),
     Linear("simple GLA, half gates", replace(RETENTION, decay="token", chunk=32, initial=True),
            (1, 75, 75, 2, 2, 48, 32), COLUMNS, decay_type="float16"),
@@ -165,6 +174,9 @@ def low(case: Linear) -> np.ndarray:
     for b in range(batch):
         for h in range(heads):
             g = h * groups // heads
+            if form.delta:
+                out.append(rounded(_delta(case, given, b, h, g), half))
+                continue
             q, k, v = given["query"][b, :, h], given["key"][b, :, g], given["value"][b, :, g]
             fq, fk = (rounded(_map(x, m, a), half) for x, m, a in ((q, form.query_map, 1), (k, form.key_map, 0)))
             if form.causal:
@@ -215,6 +227,23 @@ def _gated(
     return np.asarray(found * np.float32(case.form.scale))
 
 
+def _delta(case: Linear, given: Mapping[str, np.ndarray], b: int, h: int, g: int) -> np.ndarray:
+    """By the delta rule: a key reads a state that is rounded, and what it writes is rounded."""
+    q, k, v = given["query"][b, :, h], given["key"][b, :, g], given["value"][b, :, g]
+    keys, half = len(k), case.dtype
+    logs = given.get("log_decay", np.zeros(case.sizes[4], np.float32))
+    left = np.exp(np.broadcast_to(logs[g] if logs.ndim == 1 else logs[b, :, g], (keys,)))
+    rates = given["beta"][b, :, g if given["beta"].shape[2] > 1 else 0]
+    shape = (k.shape[1], v.shape[1])
+    state = given["initial_state"][b, g] if case.form.initial else np.zeros(shape, np.float32)
+    found = np.zeros((keys, shape[1]), np.float32)
+    for n in range(keys):
+        state = state * left[n]
+        state = state + np.outer(k[n], rounded(rates[n] * (v[n] - k[n] @ rounded(state, half)), half))
+        found[n] = case.form.scale * (q[n] @ rounded(state, half))
+    return found
+
+
 def _map(x: np.ndarray, kind: str, axis: int) -> np.ndarray:
     if kind == "softmax":
         e = np.exp(x - x.max(axis, keepdims=True))
@@ -236,7 +265,8 @@ def attributes(case: Linear) -> dict[str, Any]:
     """Of all nodes of the case."""
     form = case.form
     return {"key_map": form.key_map, "query_map": form.query_map, "normaliser": form.normaliser,
-            "epsilon": form.epsilon, "floor": form.floor, "scale": form.scale, "chunk": form.chunk}  # fmt: skip
+            "epsilon": form.epsilon, "floor": form.floor, "scale": form.scale, "chunk": form.chunk,
+            "tile": form.tile}  # fmt: skip
 
 
 def steps(case: Linear) -> list[Step]:
@@ -249,6 +279,11 @@ def steps(case: Linear) -> list[Step]:
     if form.causal:
         decay = ("log_decay",) if form.decay != "none" else ()
         first = ("initial_state", "initial_total") if form.initial else ()
+        if form.delta and not case.step:
+            first = first[:1]
+            return [step(SOLVE, ("key", *decay, "beta"), ("solved",)),
+                    step(DELTA, (*keyed, "solved", *decay, *first), ("written", "state", "final_state")),
+                    step(OUTPUT, ("query", *keyed, "state", *decay), ("output",), value="written")]  # fmt: skip
         if case.step:
             beta = ("beta",) if form.delta else ()
             return [step(STEP, ("query", *keyed, *decay, *beta, *first), ("output", "final_state", "final_total"))]
@@ -271,6 +306,7 @@ def _shapes(case: Linear) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {
         "state": (count, dim, value_dim), "total": (count, dim), "mean": (count, value_dim), "top": (count, dim),
         "final_state": (dim, value_dim), "final_total": (dim,),
+        "solved": (-(-keys // case.form.tile), case.form.tile, case.form.tile) if case.form.tile else (),
     }  # fmt: skip
     whole = {f"whole_{n}": (1, *found[n][1:]) for n in ("state", "total", "mean")}
     return {name: (batch, groups, *shape) for name, shape in (found | whole).items()}
@@ -279,21 +315,23 @@ def _shapes(case: Linear) -> dict[str, tuple[int, ...]]:
 def nodes(case: Linear) -> list[OpCall]:
     """The call of every step, with all its sizes."""
     batch, queries, keys, heads, groups, dim, value_dim = case.sizes
-    orders = dict(zip(OPERANDS, case.layouts, strict=True))
     decays = {"head": (groups,), "token": (batch, keys, groups), "channel": (batch, keys, groups, dim)}
     rates = groups if case.beta == "a head" else 1
-    sizes = {**_shapes(case), "beta": (batch, keys, rates), "log_decay": decays.get(case.form.decay, ()), "key_weight": (batch, keys, groups),
+    sizes = {**_shapes(case), "log_decay": decays.get(case.form.decay, ()), "key_weight": (batch, keys, groups),
+             "beta": (batch, keys, rates),
              "initial_state": (batch, groups, dim, value_dim), "initial_total": (batch, groups, dim)}  # fmt: skip
     types = {"log_decay": case.decay_type, "key_weight": case.dtype, "beta": case.dtype}
     found = []
     for step in steps(case):
-        formal = (*step.inputs, *step.outputs)
+        formal, orders = (*step.inputs, *step.outputs), layouts_of(case, step)
         said = {**attributes(case), "columns": [n for n in orders if n in formal and orders[n] == "BHDN"]}
-        if step.op not in (STATE, STATES, OUTPUT):
+        if step.op not in (STATE, STATES, OUTPUT, DELTA):
             del said["chunk"]
+        if step.op not in (SOLVE, DELTA):
+            del said["tile"]
         more = {n: name for n, name in step.inputs.items() if n not in orders}
         found.append(OpCall(
-            step.op, case.dtype if step.op != COMBINE else "float32", heads if step.op in (APPLY, OUTPUT, STEP) else groups,
+            step.op, case.dtype if step.op != COMBINE else "float32", heads if "query" in formal else groups,
             groups, dim, value_dim, said, {n: types.get(n, "float32") for n in more},
             {n: sizes[name] for n, name in more.items()}, tuple(step.outputs), batch,
             queries if "query" in formal else None, keys if "key" in formal else None,
@@ -301,9 +339,15 @@ def nodes(case: Linear) -> list[OpCall]:
     return [kernels()[c.op].call(c) for c in found]
 
 
+def layouts_of(case: Linear, step: Step) -> dict[str, str]:
+    """Of the operands by formal names: what keys write has a layout of its own."""
+    found = dict(zip(OPERANDS, case.layouts, strict=True))
+    return found | ({"value": "BNHD"} if step.inputs.get("value") == "written" else {})
+
+
 def tensors(case: Linear, device: str = "cpu") -> Tensors:
     """All values by name: what is given, with axes BNHD and lying as the layouts say, and poisoned outputs."""
-    batch, queries, _, heads, _, _, value_dim = case.sizes
+    batch, queries, keys, heads, groups, _, value_dim = case.sizes
     half, orders = getattr(torch, case.dtype), dict(zip(OPERANDS, case.layouts, strict=True))
     kinds = {"log_decay": getattr(torch, case.decay_type), "key_weight": half, "beta": half}
     at: Tensors = {}
@@ -312,13 +356,15 @@ def tensors(case: Linear, device: str = "cpu") -> Tensors:
         at[name] = _laid(x.to(half), orders[name]) if name in orders else x.to(kinds.get(name, torch.float32))
     for name, shape in _shapes(case).items():
         at[name] = torch.full(shape, torch.nan, device=device)
+    if case.form.delta:
+        at["written"] = torch.full((batch, keys, groups, value_dim), torch.nan, dtype=half, device=device)
     out = torch.full((batch, queries, heads, value_dim), torch.nan, dtype=half, device=device)
     return {**at, "output": _laid(out, orders["output"])}
 
 
-def in_memory(case: Linear, named: Tensors) -> tuple[Tensors, dict[str, str]]:
+def in_memory(case: Linear, step: Step, named: Tensors) -> tuple[Tensors, dict[str, str]]:
     """Operands with the axes of their layouts, and those layouts."""
-    orders = dict(zip(OPERANDS, case.layouts, strict=True))
+    orders = layouts_of(case, step)
     laid = {n: x.permute(["BNHD".index(a) for a in orders[n]]) if n in orders else x for n, x in named.items()}
     return laid, orders
 
@@ -331,7 +377,7 @@ def run(case: Linear, launch: Launch, small: bool = False, device: str = "cpu",
         kernel = kernels()[step.op]
         made = kernel.programs(kernel.general(call), 80)[-1 if small else 0]
         named = {formal: at[name] for formal, name in (*step.inputs.items(), *step.outputs.items())}
-        laid, orders = in_memory(case, named)
+        laid, orders = in_memory(case, step, named)
         strided = {n: Strided(tuple(x.shape), tuple(x.stride())) for n, x in laid.items()}
         launch(change(made), named, {**symbols.of_tensors(strided, call.attributes, orders), "SMS": 2})
     names = ("output", "final_state") if case.form.causal else ("output",)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES, STEP
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, STEP
 
 Tensors = Mapping[str, torch.Tensor]
 Round = Callable[[torch.Tensor], torch.Tensor]
@@ -29,7 +29,8 @@ def expected(op: str, said: Mapping[str, Any], given: Tensors, half: str = "") -
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x.to(getattr(torch, half)).double() if half else x
 
-    made = {STATE: _state, COMBINE: _combine, APPLY: _apply, STATES: _states, OUTPUT: _output, STEP: _step}[op]
+    made = {STATE: _state, COMBINE: _combine, APPLY: _apply, STATES: _states, OUTPUT: _output, STEP: _step,
+            SOLVE: _solve, DELTA: _delta}[op]  # fmt: skip
     return made(said, inputs, rounded)
 
 
@@ -191,3 +192,36 @@ def _step(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, 
         below = torch.einsum("bgrf,bgf->bgr", fq[:, t], total)[..., None]
         found.append(_normalised(said, read, below, None).flatten(1, 2))
     return {"output": rounded(torch.stack(found, 1)), "final_state": state, "final_total": total}
+
+
+def _solve(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
+    """By a triangular solver."""
+    tile, groups = said["tile"], given["key"].shape[2]
+    f = rounded(_chunks(_map(given["key"], said["key_map"]), tile))
+    rates = _chunks(given["beta"].expand(-1, -1, groups), tile)  # [B, G, C, L]
+    s = _sums({"chunk": tile}, given)
+    apart = torch.exp((s - s.transpose(-1, -2)).clamp(max=0))
+    system = (f @ f.transpose(-1, -2) * apart * rates[..., None]).tril(-1)
+    system = system + torch.eye(tile, dtype=f.dtype, device=f.device)
+    return {"solved": torch.linalg.solve_triangular(system, torch.diag_embed(rates), upper=False)}
+
+
+def _delta(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
+    """From tile to tile."""
+    tile, pieces = said["tile"], said["chunk"] // said["tile"]
+    f, value = _chunks(_map(given["key"], said["key_map"]), tile), _chunks(given["value"], tile)
+    s = _sums({"chunk": tile}, given)
+    state = given.get("initial_state", torch.zeros(*f.shape[:2], f.shape[-1], value.shape[-1], dtype=f.dtype,
+                                                   device=f.device))  # fmt: skip
+    states, rows = [], []
+    for c in range(f.shape[2]):
+        if c % pieces == 0:
+            states.append(state)
+        size = state.abs().amax((-1, -2), keepdim=True).clamp(min=1e-300)
+        read = rounded(f[:, :, c]) @ rounded(state / size) * size * torch.exp(s[:, :, c])
+        rows.append(rounded(rounded(given["solved"][:, :, c]) @ rounded(value[:, :, c] - read)))
+        last = s[:, :, c, -1:]
+        left = rounded(rows[-1] * torch.exp(last - s[:, :, c]))
+        state = state * torch.exp(last) + rounded(f[:, :, c]).transpose(-1, -2) @ left
+    written = torch.cat(rows, 2)[:, :, : given["key"].shape[1]].transpose(1, 2)
+    return {"written": written, "state": torch.stack(states, 2), "final_state": state}

@@ -15,7 +15,7 @@ from attncompile.core.kernel import ARCHITECTURES, SMALL_SHARED, OpCall
 from attncompile.kernels import calls
 from attncompile.kernels.cache import Cache
 from attncompile.plugins import kernels
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES, STEP
+from attncompile.plugins.linear_attention.op import APPLY, INPUTS, OUTPUT, STATE, STATES, STEP
 from tests.conformance import linear
 from tests.plugins import test_linear_bodies as bodies
 

@@ -219,7 +219,7 @@ class _LinearKernel:
             return Work(flops + 2.0 * groups * keys * k1 * call.value_dim, 0.0, 0.0, size, groups * values)
         if self.op == APPLY:
             tiles = -(-queries // int(constants["BM"] or 1))
-            blocks = call.batch * -(-call.heads // int(constants["HB"] or 1)) * values * tiles
+            blocks = heads * values * tiles
             return Work(flops, 0.0, 0.0, size + 4.0 * heads * state, blocks)
         size += 2.0 * groups * keys * both + 4.0 * groups * chunks * state
         if "BM" in constants:  # gates of every channel: a block is a tile, which goes through the chunk up to it
@@ -287,8 +287,7 @@ def side_by_side(call: OpCall) -> int:
     """
     dim = max(call.head_dim, call.value_dim)
     alike = call.head_dim == call.value_dim == power(dim)
-    maps = (call.attributes.get("query_map"), call.attributes.get("key_map"))
-    plain = "softmax" not in maps and not {"key_weight", "mean"} & {*call.inputs, *call.outputs}
+    plain = call.attributes.get("key_map") != "softmax" and not {"key_weight", "mean"} & {*call.inputs, *call.outputs}
     return max(1, 128 // dim) if alike and plain else 1
 
 
@@ -307,8 +306,8 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         return [best, small]
     if op == APPLY:
         values = min(v1, 128 if k1 <= 128 else 64)
-        best = tactic(8 if wide >= 128 else 4, 2, BV=values, BM=128 if wide <= 128 else 64, HB=1, FAST=1, BLOCKS=4)
-        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, HB=1, FAST=0, BLOCKS=4)]
+        best = tactic(8 if wide >= 128 else 4, 2, BV=values, BM=128 if wide <= 128 else 64, FAST=1, BLOCKS=4)
+        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4)]
     if op == SOLVE:
         return [tactic(4, 1), tactic(2, 1)]
     if op == DELTA:
@@ -383,8 +382,7 @@ class ApplyKernel(_LinearKernel):
     def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
         # Blocks for each multiprocessor; each reads the state once and then tile after tile.
         values = _values(constants)
-        heads = f"cdiv(H, {constants['HB']})" if constants["HB"] != 1 else "H"
-        tiles = f"min(cdiv(NQ, {constants['BM']}), cdiv(SMS * {constants['BLOCKS']}, {heads} * B))"
+        tiles = f"min(cdiv(NQ, {constants['BM']}), cdiv(SMS * {constants['BLOCKS']}, H * B))"
         return _turned(f"{tiles} * {values}" if values > 1 else tiles, "H", constants)
 
 
@@ -531,7 +529,7 @@ def _causal(op: str, dtype: str, dim: int, axes: int, outputs: tuple[str, ...]) 
 
 def _turned(places: str, heads: str, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
     """The grid of blocks by place and head; with ``FAST`` neighbours in memory, which are heads, run together."""
-    heads = f"cdiv({heads}, {constants['HB']})" if constants["HB"] != 1 else heads
+    heads = f"cdiv({heads}, {constants['HB']})" if constants.get("HB", 1) != 1 else heads
     return (heads, places, "B") if constants["FAST"] else (places, heads, "B")
 
 

@@ -174,7 +174,7 @@ def output(
         v = tl.load(v_base + places(rows, out_cols, v_n * V_UNIT, V_COLUMNS), mask=v_seen, other=0.0)
         fq, fk = low(q, seen, Q_MAP), low(k, seen, K_MAP)
         p = tl.dot(fq, tl.trans(fk))
-        held, largest = scaled(s, False)
+        held, largest = scaled(s)
         acc = tl.dot(fq, held.to(half))
         below = tl.zeros((BT,), tl.float32)
         if NORM != 0:
@@ -277,7 +277,7 @@ def gated_output(
         acc = tl.dot(tl.dot(reading, tl.trans(near.to(half))).to(half), v, acc)
         between += whole
     index = (b * groups + g) * C + c
-    s, largest = scaled(read_state(state, index, 0, V, DK, K1, DV, BV), False)
+    s, largest = scaled(read_state(state, index, 0, V, DK, K1, DV, BV))
     reading = (f * tl.exp2(own + between[None, :])).to(half)
     acc += tl.dot(reading, s.to(half)) * largest
     keep = (rows < NQ)[:, None] & (out_cols < DV)[None, :]

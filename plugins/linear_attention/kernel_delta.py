@@ -100,7 +100,7 @@ def delta(
             if step % STEPS == 0:
                 write_state(state, s, head * C + step // STEPS, 0, V, DK, K1, DV, BV)
         f = low(k, seen, MAP)
-        held, largest = scaled(s, False)
+        held, largest = scaled(s)
         read = tl.dot(f, held.to(half)) * largest
         if DECAY != 0:
             read *= tl.exp2(elapsed(log_decay, rate, b, rows, place, g, groups, NK, DECAY))[:, None]

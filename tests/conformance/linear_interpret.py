@@ -71,7 +71,7 @@ def relu_of_one_too_many(x, seen, MAP: tl.constexpr):
 
 
 @triton.jit
-def not_scaled_back(state, BY_COLUMN: tl.constexpr):
+def not_scaled_back(state):
     """``scaled`` that forgets the size of the state."""
     largest = tl.max(tl.max(tl.abs(state), 1), 0)
     return state * tl.where(largest > 0.0, 1.0 / largest, 0.0), largest * 0.0 + 1.0

@@ -122,6 +122,11 @@ def _expected(
     found |= {name: sizes for name, sizes in _OF_OTHERS.items() if name in shapes}
     if "state" in shapes and "key" in shapes:
         found["state"] = ("B", "HKV", "cdiv(NK, chunk)", "D", "DV")
+    width = shapes["feature_weight"][2] if "feature_weight" in shapes else None
+    if width is not None:  # [heads, D, W]: twice as many features as it is wide
+        found["feature_weight"] = ("H" if "query" in shapes else "HKV", "D", str(width))
+        for name in {"state", "total"} & set(found):
+            found[name] = tuple(str(2 * width) if x == "D" else x for x in found[name])
     if "log_decay" in shapes and len(shapes["log_decay"]) in _LOG_DECAY:
         found["log_decay"] = _LOG_DECAY[len(shapes["log_decay"])]
     return found

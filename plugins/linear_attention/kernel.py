@@ -31,6 +31,8 @@ MAPS = {"none": 0, "relu": 1, "elu+1": 2, "exp": 3, "softmax": 4}
 CHUNKS = tuple(1 << n for n in range(4, 13))
 """Tokens of a chunk under a triangle: whole tiles of them."""
 
+HEDGEHOG = "hedgehog"
+
 CHANNEL_CHUNKS = (16, 32, 64, 128)
 """Under gates of every channel, whose sums run over the chunk."""
 
@@ -70,6 +72,8 @@ class _LinearKernel:
         given["decay"] = DECAYS.get(len(node.shapes.get("log_decay", ())), 0)
         if "beta" in node.shapes:  # one number a token, or one a token and head
             given["beta"] = 1 if node.shapes["beta"][-1] == 1 else 2
+        if "feature_weight" in node.shapes:
+            given["width"] = node.shapes["feature_weight"][-1]
         return replace(node, attributes=given)
 
     def general(self, call: OpCall) -> OpCall:
@@ -101,8 +105,11 @@ class _LinearKernel:
         for name, dim in (("head", call.head_dim), ("value", call.value_dim)):
             if not 16 <= dim <= 256 or dim % 8:
                 raise Unsupported("head-dim", f"{name} dim {dim}: kernels take multiples of 8 from 16 to 256")
+        hedgehog = HEDGEHOG in (call.attributes.get("query_map"), call.attributes.get("key_map"))
+        if hedgehog and self.op in (STATE, APPLY):
+            self._check_hedgehog(call)
         for name in ("query_map", "key_map"):
-            if call.attributes.get(name, "none") not in MAPS:
+            if call.attributes.get(name, "none") not in (*MAPS, *([HEDGEHOG] if self.op in (STATE, APPLY) else [])):
                 raise Unsupported("feature-map", f"there is no kernel of the map {call.attributes[name]}")
         if self.op in CAUSAL and call.attributes.get("key_map") == "softmax":
             raise Unsupported("feature-map", "a softmax over all keys has no causal form", "map the keys before")
@@ -119,6 +126,16 @@ class _LinearKernel:
             wide = name in WIDE
             if kind not in (("float32",) if wide else (*HALF, "float32")):
                 raise Unsupported("dtype", f"{name} is {kind}: kernels take {'float32' if wide else 'halves, float32'}")
+
+    def _check_hedgehog(self, call: OpCall) -> None:
+        width = call.attributes.get("width")
+        if "feature_weight" not in call.inputs or not isinstance(width, int) or not 8 <= width <= 128 or width % 8:
+            raise Unsupported("feature-map", f"weights of width {width}: kernels of Hedgehog's map take multiples of 8 "
+                              "from 8 to 128")  # fmt: skip
+        if call.attributes.get("normaliser", "none") not in ("none", "sum") or {"mean", "top"} & set(call.outputs):
+            raise Unsupported("normaliser", "Hedgehog's map has kernels without a normaliser, and with a sum")
+        if "key_weight" in call.inputs:
+            raise Unsupported("feature-map", "there is no kernel of weighted keys with Hedgehog's map")
 
     def _check_delta(self, call: OpCall) -> None:
         tile = call.attributes.get("tile", 0)
@@ -139,8 +156,9 @@ class _LinearKernel:
 
     def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
         constants = {**self._constants(call), **widths(call), **tactic.constants}
+        module = "kernel_hedgehog" if "W" in constants else self.module
         return Program(
-            op=self.op, tactic=tactic.name, language="triton", function=f"{PACKAGE}.{self.module}:{self.function}",
+            op=self.op, tactic=tactic.name, language="triton", function=f"{PACKAGE}.{module}:{self.function}",
             arguments=tuple(self._arguments(call)), constants=constants, grid=self._grid(constants),
             warps=tactic.warps, stages=tactic.stages, registers=tactic.registers, dtype=call.dtype,
             head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
@@ -198,6 +216,9 @@ class _LinearKernel:
             return Work(2.0 * tiles * tile * tile * (call.head_dim + 4 * tile), 0.0, 0.0, size, tiles)
         values = -(-call.value_dim // int(constants["BV"] or 1))
         k1 = int(constants["K1"] or 0)
+        if is_hedgehog(call):  # the projection, and twice as many features as it gives
+            state = 2 * call.attributes["width"] * call.value_dim
+            k1 = 2 * int(constants["W1"] or 0) + int(constants["W1"] or 0) * call.head_dim // call.value_dim
         if self.op == DELTA:
             tile = int(call.attributes["tile"])
             size = 2.0 * groups * keys * (both + call.value_dim) + 4.0 * groups * (chunks * state + keys * tile)
@@ -234,7 +255,15 @@ class _LinearKernel:
 
 
 def widths(call: OpCall) -> dict[str, Constant]:
-    return {"DK": call.head_dim, "K1": power(call.head_dim), "DV": call.value_dim}
+    found: dict[str, Constant] = {"DK": call.head_dim, "K1": power(call.head_dim), "DV": call.value_dim}
+    if is_hedgehog(call):
+        found |= {"W": call.attributes["width"], "W1": power(call.attributes["width"])}
+    return found
+
+
+def is_hedgehog(call: OpCall) -> bool:
+    """Whether features are those of learned weights: the op's own kernel reads none."""
+    return HEDGEHOG in (call.attributes.get("query_map"), call.attributes.get("key_map"))
 
 
 def power(dim: int) -> int:
@@ -297,6 +326,12 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
     wide = max(k1, v1)
     if op == COMBINE:
         return [tactic(4, 1, BK=8, BV=min(v1, 128), AHEAD=8)]
+    if op in (STATE, APPLY) and is_hedgehog(call):
+        across = max(k1, power(call.attributes["width"]))
+        tile = {"BN": 64, "FAST": 1} if op == STATE else {"BM": 64, "FAST": 1, "BLOCKS": 4}
+        less = {"BN": 32, "FAST": 0} if op == STATE else {"BM": 32, "FAST": 0, "BLOCKS": 4}
+        best = tactic(8 if across >= 128 else 4, 2, BV=min(v1, 64 if across <= 128 else 32), **tile)
+        return [best, tactic(4, 1, BV=min(v1, 32 if across <= 64 else 16), **less)]
     if op == STATE:
         heads = min(side_by_side(call), 4)
         across = wide * heads
@@ -332,11 +367,14 @@ class StateKernel(_LinearKernel):
 
     def _usual(self, dtype: str) -> Sequence[OpCall]:
         return [
-            OpCall(STATE, dtype, 1, 1, d, d, {"key_map": "relu"}, outputs=("state", "total")) for d in (32, 64, 128)
-        ]
+            *(OpCall(STATE, dtype, 1, 1, d, d, {"key_map": "relu"}, outputs=("state", "total")) for d in (32, 64, 128)),
+            *(OpCall(STATE, dtype, 1, 1, d, d, {"key_map": HEDGEHOG}, {"feature_weight": dtype},
+                     {"feature_weight": (1, d, d)}, ("state", "total")) for d in (64, 128)),
+        ]  # fmt: skip
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
-        return {"MAP": MAPS[call.attributes["key_map"]], **units(call, {"key": "K", "value": "V"})}
+        read = units(call, {"key": "K", "value": "V"})
+        return read if is_hedgehog(call) else {"MAP": MAPS[call.attributes["key_map"]], **read}
 
     def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
         return (("NK", "NK"), ("chunk", "chunk"), ("C", "cdiv(NK, chunk)"), ("groups", "HKV"))
@@ -370,11 +408,16 @@ class ApplyKernel(_LinearKernel):
     def _usual(self, dtype: str) -> Sequence[OpCall]:
         said = {"query_map": "relu", "normaliser": "sum", "floor": -inf}
         given = {"state": "float32", "total": "float32"}
-        return [OpCall(APPLY, dtype, 1, 1, d, d, said, given, outputs=("output",)) for d in (32, 64, 128)]
+        learned, weights = {**said, "query_map": HEDGEHOG}, {**given, "feature_weight": dtype}
+        return [
+            *(OpCall(APPLY, dtype, 1, 1, d, d, said, given, outputs=("output",)) for d in (32, 64, 128)),
+            *(OpCall(APPLY, dtype, 1, 1, d, d, learned, weights, {"feature_weight": (1, d, d)}, ("output",))
+              for d in (64, 128)),
+        ]  # fmt: skip
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
-        return {"MAP": MAPS[call.attributes["query_map"]], **_normaliser(call),
-                **units(call, {"query": "Q", "output": "O"})}  # fmt: skip
+        read = {**_normaliser(call), **units(call, {"query": "Q", "output": "O"})}
+        return read if is_hedgehog(call) else {"MAP": MAPS[call.attributes["query_map"]], **read}
 
     def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
         return (("NQ", "NQ"), ("C", "C"), ("group", "H // HKV"), ("groups", "HKV"), *_numbers(call))

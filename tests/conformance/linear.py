@@ -39,6 +39,8 @@ class Linear:
     seed: int = 1
     size: float = 1.0
     step: bool = False
+    width: int = 0
+    """Of the weights of Hedgehog's map: half as many as there are features."""
     closed: bool = False
     """Whether some gates are minus infinity."""
     beta: str = "a head"
@@ -69,6 +71,9 @@ class Linear:
             found["beta"] = rounded(rates, self.dtype)
         if self.form.key_weight:
             found["key_weight"] = np.abs(normal(batch, keys, groups))
+        if self.width:
+            for name, count in (("feature_weight", groups), ("query_weight", heads)):
+                found[name] = rounded(normal(count, dim, self.width) / np.float32(dim**0.5), self.dtype)
         if self.form.initial:
             found["initial_state"] = normal(batch, groups, dim, value_dim, kind="float32")
             found["initial_total"] = np.abs(normal(batch, groups, dim, kind="float32"))
@@ -99,6 +104,12 @@ CASES = (
     Linear("inline", Form("exp", "exp", "inline"), (1, 37, 50, 2, 2, 16, 32)),
     Linear("rala", Form("elu+1", "elu+1", "sum", key_weight=True, chunk=25), (1, 37, 50, 4, 2, 32, 16)),
     Linear("wide", replace(RELU, chunk=64), (1, 40, 70, 1, 1, 256, 136)),
+    Linear("hedgehog", Form("hedgehog", "hedgehog", "sum"), (2, 37, 50, 4, 2, 32, 48), width=32),
+    Linear("hedgehog, chunks, bfloat16", Form("hedgehog", "hedgehog", "sum", 1e-3, chunk=23),
+           (1, 40, 70, 2, 2, 40, 24), MIXED, "bfloat16", width=24),
+    Linear("hedgehog, no sum", Form("hedgehog", "hedgehog", scale=0.1, chunk=16), (1, 33, 45, 2, 1, 64, 16),
+           HEADS_FIRST, width=72),
+    Linear("hedgehog, large", Form("hedgehog", "hedgehog", "sum"), (1, 37, 50, 1, 1, 16, 16), width=16, size=3.0),
     Linear("short heads side by side", replace(RELU, chunk=64), (2, 75, 90, 6, 6, 32, 32)),
     Linear("shorter ones, shared keys", Form("elu+1", "elu+1", "sum", 1e-3, 30.0, 0.7), (1, 70, 50, 10, 5, 16, 16),
            MIXED, "bfloat16"),
@@ -178,7 +189,13 @@ def low(case: Linear) -> np.ndarray:
                 out.append(rounded(_delta(case, given, b, h, g), half))
                 continue
             q, k, v = given["query"][b, :, h], given["key"][b, :, g], given["value"][b, :, g]
-            fq, fk = (rounded(_map(x, m, a), half) for x, m, a in ((q, form.query_map, 1), (k, form.key_map, 0)))
+            wq, wk = (given[n][x] if case.width else None for n, x in (("query_weight", h), ("feature_weight", g)))
+            both = ((q, form.query_map, 1, wq), (k, form.key_map, 0, wk))
+            fq, fk = (_map(x, m, a, w) for x, m, a, w in both)
+            if case.width:
+                out.append(rounded(_learned(case, fq, fk, v), half))
+                continue
+            fq, fk = rounded(fq, half), rounded(fk, half)
             if form.causal:
                 if form.decay == "channel":
                     out.append(rounded(_gated(case, given, b, g, fq, fk, v), half))
@@ -227,6 +244,23 @@ def _gated(
     return np.asarray(found * np.float32(case.form.scale))
 
 
+def _learned(case: Linear, fq: np.ndarray, fk: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """With Hedgehog's features, which are rounded over their sizes: those of keys, of the state, of a query."""
+    fq, fk, form = fq.astype(np.float64), fk.astype(np.float64), case.form
+    size = fk.max(0)
+    state = rounded((fk / size).astype(np.float32), case.dtype).astype(np.float64).T @ v * size[:, None]
+    most = np.abs(state).max(1)
+    read = fq * most
+    largest = read.max(1, keepdims=True)
+    found = rounded((read / largest).astype(np.float32), case.dtype) @ rounded(
+        (state / most[:, None]).astype(np.float32), case.dtype
+    )
+    found = found * largest * form.scale
+    if form.normaliser == "sum":
+        found = found / np.maximum(fq @ fk.sum(0) + form.epsilon, form.floor)[:, None]
+    return np.asarray(found, np.float32)
+
+
 def _delta(case: Linear, given: Mapping[str, np.ndarray], b: int, h: int, g: int) -> np.ndarray:
     """By the delta rule: a key reads a state that is rounded, and what it writes is rounded."""
     q, k, v = given["query"][b, :, h], given["key"][b, :, g], given["value"][b, :, g]
@@ -244,7 +278,9 @@ def _delta(case: Linear, given: Mapping[str, np.ndarray], b: int, h: int, g: int
     return found
 
 
-def _map(x: np.ndarray, kind: str, axis: int) -> np.ndarray:
+def _map(x: np.ndarray, kind: str, axis: int, weight: np.ndarray | None = None) -> np.ndarray:
+    if weight is not None:
+        return np.concatenate([np.exp(x @ weight), np.exp(-x @ weight)], 1)
     if kind == "softmax":
         e = np.exp(x - x.max(axis, keepdims=True))
         return np.asarray(e / e.sum(axis, keepdims=True))
@@ -291,17 +327,23 @@ def steps(case: Linear) -> list[Step]:
         return [step(STATES, (*keyed, *decay, *first), ("state", "total", "final_state", "final_total")),
                 step(OUTPUT, ("query", *keyed, *read, *decay), ("output",))]  # fmt: skip
     made = ("state", "total", "mean", *(("top",) if form.tops else ()))
-    found = [step(STATE, (*keyed, *(("key_weight",) if form.key_weight else ())), made)]
+    learned = ("feature_weight",) if case.width else ()
+    if case.width:
+        made = ("state", "total")
+    found = [step(STATE, (*keyed, *(("key_weight",) if form.key_weight else ()), *learned), made)]
     read = ("state", *(("total",) if form.sums else ()), *(("mean",) if form.means else ()))
     if form.tops or case.seed % 2 == 0:  # else the chunks are summed where they are read
-        found.append(step(COMBINE, made, ("whole_state", "whole_total", "whole_mean")))
-        return [*found, step(APPLY, ("query", *read), ("output",), **{n: f"whole_{n}" for n in read})]
-    return [*found, step(APPLY, ("query", *read), ("output",))]
+        whole = tuple(f"whole_{n}" for n in made if n != "top")
+        found.append(step(COMBINE, made, whole))
+        named = {n: f"whole_{n}" for n in read} | {"feature_weight": "query_weight"}
+        return [*found, step(APPLY, ("query", *read, *learned), ("output",), **named)]
+    return [*found, step(APPLY, ("query", *read, *learned), ("output",), feature_weight="query_weight")]
 
 
 def _shapes(case: Linear) -> dict[str, tuple[int, ...]]:
     """Of what ops give to others, and of last states."""
     batch, _, keys, _, groups, dim, value_dim = case.sizes
+    dim = 2 * case.width or dim
     count = -(-keys // case.form.chunk) if case.form.chunk else 1
     found: dict[str, tuple[int, ...]] = {
         "state": (count, dim, value_dim), "total": (count, dim), "mean": (count, value_dim), "top": (count, dim),
@@ -319,8 +361,9 @@ def nodes(case: Linear) -> list[OpCall]:
     rates = groups if case.beta == "a head" else 1
     sizes = {**_shapes(case), "log_decay": decays.get(case.form.decay, ()), "key_weight": (batch, keys, groups),
              "beta": (batch, keys, rates),
+             "feature_weight": (groups, dim, case.width), "query_weight": (heads, dim, case.width),
              "initial_state": (batch, groups, dim, value_dim), "initial_total": (batch, groups, dim)}  # fmt: skip
-    types = {"log_decay": case.decay_type, "key_weight": case.dtype, "beta": case.dtype}
+    types = {"log_decay": case.decay_type, "key_weight": case.dtype, "beta": case.dtype, "feature_weight": case.dtype}
     found = []
     for step in steps(case):
         formal, orders = (*step.inputs, *step.outputs), layouts_of(case, step)
@@ -332,7 +375,8 @@ def nodes(case: Linear) -> list[OpCall]:
         more = {n: name for n, name in step.inputs.items() if n not in orders}
         found.append(OpCall(
             step.op, case.dtype if step.op != COMBINE else "float32", heads if "query" in formal else groups,
-            groups, dim, value_dim, said, {n: types.get(n, "float32") for n in more},
+            groups, (2 * case.width or dim) if step.op == COMBINE else dim, value_dim, said,
+            {n: types.get(n, "float32") for n in more},
             {n: sizes[name] for n, name in more.items()}, tuple(step.outputs), batch,
             queries if "query" in formal else None, keys if "key" in formal else None,
         ))  # fmt: skip
@@ -349,7 +393,8 @@ def tensors(case: Linear, device: str = "cpu") -> Tensors:
     """All values by name: what is given, with axes BNHD and lying as the layouts say, and poisoned outputs."""
     batch, queries, keys, heads, groups, _, value_dim = case.sizes
     half, orders = getattr(torch, case.dtype), dict(zip(OPERANDS, case.layouts, strict=True))
-    kinds = {"log_decay": getattr(torch, case.decay_type), "key_weight": half, "beta": half}
+    kinds = {"log_decay": getattr(torch, case.decay_type), "key_weight": half, "beta": half,
+             "feature_weight": half, "query_weight": half}  # fmt: skip
     at: Tensors = {}
     for name, array in case.values().items():
         x = torch.from_numpy(array).to(device)

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from attncompile.core.kernel import Program
 from attncompile.plugins.linear_attention.form import Form
-from attncompile.plugins.linear_attention.op import DELTA, OUTPUT
+from attncompile.plugins.linear_attention.op import APPLY, DELTA, OUTPUT
 from tests.conformance import launch, linear
 from tests.conformance.budget import wrong
 from tests.conformance.interpret import mend
@@ -30,6 +30,7 @@ from tests.conformance.linear import CASES, Linear, Tensors
 
 KERNELS = "attncompile.plugins.linear_attention.kernel_triton"
 KERNELS_OF_DELTA = "attncompile.plugins.linear_attention.kernel_delta"
+HEDGEHOG = "attncompile.plugins.linear_attention.kernel_hedgehog"
 CAUSAL = "attncompile.plugins.linear_attention.kernel_causal"
 
 
@@ -91,6 +92,15 @@ def all_is_left(log_decay, rate, b, rows, g, first, end, groups, tokens, DECAY: 
 
 
 @triton.jit
+def not_kept(acc, sums, m, x, v, seen):
+    """``added`` that does not shrink what stood over a smaller maximum."""
+    x = tl.where(seen, x, -1.0e30)
+    new = tl.maximum(m, tl.max(x, 0))
+    f = tl.where(seen, tl.exp2((x - new[None, :]) * 1.4426950408889634), 0.0)
+    return tl.dot(tl.trans(f.to(v.dtype)), v, acc), sums + tl.sum(f, 0), new
+
+
+@triton.jit
 def nothing_elapsed(log_decay, rate, b, rows, place, g, groups, tokens, DECAY: tl.constexpr):
     """``elapsed`` for which nothing decays inside of a tile."""
     return place.to(tl.float32) * 0.0
@@ -144,6 +154,9 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "tiles that do not decay": ("gated delta rule", {"attribute": "elapsed", "device": nothing_elapsed}),
     "rates a token for rates a head": ("gated delta rule", {"change": _constants(BETA=1)}),
     "states too often": ("gated delta rule, first state", {"change": _of(DELTA, _constants(CHUNK=64))}),
+    "features of one sign": ("hedgehog", {"change": _of(APPLY, _constants(W=16))}),
+    "weights of another head": ("hedgehog", {"change": _of(APPLY, _expressions(group="H // HKV + 1"))}),
+    "more than it has": ("hedgehog, large", {"attribute": "added", "device": not_kept}),
     "size of the state": ("relu", {"attribute": "scaled", "device": not_scaled_back}),
 }  # fmt: skip
 
@@ -153,7 +166,7 @@ def planted(name: str) -> str:
     case = next(c for c in CASES if c.name == of)
     if "attribute" not in options:
         return verdict(case, **options)
-    modules = {"channel_gates": CAUSAL, "left_over": CAUSAL, "elapsed": KERNELS_OF_DELTA}
+    modules = {"channel_gates": CAUSAL, "left_over": CAUSAL, "elapsed": KERNELS_OF_DELTA, "added": HEDGEHOG}
     module = import_module(modules.get(options["attribute"], KERNELS))
     with patch.object(module, options["attribute"], options["device"]):
         return verdict(case)

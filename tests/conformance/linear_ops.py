@@ -34,8 +34,11 @@ def expected(op: str, said: Mapping[str, Any], given: Tensors, half: str = "") -
     return made(said, inputs, rounded)
 
 
-def _map(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Features of rows [.., D]."""
+def _map(x: torch.Tensor, kind: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Features of rows [.., D]; ``weight`` [heads, D, W] is Hedgehog's, of rows [.., heads, D]."""
+    if weight is not None:
+        inner = torch.einsum("...hd,hdw->...hw", x, weight)
+        return torch.cat([torch.exp(inner), torch.exp(-inner)], -1)
     if kind == "softmax":
         return torch.softmax(x, -1)
     if kind == "elu+1":
@@ -62,11 +65,13 @@ def _state(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str,
         made["top"] = cut.amax(3)
         f = torch.exp(cut - made["top"][:, :, :, None])
     else:
-        f = _chunks(_map(key, said["key_map"]), chunk)
+        weight = given.get("feature_weight")
+        f = _chunks(_map(key, said["key_map"], weight if weight is None else rounded(weight)), chunk)
     made |= {"total": f.sum(3), "mean": value.sum(3) / tokens}
     if "key_weight" in given:
         f = f * _chunks(given["key_weight"], chunk)[..., None]
-    return {"state": rounded(f).transpose(-1, -2) @ value, **made}
+    size = f.amax(3, keepdim=True) if "feature_weight" in given else f.new_ones(())  # what is learned is large
+    return {"state": (rounded(f / size) * size).transpose(-1, -2) @ value, **made}
 
 
 def _combine(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
@@ -83,13 +88,20 @@ def _combine(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[st
 def _apply(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
     query = given["query"].transpose(1, 2)  # [B, H, N, D]
     group = query.shape[1] // given["state"].shape[1]
-    f = _map(query, said["query_map"])
+    weight = given.get("feature_weight")
+    f = _map(query.transpose(1, 2), said["query_map"], weight if weight is None else rounded(weight)).transpose(1, 2)
     state, total, mean = (
         given[name].sum(2).repeat_interleave(group, 1) if name in given else None for name in ("state", "total", "mean")
     )
     assert state is not None
-    size = state.abs().amax((-1, -2), keepdim=True).clamp(min=1e-300)
-    found = rounded(f) @ rounded(state / size) * size
+    axes = (-1, -2) if weight is None else (-1,)  # learned features differ by orders of magnitude
+    size = state.abs().amax(axes, keepdim=True).clamp(min=1e-300)
+    if weight is not None:
+        read = f * size.transpose(-1, -2)
+        largest = read.amax(-1, keepdim=True)
+        found = rounded(read / largest) @ rounded(state / size) * largest
+    else:
+        found = rounded(f) @ rounded(state / size) * size
     below = f @ total[..., None] if total is not None else None
     return {"output": rounded(_normalised(said, found, below, mean)).transpose(1, 2)}
 

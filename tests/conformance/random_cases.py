@@ -163,7 +163,7 @@ def random_linear(seed: int, count: int, most_tokens: int = 1370) -> Iterator[Li
         rng = np.random.default_rng([seed, n, 77])
         while True:
             case = _linear(f"LinearAttention {seed}.{n}", rng, bool(n % 2), lengths, dims)
-            case = _steps(case, rng) if n % 4 == 3 else case
+            case = _steps(case, rng) if n % 4 == 3 else _hedgehog(case, rng) if n % 8 == 6 else case
             batch, _, keys, _, groups, dim, value_dim = case.sizes
             chunks = -(-keys // case.form.chunk) if case.form.chunk else 1
             if batch * groups * chunks * dim * value_dim <= MOST_STATE:
@@ -202,6 +202,14 @@ def _linear(name: str, rng: np.random.Generator, causal: bool, lengths: Sequence
         layouts, _pick(rng, "float16", "bfloat16"), _pick(rng, "float32", "float16", "bfloat16"),  # type: ignore[arg-type]
         int(rng.integers(1 << 31)),
     )  # fmt: skip
+
+
+def _hedgehog(case: Linear, rng: np.random.Generator) -> Linear:
+    """The same with learned features."""
+    normaliser = _pick(rng, "none", "sum")
+    form = replace(case.form, query_map="hedgehog", key_map="hedgehog", normaliser=normaliser, key_weight=False,
+                   epsilon=0.0, floor=-inf)  # fmt: skip
+    return replace(case, form=form, width=_pick(rng, 8, 16, 24, 32, 64, 72, 128))
 
 
 def _steps(case: Linear, rng: np.random.Generator) -> Linear:

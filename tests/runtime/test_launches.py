@@ -167,6 +167,10 @@ CASES = [
          "state": ["b", 2, "c", 64, 48]}, CHUNKED, {"chunk": 32, "scale": 0.5, **layouts("BNHD BHND BNHD BHND")}, WIDE),
     Case(OUTPUT, "bfloat16", {**linear("query key value", "BNHD BNHD BNHD"), "state":
          ["b", 2, "c", 64, 48], "log_decay": ["b", "n", 2, 64]}, CHUNKED, {"chunk": 32}, WIDE),
+    Case(STATE, "float16", {**linear("key value", "BNHD BNHD"), "feature_weight": [2, 64, 32]}, CHUNKED,
+         {"key_map": "hedgehog", "chunk": 48}, {"feature_weight": "float32"}, ("state", "total")),
+    Case(APPLY, "bfloat16", {**linear("query", "BNHD"), "state": ["b", 2, 1, 64, 48], "total": ["b", 2, 1, 64],
+         "feature_weight": [4, 64, 32]}, CHUNKED, {"query_map": "hedgehog", "normaliser": "sum"}, WIDE),
     Case(SOLVE, "float16", {**linear("key", "BHND"), "log_decay": ["b", "n", 2], "beta": ["b", "n", 1]}, CHUNKED,
          {"tile": 32, "k_layout": "BHND"}, WIDE, ("solved",)),
     Case(DELTA, "bfloat16", {**linear("key value", "BNHD BNHD"), "solved": ["b", 2, "c", 32, 32],
@@ -248,6 +252,8 @@ def check_results(case: Case, shapes: Mapping[str, Shape], results: Sequence[Any
             layout_of = str(case.attributes.get(f"{name[0]}_layout", "BNHD"))
             axes = layout_of.translate(str.maketrans("BNHD", OF_OPERANDS[name]))
         sizes |= dict(zip(axes, shape, strict=True)) if axes else {}
+    if "feature_weight" in shapes:
+        sizes["F"] = 2 * shapes["feature_weight"][2]
     if "M" in sizes:
         chunk = int(case.attributes.get("chunk", 0)) or sizes["M"]
         sizes.setdefault("C", (sizes["M"] + chunk - 1) // chunk)

@@ -182,6 +182,8 @@ def _linear(sample: Sample, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
             x = np.abs(x) + np.float32(0.5)
         if name == "key" and {"beta", "solved"} & set(sample.inputs):  # the delta rule is made for keys of length one
             x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        if name == "feature_weight":
+            x = x / np.float32(shape[1] ** 0.5)
         if name == "beta":
             x = 1 / (1 + np.exp(-x))
         found[name] = -np.abs(x) / 4 if name == "log_decay" else x

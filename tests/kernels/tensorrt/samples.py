@@ -168,6 +168,12 @@ SLOW = (
         "key": KEY, "value": VALUE, "log_decay": (HALF, (2,)), "initial_state": (FLOAT, ("B", 2, 32, 48)),
         "initial_total": (FLOAT, ("B", 2, 32)),
     }, ("state", "total", "final_state", "final_total"), key_map="exp", chunk=16),
+    linear("state of learned features", STATE, {"key": KEY, "value": VALUE, "feature_weight": (HALF, (2, 32, 24))},
+           ("state", "total"), key_map="hedgehog", chunk=48),
+    linear("learned features applied, bfloat16", APPLY, {
+        "query": (BRAIN, ("B", 4, "N", 32)), "state": (FLOAT, ("B", 2, 1, 48, 48)), "total": (FLOAT, ("B", 2, 1, 48)),
+        "feature_weight": (FLOAT, (4, 32, 24)),
+    }, query_map="hedgehog", normaliser="sum", epsilon=1e-6, q_layout="BHND"),
     linear("decoding by the delta rule, bfloat16", STEP, {
         "query": (BRAIN, ("B", 4, 1, 32)), "key": (BRAIN, ("B", 1, 2, 32)), "value": (BRAIN, ("B", 1, 2, 48)),
         "log_decay": (FLOAT, ("B", 1, 2)), "beta": (BRAIN, ("B", 1, 1)), "initial_state": LAST,

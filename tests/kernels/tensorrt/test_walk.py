@@ -66,6 +66,8 @@ def output_shapes(sample: Sample, shapes: dict[str, tuple[int, ...]]) -> list[tu
             layout = str(sample.attributes.get(f"{name[0]}_layout", "BNHD"))
             axes = layout.translate(str.maketrans("BNHD", OF_OPERANDS[name]))
         sizes |= dict(zip(axes, shape, strict=True)) if axes else {}
+    if "feature_weight" in shapes:
+        sizes["F"] = 2 * shapes["feature_weight"][2]
     if "M" in sizes:
         chunk = int(sample.attributes.get("chunk", 0)) or sizes["M"]
         sizes.setdefault("C", (sizes["M"] + chunk - 1) // chunk)

@@ -330,7 +330,7 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         across = max(k1, power(call.attributes["width"]))
         tile = {"BN": 64, "FAST": 1} if op == STATE else {"BM": 64, "FAST": 1, "BLOCKS": 4}
         less = {"BN": 32, "FAST": 0} if op == STATE else {"BM": 32, "FAST": 0, "BLOCKS": 4}
-        best = tactic(8 if across >= 128 else 4, 2, BV=min(v1, 64 if across <= 128 else 32), **tile)
+        best = tactic(8, 2, BV=min(v1, 64 if across <= 64 else 32), **tile)
         return [best, tactic(4, 1, BV=min(v1, 32 if across <= 64 else 16), **less)]
     if op == STATE:
         heads = min(side_by_side(call), 4)

@@ -264,3 +264,30 @@ def test_lit_end_to_end(tmp_path: Path) -> None:
 
     result = compiled(export("lit", tmp_path / "model.onnx", opset=18).path)
     assert [(s.site.heads, s.site.linear.normaliser) for s in result.sites if s.site.linear] == [(2, "sum")] * 2
+
+
+@pytest.mark.parametrize("rule", ["delta", "gated_delta"])
+def test_the_delta_rule_of_the_operator(rule: str, tmp_path: Path) -> None:
+    """Beside ONNX Runtime's own way, which is a Scan over the tokens; gates for every channel are refused."""
+    from attncompile.passes.replace import apply
+    from tests.passes.test_linear_operator import _operator
+
+    shapes = {"q": [2, 70, 64], "k": [2, 70, 32], "v": [2, 70, 40], "b": [2, 70, 2]}
+    shapes |= {"g": [2, 70, 2]} if rule == "gated_delta" else {}
+    model, detection = detected(_operator(shapes, update_rule=rule, q_num_heads=4, kv_num_heads=2), tmp_path)
+    (site,) = detection.sites
+    (candidate,) = LINEAR.exact_candidates(site)
+    assert not hasattr(candidate, "ok"), candidate
+    lowering = LINEAR.lower(site, candidate.parameters, model.opset)  # type: ignore[union-attr]
+    assert [n.op_type for n in lowering.nodes if n.domain] == [SOLVE, DELTA, OUTPUT]
+    rng = np.random.default_rng(3)
+    feed = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    feed["k"] /= np.linalg.norm(feed["k"].reshape(2, 70, 2, 16), axis=-1).repeat(16, axis=-1).reshape(2, 70, 32)
+    feed["b"] = 1 / (1 + np.exp(-feed["b"]))
+    feed |= {"g": -np.abs(feed["g"])} if "g" in feed else {}
+    made = apply(model, [(site, lowering)], {})
+    ours, theirs = (
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(["y"], feed)[0]
+        for m in (made, model.proto)
+    )
+    assert ours.shape == theirs.shape and np.linalg.norm(ours - theirs) <= 3e-6 * np.linalg.norm(theirs)

@@ -45,7 +45,7 @@ def tensors(case: Case, given: Mapping[str, np.ndarray], device: str = "cpu") ->
         x = torch.from_numpy(np.ascontiguousarray(array)).to(device)
         if name in ("query", "key", "value"):
             layout = case.layouts[("query", "key", "value").index(name)]
-            x = _of_part_0(torch.from_numpy(laid(array, layout)).to(device).to(half), layout)
+            x = of_part_0(torch.from_numpy(laid(array, layout)).to(device).to(half), layout)
         elif x.is_floating_point():
             x = x.to(getattr(torch, call.inputs[name]))
         found[name] = x
@@ -58,7 +58,7 @@ def tensors(case: Case, given: Mapping[str, np.ndarray], device: str = "cpu") ->
     return found
 
 
-def _of_part_0(x: torch.Tensor, layout: str) -> torch.Tensor:
+def of_part_0(x: torch.Tensor, layout: str) -> torch.Tensor:
     """The first part, with logical axes: its memory begins where that of ``x`` does."""
     chosen = part(layout)
     whole = x if chosen is None else x.select(chosen[0], 0)
@@ -68,11 +68,15 @@ def _of_part_0(x: torch.Tensor, layout: str) -> torch.Tensor:
 def in_memory(case: Case, at: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """What is packed as the whole tensors, and the layouts of those."""
     found = dict(at)
-    for name, layout in case.packed.items():
-        sizes = dict(zip("BNHD", at[name].shape, strict=True))
-        shape = [sizes.get(axis, PARTS) for axis in layout]
-        found[name] = at[name].as_strided(shape, torch.empty(shape, device="meta").stride())
+    found |= {name: whole(at[name], layout) for name, layout in case.packed.items()}
     return found, case.packed
+
+
+def whole(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """All of the tensor that has this first part, with the axes of ``layout``."""
+    sizes = dict(zip("BNHD", x.shape, strict=True))
+    shape = [sizes.get(axis, PARTS) for axis in layout]
+    return x.as_strided(shape, torch.empty(shape, device="meta").stride())
 
 
 def _laid(x: torch.Tensor, layout: str) -> torch.Tensor:

@@ -12,14 +12,13 @@ from math import prod
 
 from onnx import NodeProto, defs, helper
 
+from attncompile.core.layout import DIGITS, unpacked
 from attncompile.targets.ort_fusions.view import OURS, Dims, View, attribute, reshape_target
 
 _MOVES = ("Reshape", "Transpose", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Identity")
 _FREE = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
 """Those that leave elements where they are."""
 _COLUMNS = "BHDN"
-_PARTS = 10
-"""What a digit can say."""
 
 
 @dataclass(eq=False)
@@ -161,7 +160,7 @@ def _named(
             continue
         letter = letters.get(id(atom), "")
         if atom.number is not None:
-            if not isinstance(atom.size, int) or atom.size > _PARTS or any(x.isdigit() for x in said):
+            if not isinstance(atom.size, int) or atom.size > len(DIGITS) or unpacked(said) != said:
                 raise _Other
             letter = str(atom.number)
         if not letter:
@@ -170,14 +169,10 @@ def _named(
             dims[-1] = _times(dims[-1], atom.size)
         else:
             said, dims = said + letter, [*dims, atom.size]
-    missing = [x for x in layout if x not in said]  # axes of size 1
-    last = "D" if said.endswith("D") or "D" in missing else ""
-    front = [x for x in missing if x != "D"]
-    said, dims = "".join(front) + said, [*[1] * len(front), *dims]
-    if "D" in missing:
-        said, dims = said + "D", [*dims, 1]
-    bare = "".join(x for x in said if not x.isdigit())
-    if not last and bare != _COLUMNS:
+    for letter in sorted(set(layout) - set(said)):  # axes of size 1
+        place = 0 if letter == "B" else len(said) - said.endswith("D") if letter != "D" else len(said)
+        said, dims = said[:place] + letter + said[place:], [*dims[:place], 1, *dims[place:]]
+    if not said.endswith("D") and unpacked(said) != _COLUMNS:
         raise _Other  # rows that have gaps
     shape = tuple(dims)
     if shape == view.shape(root):

@@ -12,22 +12,28 @@ from attncompile.plugins.body import overload_of
 
 
 def packed(node: NodeProto, body: FunctionProto, layouts: Mapping[str, str]) -> tuple[NodeProto, FunctionProto]:
-    """``node`` and its ``body`` with other layouts of some operands, by formal names; those may be packed. Of each the
-    body takes what the given one does: a Gather of the part, a Transpose where its axes lie otherwise. The node's inputs
-    stay as they are: whoever calls this puts the packed tensors there.
+    """``node`` and its ``body`` with other layouts of ``output`` and of some operands, by formal names; operands may be
+    packed. Of each the body takes what the given one does: a Gather of the part, a Transpose where its axes lie
+    otherwise. The node's inputs stay as they are: whoever calls this puts the packed tensors there.
     """
     changed, made = NodeProto(), FunctionProto()
     changed.CopyFrom(node)
     made.CopyFrom(body)
     del made.node[:]
+    last: list[NodeProto] = []
     for name, layout in layouts.items():
         attribute = next(a for a in changed.attribute if a.name == f"{name[0]}_layout")
         nodes = _taken(name, layout, attribute.s.decode())
-        if nodes:
+        if name == "output" and nodes:
+            inner, made.output[0] = made.output[0], f"{name}/laid"
+            order = [attribute.s.decode().index(axis) for axis in layout]
+            last.append(helper.make_node("Transpose", [inner], [made.output[0]], perm=order))
+            nodes = []
+        elif nodes:
             made.input[list(made.input).index(name)] = f"{name}/packed"
         made.node.extend(nodes)
         attribute.s = layout.encode()
-    made.node.extend(body.node)
+    made.node.extend([*body.node, *last])
     changed.overload = made.overload = overload_of({"body": node.overload, **layouts})
     return changed, made
 

@@ -98,7 +98,7 @@ _DENSE = {
     "wrong key heads": ("GQA, batch 2, heads first", {"expressions": {"group": "H // HKV + 1"}}),
     "the same value for all keys": ("GQA, batch 2, heads first", {"expressions": {"v_n": "value_stride_N * 0"}}),
     "values of the first part": ("packed", {"expressions": {"v_o": "value_offset * 0"}}),
-    "another part of the keys": ("packed, pieces, causal", {"expressions": {"k_o": "key_offset * 2"}}),
+    "another part of the values": ("packed, pieces, causal", {"expressions": {"v_o": "value_offset // 2"}}),
     "scale": ("scale", {"expressions": {"scale": "scale_bits + 200000"}}),
     "bias of the next head": ("bias by heads", {"expressions": {"bias_h": "bias_stride_H - 1"}}),
     "a mask of one row": ("mask of queries and keys", {"expressions": {"mask_q": "mask_stride_Q * 0"}}),

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from attncompile.plugins.linear_attention.kernel_causal import CLOSED, gates, left_over
 from attncompile.plugins.linear_attention.kernel_triton import LOG2E, low, places, read_state, scaled, write_state
+from attncompile.plugins.tile_softmax import moved
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def elapsed(log_decay, rate, b, rows, place, g, groups, tokens, DECAY: tl.conste
 @triton.jit
 def solve(
     key, log_decay, beta,
-    k_b, k_n, k_h, NK,
+    k_b, k_n, k_h, k_o, NK,
     solved,
     MAP: tl.constexpr, DECAY: tl.constexpr, BETA: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, BT: tl.constexpr,
     K_COLUMNS: tl.constexpr, K_UNIT: tl.constexpr,
@@ -37,7 +38,7 @@ def solve(
     tiles, groups = tl.num_programs(0), tl.num_programs(1)
     place, cols = tl.arange(0, BT), tl.arange(0, K1)
     rows = tile * BT + place
-    k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
+    k_base = moved(key, k_o) + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
     seen = (rows < NK)[:, None] & (cols < DK)[None, :]
     f = low(tl.load(k_base + places(rows, cols, k_n * K_UNIT, K_COLUMNS), mask=seen, other=0.0), seen, MAP)
     rate = 0.0
@@ -64,7 +65,7 @@ def solve(
 @triton.jit
 def delta(
     key, value, solved, log_decay, initial_state,
-    k_b, k_n, k_h, v_b, v_n, v_h, NK, C,
+    k_b, k_n, k_h, v_b, v_n, v_h, k_o, v_o, NK, C,
     written, state, final_state,
     MAP: tl.constexpr, DECAY: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BT: tl.constexpr, CHUNK: tl.constexpr,
@@ -76,8 +77,8 @@ def delta(
     groups = tl.num_programs(1)
     head, V = b * groups + g, part * BV
     cols, out_cols, place = tl.arange(0, K1), V + tl.arange(0, BV), tl.arange(0, BT)
-    k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
-    v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
+    k_base = moved(key, k_o) + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
+    v_base = moved(value, v_o) + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
     half = key.dtype.element_ty
     s = tl.zeros((K1, BV), tl.float32)
     if initial_state is not None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from attncompile.plugins.linear_attention.kernel_triton import LOG2E, NO_KEY, places, read_state
+from attncompile.plugins.tile_softmax import moved
 
 NO_SIZE = tl.constexpr(-1.0e4)
 """The logarithm of the size of a feature that no key has, and of none at all."""
@@ -47,7 +48,7 @@ def by_feature(acc, sums, NORM: tl.constexpr):
 @triton.jit
 def state(
     key, value, feature_weight,
-    k_b, k_n, k_h, v_b, v_n, v_h, NK, chunk, C, groups,
+    k_b, k_n, k_h, v_b, v_n, v_h, k_o, v_o, NK, chunk, C, groups,
     state, total,
     DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
     W1: tl.constexpr, FAST: tl.constexpr,
@@ -66,8 +67,8 @@ def state(
     end = tl.minimum(first + chunk, NK)
     V = part * BV
     cols, wide, out_cols = tl.arange(0, K1), tl.arange(0, W1), V + tl.arange(0, BV)
-    k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
-    v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
+    k_base = moved(key, k_o) + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
+    v_base = moved(value, v_o) + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
     w = projection(feature_weight, g, DK, K1, W, W1, key.dtype.element_ty)
     up, down = tl.zeros((W1, BV), tl.float32), tl.zeros((W1, BV), tl.float32)
     up_sum, down_sum = tl.zeros((W1,), tl.float32), tl.zeros((W1,), tl.float32)
@@ -98,7 +99,7 @@ def state(
 @triton.jit
 def apply(
     query, state, total, feature_weight,
-    q_b, q_n, q_h, o_b, o_n, o_h, NQ, C, group, groups, scale, epsilon, floor,
+    q_b, q_n, q_h, o_b, o_n, o_h, q_o, NQ, C, group, groups, scale, epsilon, floor,
     output,
     NORM: tl.constexpr, FLOOR: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, W: tl.constexpr, W1: tl.constexpr, FAST: tl.constexpr, BLOCKS: tl.constexpr,
@@ -130,7 +131,7 @@ def apply(
     up, up_z, up_size = by_feature(up, up_z, NORM)
     down, down_z, down_size = by_feature(down, down_z, NORM)
     up, down = up.to(half), down.to(half)
-    q_base = query + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
+    q_base = moved(query, q_o) + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
     o_base = output + b.to(tl.int64) * o_b * 8 + h.to(tl.int64) * o_h * 8
     for tile in range(place // TILES, tl.cdiv(NQ, BM), step):
         rows = tile * BM + tl.arange(0, BM)

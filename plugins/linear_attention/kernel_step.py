@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from attncompile.plugins.linear_attention.kernel_triton import LOG2E, features
+from attncompile.plugins.tile_softmax import moved
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def vector(base, b_step, h_step, b, h, cols, step, COLUMNS: tl.constexpr, UNIT: 
 @triton.jit
 def step(
     query, key, value, log_decay, beta, initial_state, initial_total,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, NK, group, scale, epsilon, floor,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o, NK, group, scale, epsilon, floor,
     output, final_state, final_total,
     Q_MAP: tl.constexpr, K_MAP: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr, DECAY: tl.constexpr,
     BETA: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
@@ -52,6 +53,7 @@ def step(
         s += tl.load(initial_state + lies, mask=seen, other=0.0)
     if initial_total is not None:
         z += tl.load(initial_total + head * DK + cols, mask=there, other=0.0)[None, :]
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     k_at, k_apart = vector(key, k_b, k_h, b, g, cols, k_n, K_COLUMNS, K_UNIT)
     v_at, v_apart = vector(value, v_b, v_h, b, g, out_cols, v_n, V_COLUMNS, V_UNIT)
     if DECAY == 1:

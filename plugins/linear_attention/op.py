@@ -145,7 +145,8 @@ def _attributes(op: str) -> list[OpSchema.Attribute]:
         add("tile", 64, "tokens whose dependence on one another is solved at once")
     for name in _OPERANDS:
         if name in (*INPUTS[op], *OUTPUTS[op]):
-            add(f"{name[0]}_layout", "BNHD", " | ".join(LAYOUTS))
+            packed = "" if name == "output" else ", or such a one with a digit: that part of a packed tensor"
+            add(f"{name[0]}_layout", "BNHD", " | ".join(LAYOUTS) + packed)
     return made
 
 

@@ -204,9 +204,7 @@ def _moved(
             return _reshaped([a for axis in axes for a in axis], shape, order)
         case "Squeeze":
             given = _numbers(view, node, 1, "axes")
-            gone = (
-                [i for i, axis in enumerate(axes) if _size(axis) == 1] if given is None else _places(given, len(axes))
-            )
+            gone = [i for i, axis in enumerate(axes) if _size(axis) == 1] if given is None else _places(given, len(axes))
             if any(_size(axes[i]) != 1 for i in gone):
                 raise _Other
             return [axis for i, axis in enumerate(axes) if i not in gone]

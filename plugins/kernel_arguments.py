@@ -45,7 +45,7 @@ def widths(call: OpCall) -> dict[str, int]:
 
 def parted(call: OpCall) -> bool:
     """Whether head or value dim is multiplied in two parts."""
-    return bool(split(call.head_dim)[1] or split(call.value_dim)[1])
+    return any(padded(dim) > split(dim)[0] for dim in (call.head_dim, call.value_dim))
 
 
 def check_operands(call: OpCall) -> None:

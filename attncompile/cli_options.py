@@ -106,6 +106,10 @@ RequireSites = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if any replacement had to be rolled back.")]
 KeepSlower = Annotated[bool, typer.Option("--keep-slower", help="Keep replacements that are measured to be slower.")]
+HalfNorms = Annotated[
+    bool,
+    typer.Option("--half-norms", help="Fuse residual sums into norms in fp16 too, for onnxruntime-gpu 1.27 or later."),
+]
 NoFusions = Annotated[
     bool,
     typer.Option("--no-fusions", help="Leave what lies between sites as it is, for onnxruntime-cuda."),

@@ -35,7 +35,7 @@ MIN_ROUNDS = 6
 
 _LOOKS = (8, 11, 15, 21, 29, 41, 57, 81, 113, 161)
 _MAX_ROUNDS = 161
-_LONG_CALL = 0.5
+_LONG_CALL = 1.0
 """Seconds of a first call after which no more of them are needed to see that one is enough for a sample."""
 _MIN_SAMPLE_SECONDS = 2e-3
 _NARROW = 0.01

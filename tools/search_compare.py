@@ -220,7 +220,8 @@ def main() -> None:
         if given.json:
             known, held = split(len(found.feeds))
             given.json.write_text(json.dumps({
-                "command": " ".join(["python", *sys.argv]), "metric": given.metric, "max_error": given.max_error,
+                "command": " ".join(["python tools/search_compare.py", *sys.argv[1:]]),
+                "metric": given.metric, "max_error": given.max_error,
                 "budget": tasks.badness(given.metric, given.max_error), "confidence": rules.confidence,
                 "times": f"predicted {said}", "calibration": len(known), "held_out": len(held),
                 "seconds": round(time.perf_counter() - start), "rows": [r.to_json() for r in rows],

@@ -7,6 +7,9 @@ held-out inputs. A uniform mechanism has one strength for all heads of all sites
 attention weight that every head's columns and diagonals, or blocks, have to keep. The fastest of them is then met by
 the search at no more than the mean error that it was measured to have on the calibration inputs ("at equal error").
 
+With --also TARGET the same choices are priced for that target's GPU too, by the cost model of launches: ``gpu`` is what
+they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels.
+
 Errors are 0 for equal outputs and grow with distance: see ``attncompile.search.tasks.badness``. --write keeps models.
 """
 
@@ -15,12 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ from rich.console import Console
 from attncompile import measure, pipeline, policy
 from attncompile.console import LineProgress
 from attncompile.core.block_pattern import BlockPattern
+from attncompile.core.site import AttentionSite
+from attncompile.cost import shape_of
+from attncompile.gate import Edit
+from attncompile.gpu_cost import GpuCost
 from attncompile.passes.replace import apply
 from attncompile.plugins import mechanisms
 from attncompile.search import Search, Settings, choose, open_sites, split, tasks
@@ -59,6 +65,8 @@ class Row:
     held: list[float]
     choice: Choice
     measured: float | None = None
+    gpu: float | None = None
+    gpu_over_exact: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Without the choice: thousands of numbers."""
@@ -168,6 +176,20 @@ class Comparison:
         return row
 
 
+def priced(row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequence[Edit], gpu: GpuCost) -> None:
+    """The row's gains on a GPU, at the sizes of the model's fixed lengths."""
+    kernels = {e.site.id: e.lowering for e in exact}
+    lists = search.blocks(row.choice)
+    before = dense = ours = 0.0
+    for site in sites:
+        shape = shape_of(site, {})
+        file = gpu.before(site, shape)
+        best = min(file, gpu.milliseconds(site, kernels[site.id], {})) if site.id in kernels else file
+        before, dense = before + file, dense + best
+        ours += gpu.lists(site, shape, *lists[site.id]) if site.id in lists else best
+    row.gpu, row.gpu_over_exact = before / ours, dense / ours
+
+
 def first_fitting(strengths: Sequence[float | str], judge: Callable[[Any], Row], budget: float) -> list[Row]:
     """The sparsest strength whose bound keeps the budget, by bisection: errors fall as strengths grow."""
     low, high, best = 0, len(strengths) - 1, None
@@ -191,6 +213,7 @@ def main() -> None:
     parser.add_argument("--metric", default="relative_l2", choices=tuple(tasks.POWER))
     parser.add_argument("--policy", default="sparse")
     parser.add_argument("--target", default="onnx", help="whose predicted times count")
+    parser.add_argument("--also", help="a target for whose GPU the choices are priced too; fixed lengths")
     parser.add_argument("--fp16", action="store_true")
     parser.add_argument("--grid")
     parser.add_argument("--jobs", type=int, default=measure.default_threads())
@@ -211,12 +234,20 @@ def main() -> None:
     rules = policy.load_policy(given.policy, registry)
     exact = pipeline.edits(found, options)
     gpu = pipeline.gpu_of(options, targets.get(given.target), worlds)
+    also = None
+    if given.also:
+        also = pipeline.gpu_of(replace(options, precision="fp16"), targets.get(given.also), worlds)
+    sites = open_sites(found.detection.sites, rules, registry, exact)
     said = gpu.said if gpu is not None else "for the CPU"
     rows: list[Row] = []
     start = time.perf_counter()
 
     def noted(row: Row) -> None:
         rows.append(row)
+        if also is not None:
+            priced(row, search, sites, exact, also)
+        if given.write:
+            written(row, len(rows) - 1, given.write)
         if given.json:
             known, held = split(len(found.feeds))
             given.json.write_text(json.dumps({
@@ -224,8 +255,15 @@ def main() -> None:
                 "metric": given.metric, "max_error": given.max_error,
                 "budget": tasks.badness(given.metric, given.max_error), "confidence": rules.confidence,
                 "times": f"predicted {said}", "calibration": len(known), "held_out": len(held),
+                "also": also.said if also is not None else None,
                 "seconds": round(time.perf_counter() - start), "rows": [r.to_json() for r in rows],
             }, indent=1) + "\n", encoding="utf-8")  # fmt: skip
+
+    def written(row: Row, number: int, models: Path) -> Path:
+        place = models / f"{number}-{row.name.replace(' + ', '-').replace(', ', '-').replace(' ', '-')}"
+        place.mkdir(parents=True, exist_ok=True)
+        proto = apply(found.index.model, [(e.site, e.lowering) for e in search.edits(row.choice)])
+        return onnx_target.write(proto, found.model, place)
 
     with tempfile.TemporaryDirectory(prefix="attncompile-compare-") as name:
         folder = Path(name)
@@ -236,24 +274,15 @@ def main() -> None:
             settings, LineProgress(Console(stderr=True)), gpu, given.state or folder / "state",
         )  # fmt: skip
         try:
-            sites = open_sites(found.detection.sites, rules, registry, exact)
             spaces = [s for s in search.spaces(sites) if search.kept(s.site)]  # others have no heads to choose for
             limits = search.limits()
             Comparison(search, spaces, given.metric, limits, noted).rows()
-            models = given.write or folder / "models-of-rows"
-            for i, row in enumerate(rows if given.time or given.write else ()):
-                place = models / f"{i}-{row.name.split(',')[0].replace(' + ', '-').replace(' ', '-')}"
-                place.mkdir(parents=True, exist_ok=True)
-                proto = apply(found.index.model, [(e.site, e.lowering) for e in search.edits(row.choice)])
-                path = onnx_target.write(proto, found.model, place)
-                if given.time:
-                    before, after = (measure.open_session(p, lean=True) for p in (found.model.path, path))
-                    timing = measure.paired_conclusive(before, after, found.feeds[1], budget_seconds=20.0)
-                    row.measured = timing.gain
+            for i, row in enumerate(rows if given.time else ()):
+                path = written(row, i, folder / "timed")
+                before, after = (measure.open_session(p, lean=True) for p in (found.model.path, path))
+                row.measured = measure.paired_conclusive(before, after, found.feeds[1], budget_seconds=20.0).gain
             if rows and given.time:
                 noted(rows.pop())
-            if not given.write:
-                shutil.rmtree(models, ignore_errors=True)
         finally:
             search.close()
     print(table(rows))

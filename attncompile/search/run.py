@@ -105,6 +105,15 @@ class _HeadPlan:
     kept: list[np.ndarray] = field(default_factory=list)
 
 
+def spread(inputs: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``inputs``, the first and the last among them: what is given in groups differs most between its
+    ends.
+    """
+    if len(inputs) <= count:
+        return list(inputs)
+    return [inputs[round(i * (len(inputs) - 1) / (count - 1))] for i in range(count)]
+
+
 def split(count: int) -> tuple[list[int], list[int]]:
     """Numbers of the calibration inputs and of the held-out ones: every other one. A single input serves as both."""
     return (list(range(0, count, 2)), list(range(1, count, 2))) if count > 1 else ([0], [0])
@@ -392,7 +401,7 @@ class Search:
         missing = [i for i in inputs if not self._outputs(i).is_file()]
         path = self._found.model.path.resolve()
         assert self._executor is not None
-        probed = self._known[:PROBES]  # by another metric, of all outputs
+        probed = spread(self._known, PROBES)  # by another metric, of all outputs
         self._executor.map([
             tasks.Baseline(path, self._files[i], self._outputs(i), self._settings.provider, self._language,
                            self._language is None or i in probed) for i in missing
@@ -400,7 +409,7 @@ class Search:
 
     def _weighed(self, spaces: Sequence[SiteSpace]) -> list[SiteSpace]:
         """Spaces with the share of a site's squared change that arrives at the outputs, by changing one site alone."""
-        inputs = self._known[:PROBES]
+        inputs = spread(self._known, PROBES)
         metric = tasks.PROBE.get(self._settings.metric, "relative_l2")
         power = 1 / tasks.POWER[metric]
         self._progress.stage("probe sites", len(spaces))
@@ -488,6 +497,16 @@ class Search:
         its exact replacement.
         """
         return self._heads[site].time.dense if site in self._heads else None
+
+    def blocks(self, choice: Choice) -> dict[str, tuple[int, int]]:
+        """Of each site of ``choice`` with lists the edge of its blocks and how many of them all its heads have."""
+        found = {}
+        for site, picks in choice.items():
+            if site in self._heads:
+                plan = self._heads[site]
+                chosen = (offered[k].blocks(plan.geometry) for offered, k in zip(plan.offered, picks, strict=True))
+                found[site] = (plan.geometry.edge, sum(int(b.sum()) for b in chosen))
+        return found
 
     def density(self, choice: Choice) -> float:
         """Blocks over dense blocks, of all sites that have heads to choose for."""

@@ -105,15 +105,6 @@ class _HeadPlan:
     kept: list[np.ndarray] = field(default_factory=list)
 
 
-def spread(inputs: Sequence[int], count: int) -> list[int]:
-    """``count`` of ``inputs``, the first and the last among them: what is given in groups differs most between its
-    ends.
-    """
-    if len(inputs) <= count:
-        return list(inputs)
-    return [inputs[round(i * (len(inputs) - 1) / (count - 1))] for i in range(count)]
-
-
 def split(count: int) -> tuple[list[int], list[int]]:
     """Numbers of the calibration inputs and of the held-out ones: every other one. A single input serves as both."""
     return (list(range(0, count, 2)), list(range(1, count, 2))) if count > 1 else ([0], [0])
@@ -401,7 +392,7 @@ class Search:
         missing = [i for i in inputs if not self._outputs(i).is_file()]
         path = self._found.model.path.resolve()
         assert self._executor is not None
-        probed = spread(self._known, PROBES)  # by another metric, of all outputs
+        probed = self._known[:PROBES]  # by another metric, of all outputs
         self._executor.map([
             tasks.Baseline(path, self._files[i], self._outputs(i), self._settings.provider, self._language,
                            self._language is None or i in probed) for i in missing
@@ -409,7 +400,7 @@ class Search:
 
     def _weighed(self, spaces: Sequence[SiteSpace]) -> list[SiteSpace]:
         """Spaces with the share of a site's squared change that arrives at the outputs, by changing one site alone."""
-        inputs = spread(self._known, PROBES)
+        inputs = self._known[:PROBES]
         metric = tasks.PROBE.get(self._settings.metric, "relative_l2")
         power = 1 / tasks.POWER[metric]
         self._progress.stage("probe sites", len(spaces))

@@ -2,8 +2,8 @@
 
     python tools/search_compare.py MODEL --inputs FILE [--max-error 0.01] [--metric relative_l2] [--time] [--json OUT]
 
-Both choose on the calibration inputs, by the same bound and the same candidates' scores; both are then measured on the
-held-out inputs. A uniform mechanism has one strength for all heads of all sites: one window, or one share of the
+Both choose on the calibration inputs, by the same bound and the same candidates' scores; what then breaks the budget on
+the held-out inputs is refused and made denser, as in ``attncompile``. A uniform mechanism has one strength for all heads of all sites: one window, or one share of the
 attention weight that every head's columns and diagonals, or blocks, have to keep. The fastest of them is then met by
 the search at no more than the mean error that it was measured to have on the calibration inputs ("at equal error").
 
@@ -138,7 +138,9 @@ class Comparison:
         found = [self._noting(self._judged({}, EXACT, ""))]
         best, _ = choose.tune(self.spaces, self.limits, self._measured)
         if best is not None:
-            found.append(self._noting(self._judged(best.choice, EACH, "")))
+            best, _, refused = choose.corrected(self.spaces, best, self.limits, self._measured, self._later)
+            if best is not None:
+                found.append(self._noting(self._judged(best.choice, EACH, f"{refused} refused" if refused else "")))
         alike: list[Row] = []
         for name, strengths in families(self.spaces).items():
             kind = "" if isinstance(strengths[0], str) else name
@@ -146,7 +148,7 @@ class Comparison:
             def judge(strength: float | str, kind: str = kind, name: str = name) -> Row:
                 return self._judged(uniform(self.search, self.spaces, kind, strength), name, str(strength))
 
-            alike += [self._noting(r) for r in first_fitting(strengths, judge, self.limits.budget)]
+            alike += [self._noting(r) for r in first_fitting(strengths, judge, self._keeps)]
         if alike:
             found += [*alike, *self._equal(min(alike, key=lambda r: r.predicted))]
         return found
@@ -161,6 +163,14 @@ class Comparison:
     def _measured(self, choice: Choice) -> list[float]:
         return self.search.measured(choice, self.spaces, self.limits)
 
+    def _later(self, choice: Choice) -> list[float]:
+        return self.search.errors(choice, self.spaces, self.held, self.metric)
+
+    def _keeps(self, row: Row) -> bool:
+        """Whether a uniform choice keeps the budget by its bound, and on held-out inputs."""
+        budget = self.limits.budget
+        return bool(row.choice) and row.bound <= budget and self.limits.judged(self._later(row.choice)) <= budget
+
     def _judged(self, choice: Choice, name: str, strength: str) -> Row:
         errors = self._measured(choice) if choice else [0.0] * len(self.known)
         time_ = choose.time_of(self.spaces, choice)
@@ -171,7 +181,7 @@ class Comparison:
         """A row that stays: it meets the held-out inputs."""
         row.held = [0.0] * len(self.held)
         if row.choice:
-            row.held = self.search.errors(row.choice, self.spaces, self.held, self.metric)
+            row.held = self._later(row.choice)
         self._noted(row)
         return row
 
@@ -190,13 +200,15 @@ def priced(row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequ
     row.gpu, row.gpu_over_exact = before / ours, dense / ours
 
 
-def first_fitting(strengths: Sequence[float | str], judge: Callable[[Any], Row], budget: float) -> list[Row]:
-    """The sparsest strength whose bound keeps the budget, by bisection: errors fall as strengths grow."""
+def first_fitting(
+    strengths: Sequence[float | str], judge: Callable[[Any], Row], keeps: Callable[[Row], bool]
+) -> list[Row]:
+    """The sparsest strength that keeps the budget, by bisection: errors fall as strengths grow."""
     low, high, best = 0, len(strengths) - 1, None
     while low <= high:
         middle = (low + high) // 2
         row = judge(strengths[middle])
-        if row.choice and row.bound <= budget:
+        if keeps(row):
             best, high = row, middle - 1
         elif not row.choice:
             high = middle - 1  # so dense that nothing is gained

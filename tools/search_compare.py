@@ -3,9 +3,10 @@
     python tools/search_compare.py MODEL --inputs FILE [--max-error 0.01] [--metric relative_l2] [--time] [--json OUT]
 
 Both choose on the calibration inputs, by the same bound and the same candidates' scores; what then breaks the budget on
-the held-out inputs is refused and made denser, as in ``attncompile``. A uniform mechanism has one strength for all heads of all sites: one window, or one share of the
-attention weight that every head's columns and diagonals, or blocks, have to keep. The fastest of them is then met by
-the search at no more than the mean error that it was measured to have on the calibration inputs ("at equal error").
+the held-out inputs is refused and made denser, as in ``attncompile``. A uniform mechanism has one strength for all
+heads of all sites: one window, or one share of the attention weight that every head's columns and diagonals, or blocks,
+have to keep. The fastest of them is then met by the search at no more than the mean error that it was measured to have
+on the calibration inputs ("at equal error").
 
 With --also TARGET the same choices are priced for that target's GPU too, by the cost model of launches: ``gpu`` is what
 they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels.
@@ -148,7 +149,7 @@ class Comparison:
             def judge(strength: float | str, kind: str = kind, name: str = name) -> Row:
                 return self._judged(uniform(self.search, self.spaces, kind, strength), name, str(strength))
 
-            alike += [self._noting(r) for r in first_fitting(strengths, judge, self._keeps)]
+            alike += [self._noting(r) for r in first_fitting(strengths, judge, self.limits.budget, self._confirmed)]
         if alike:
             found += [*alike, *self._equal(min(alike, key=lambda r: r.predicted))]
         return found
@@ -166,10 +167,9 @@ class Comparison:
     def _later(self, choice: Choice) -> list[float]:
         return self.search.errors(choice, self.spaces, self.held, self.metric)
 
-    def _keeps(self, row: Row) -> bool:
-        """Whether a uniform choice keeps the budget by its bound, and on held-out inputs."""
-        budget = self.limits.budget
-        return bool(row.choice) and row.bound <= budget and self.limits.judged(self._later(row.choice)) <= budget
+    def _confirmed(self, row: Row) -> bool:
+        """Whether a choice keeps the budget on held-out inputs."""
+        return self.limits.judged(self._later(row.choice)) <= self.limits.budget
 
     def _judged(self, choice: Choice, name: str, strength: str) -> Row:
         errors = self._measured(choice) if choice else [0.0] * len(self.known)
@@ -201,20 +201,28 @@ def priced(row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequ
 
 
 def first_fitting(
-    strengths: Sequence[float | str], judge: Callable[[Any], Row], keeps: Callable[[Row], bool]
+    strengths: Sequence[float | str], judge: Callable[[Any], Row], budget: float, confirmed: Callable[[Row], bool]
 ) -> list[Row]:
-    """The sparsest strength that keeps the budget, by bisection: errors fall as strengths grow."""
+    """The sparsest strength whose bound keeps the budget, by bisection: errors fall as strengths grow; or the next denser
+    one that is ``confirmed`` too.
+    """
     low, high, best = 0, len(strengths) - 1, None
     while low <= high:
         middle = (low + high) // 2
         row = judge(strengths[middle])
-        if keeps(row):
+        if row.choice and row.bound <= budget:
             best, high = row, middle - 1
         elif not row.choice:
             high = middle - 1  # so dense that nothing is gained
         else:
             low = middle + 1
-    return [best] if best is not None else []
+    if best is None or confirmed(best):
+        return [best] if best is not None else []
+    for strength in strengths[high + 2 :]:
+        row = judge(strength)
+        if row.choice and row.bound <= budget and confirmed(row):
+            return [row]
+    return []
 
 
 def main() -> None:

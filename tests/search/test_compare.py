@@ -96,6 +96,9 @@ def test_bisection_takes_the_sparsest_strength_that_keeps_the_budget() -> None:
 
     strengths = [0.1, 0.2, 0.3, 0.4, 0.5]
     for budget, want in ((1.0, "0.1"), (0.34, "0.3"), (0.2, "0.5")):
-        found = compare.first_fitting(strengths, judge, lambda row, b=budget: row.bound <= b)
+        found = compare.first_fitting(strengths, judge, budget, lambda row: True)
         assert [r.strength for r in found] == [want]
-    assert compare.first_fitting(strengths, judge, lambda row: False) == []
+    assert compare.first_fitting(strengths, judge, 0.1, lambda row: True) == []
+    # What held-out inputs refuse is made denser.
+    (row,) = compare.first_fitting(strengths, judge, 0.34, lambda row: row.strength > "0.35")
+    assert row.strength == "0.4" and compare.first_fitting(strengths, judge, 0.34, lambda row: False) == []

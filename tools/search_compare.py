@@ -203,8 +203,8 @@ def priced(row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequ
 def first_fitting(
     strengths: Sequence[float | str], judge: Callable[[Any], Row], budget: float, confirmed: Callable[[Row], bool]
 ) -> list[Row]:
-    """The sparsest strength whose bound keeps the budget, by bisection: errors fall as strengths grow; or the next denser
-    one that is ``confirmed`` too.
+    """The sparsest strength whose bound keeps the budget, by bisection: errors fall as strengths grow; or the next
+    denser one that is ``confirmed`` too.
     """
     low, high, best = 0, len(strengths) - 1, None
     while low <= high:

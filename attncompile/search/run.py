@@ -358,11 +358,11 @@ class Search:
             self._baselines([inputs[k] for k in missing])
             provider = self._settings.provider
             path = self._slim.write(self.edits(choice, spaces))
-            language = self._language if metric == "perplexity" else None
             work = [
-                tasks.Error(path, stamp, self._files[inputs[k]], self._outputs(inputs[k]), metric, provider, language)
+                tasks.Error(path, stamp, self._files[inputs[k]], self._outputs(inputs[k]), metric, provider,
+                            self._language)
                 for k in missing
-            ]
+            ]  # fmt: skip
             for k, error in zip(missing, self._executor.map(work), strict=True):
                 if not np.isfinite(error) and _BROKEN not in self._warnings:
                     self._warnings.append(_BROKEN)

@@ -140,8 +140,8 @@ LOSS = "loss of the next token"
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Runs the original once and keeps its outputs in ``out`` (.npz); with ``language`` the loss too, and without
-    ``whole`` it alone.
+    """Runs the original once and keeps its outputs in ``out`` (.npz); with ``language`` the logits and the loss, or
+    without ``whole`` the loss alone.
     """
 
     model: Path
@@ -156,8 +156,9 @@ class Baseline:
         names = [o.name for o in session.get_outputs()]
         feed = load(self.feed)
         values = dict(zip(names, measure.run_session(session, feed, names), strict=True))
-        kept = dict(values) if self.whole else {}
+        kept = dict(values)
         if self.language is not None:
+            kept = {self.language.logits: values[self.language.logits]} if self.whole else {}
             kept[LOSS] = np.array(self.language.loss(values, feed))
         save(self.out, kept)
 
@@ -165,8 +166,8 @@ class Baseline:
 @dataclass(frozen=True, slots=True)
 class Error:
     """How far the model's outputs are from those of ``baseline``, by ``metric``, the worst output's: see ``badness``.
-    Infinite where the model does not run, gives NaN, or changes whole numbers. With ``language``, of which perplexity
-    is asked, the logarithm of its rise, which may be negative.
+    Infinite where the model does not run, gives NaN, or changes whole numbers. With ``language`` the logits alone
+    count; of perplexity it is the logarithm of the rise, which may be negative.
     """
 
     model: Path
@@ -187,10 +188,10 @@ class Error:
             raise
         except AttncompileError:
             return float("inf")
-        if self.language is not None:
+        if self.language is not None and self.metric == "perplexity":
             rise = self.language.loss(ours, feed) - float(load(self.baseline, [LOSS])[LOSS])
             return rise if np.isfinite(rise) else float("inf")
-        stored = {n: v for n, v in load(self.baseline).items() if n != LOSS}
+        stored = {n: v for n, v in load(self.baseline).items() if n in names or self.language is None}
         return max(distance(value, ours[name], self.metric) for name, value in stored.items())
 
 

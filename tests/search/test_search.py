@@ -336,7 +336,7 @@ def test_logits_are_kept_of_probed_inputs_alone(tmp_path: Path) -> None:
     assert tasks.Error(path, "same", given, out, "perplexity", language=told)(1) == pytest.approx(0, abs=1e-6)
     tasks.Baseline(path, given, out, language=told)(1)
     assert list(arrays.load(out)) == ["logits", tasks.LOSS] and list(arrays.load(out, [tasks.LOSS])) == [tasks.LOSS]
-    assert tasks.Error(path, "same", given, out, "kl")(1) == pytest.approx(0, abs=1e-9)
+    assert tasks.Error(path, "same", given, out, "kl", language=told)(1) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_choice_that_lost_is_not_measured_to_the_end(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

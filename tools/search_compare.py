@@ -8,6 +8,8 @@ heads of all sites: one window, or one share of the attention weight that every 
 have to keep. The fastest of them is then met by the search at no more than the mean error that it was measured to have
 on the calibration inputs ("at equal error").
 
+With --density there is no budget: all are made to keep so many blocks, and their errors are measured.
+
 With --also TARGET the same choices are priced for that target's GPU too, by the cost model of launches: ``gpu`` is what
 they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels.
 
@@ -154,6 +156,23 @@ class Comparison:
             found += [*alike, *self._equal(min(alike, key=lambda r: r.predicted))]
         return found
 
+    def rows_at(self, density: float) -> list[Row]:
+        """What keeps at most this share of the blocks, with the error that it is measured to have: the search's choice
+        with the least predicted damage, and of every uniform mechanism the densest that is sparse enough.
+        """
+        search, spaces = self.search, self.spaces
+        found = [self._noting(self._judged({}, EXACT, ""))]
+        choice = choose.within_density(spaces, density, search.density)
+        found.append(self._noting(self._judged(choice, EACH, "")))
+        for name, strengths in families(spaces).items():
+            kind = "" if isinstance(strengths[0], str) else name
+            fitting = [(search.density(c), str(s), c) for s in strengths for c in [uniform(search, spaces, kind, s)]]
+            fitting = [f for f in fitting if f[2] and f[0] <= density]
+            if fitting:
+                _, strength, alike = max(fitting, key=lambda f: f[0])
+                found.append(self._noting(self._judged(alike, name, strength)))
+        return found
+
     def _equal(self, other: Row) -> list[Row]:
         """What the search finds with no larger a mean error than ``other`` was measured to have."""
         budget = float(np.mean(other.errors))
@@ -162,6 +181,8 @@ class Comparison:
         return [self._noting(self._judged(best.choice, EQUAL, f"mean {budget:.3g}"))] if best is not None else []
 
     def _measured(self, choice: Choice) -> list[float]:
+        if self.limits.budget == math.inf:
+            return self.search.errors(choice, self.spaces, self.known, self.metric)
         return self.search.measured(choice, self.spaces, self.limits)
 
     def _later(self, choice: Choice) -> list[float]:
@@ -230,6 +251,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--inputs", type=Path, required=True)
     parser.add_argument("--max-error", type=float, default=0.01)
+    parser.add_argument("--density", type=float, help="in place of a budget: errors of what keeps so many blocks")
     parser.add_argument("--metric", default="relative_l2", choices=tuple(tasks.POWER))
     parser.add_argument("--policy", default="sparse")
     parser.add_argument("--target", default="onnx", help="whose predicted times count")
@@ -272,8 +294,10 @@ def main() -> None:
             known, held = split(len(found.feeds))
             given.json.write_text(json.dumps({
                 "command": " ".join(["python tools/search_compare.py", *sys.argv[1:]]),
-                "metric": given.metric, "max_error": given.max_error,
-                "budget": tasks.badness(given.metric, given.max_error), "confidence": rules.confidence,
+                "metric": given.metric, "density": given.density,
+                "max_error": given.max_error if given.density is None else None,
+                "budget": tasks.badness(given.metric, given.max_error) if given.density is None else None,
+                "confidence": rules.confidence,
                 "times": f"predicted {said}", "calibration": len(known), "held_out": len(held),
                 "also": also.said if also is not None else None,
                 "seconds": round(time.perf_counter() - start), "rows": [r.to_json() for r in rows],
@@ -287,8 +311,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="attncompile-compare-") as name:
         folder = Path(name)
-        settings = Settings(given.metric, given.max_error, None, rules.confidence, given.jobs, threads=given.threads,
-                            provider=given.provider)  # fmt: skip
+        settings = Settings(given.metric, given.max_error, given.density, rules.confidence, given.jobs,
+                            threads=given.threads, provider=given.provider)  # fmt: skip
         search = Search(
             found, rules, registry, found.feeds, [worlds(binding_of(found, f)) for f in found.feeds], exact, folder,
             settings, LineProgress(Console(stderr=True)), gpu, given.state or folder / "state",
@@ -296,7 +320,10 @@ def main() -> None:
         try:
             spaces = [s for s in search.spaces(sites) if search.kept(s.site)]  # others have no heads to choose for
             limits = search.limits()
-            Comparison(search, spaces, given.metric, limits, noted).rows()
+            if given.density is None:
+                Comparison(search, spaces, given.metric, limits, noted).rows()
+            else:
+                Comparison(search, spaces, given.metric, replace(limits, budget=math.inf), noted).rows_at(given.density)
             for i, row in enumerate(rows if given.time else ()):
                 path = written(row, i, folder / "timed")
                 before, after = (measure.open_session(p, lean=True) for p in (found.model.path, path))
@@ -306,7 +333,8 @@ def main() -> None:
         finally:
             search.close()
     print(table(rows))
-    print(f"\nbudget {given.metric} {given.max_error:g}, times predicted {said}: {verdict(rows)}")
+    if given.density is None:
+        print(f"\nbudget {given.metric} {given.max_error:g}, times predicted {said}: {verdict(rows)}")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -64,6 +64,17 @@ def test_each_head_its_own_beats_what_is_alike(
     assert models[:2] == ["0-exact-replacements-only", "1-each-head-its-own"] and len(models) == len(found["rows"])
 
 
+def test_at_one_density_errors_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compared(tmp_path, monkeypatch, "--density", "0.4", "--also", "onnxruntime-cuda")
+    rows = {r["name"]: r for r in found["rows"]}
+    assert found["budget"] is None and found["max_error"] is None and "sm_90" in found["also"]
+    exact, best = rows.pop(compare.EXACT), rows.pop(compare.EACH)
+    assert {"blocks", "slash", "sinks 1 + window"} <= set(rows) and exact["gpu_over_exact"] == 1.0
+    for row in rows.values():
+        assert row["density"] <= 0.4 and best["mean"] < row["mean"] and best["held_mean"] < row["held_mean"]
+        assert row["gpu"] > 0
+
+
 def test_a_policys_fields_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``confidence`` and the sites at the ends that stay dense."""
     policy = tmp_path / "mine.toml"

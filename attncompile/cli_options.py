@@ -73,8 +73,8 @@ Metric = Annotated[
     str | None,
     typer.Option(
         "--metric", metavar="M", show_default=False,
-        help="What --max-error is measured in: relative_l2, max_abs, cosine, psnr, kl or top1_agreement. Default: "
-        "the policy's, or relative_l2.",
+        help="What --max-error is measured in: relative_l2, max_abs, cosine, psnr, kl, top1_agreement or perplexity "
+        "(its relative rise). Default: the policy's, or relative_l2.",
     ),
 ]  # fmt: skip
 Density = Annotated[
@@ -184,7 +184,7 @@ Format = Annotated[str, typer.Option("--format", metavar="table|json", help="Wha
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 TARGETS = ("onnx", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt")
-METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement")
+METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement", "perplexity")
 
 _GRID = re.compile(r"[1-9]\d*(x[1-9]\d*){0,2}(\+\d+){0,2}")
 

@@ -61,6 +61,10 @@ _Models = list[tuple[str, Mapping[str, int], SiteModel]]
 EXTRA_CASES_BELOW = 1 << 26
 """Score elements of one run (16 heads of 2,048 tokens) above which the extra cases are left to the smaller shapes."""
 
+LEAN_ABOVE = 1 << 27
+"""Score elements of one run (8 heads of 4,096 tokens) above which sites are timed in sessions that give memory back:
+with ONNX Runtime's arenas two runs of a site of 6 heads and 8,192 tokens and its replacement held 11 GB."""
+
 EXTRA_MEMORY_CAP = 1 << 27
 """Bytes of a float64 intermediate above which the extra cases are judged on sampled query rows."""
 
@@ -197,7 +201,8 @@ class SiteGate:
         if verify.uses_bfloat16(model.original):  # the CPU provider has no kernels for it
             protos = [verify.retype(p, verify.TO_TWIN) for p in protos]
             feed = verify.convert_feed(feed, protos[0])
-        pair = [measure.open_session(p.SerializeToString(), self._threads) for p in protos]
+        lean = verify.largest_intermediate(model.original) > LEAN_ABOVE  # both sessions would keep what they need
+        pair = [measure.open_session(p.SerializeToString(), self._threads, lean=lean) for p in protos]
         timing = measure.paired_conclusive(pair[0], pair[1], feed, budget_seconds=self._seconds, threads=self._threads)
         return ShapeTiming(label, binding, timing)
 

@@ -256,6 +256,8 @@ def _plan(
         notes.append(f"assumed sizes of dynamic dimensions: {ranges} (set them with --profile)")
     if policy.approximate and options.inputs is None:
         notes.append(f"policy {policy.name}: exact replacements only, because no --inputs were given")
+    if policy.approximate and options.inputs is not None and (options.metric or policy.metric) == "perplexity":
+        verify.next_token(found.model.proto)  # what cannot be measured is refused before hours of search
     budget = policy.max_error if options.max_error is None else options.max_error
     asked = {"max_error": budget} if options.density is None else {"density": options.density}
     settings = {**asked, "metric": options.metric or policy.metric}

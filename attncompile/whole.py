@@ -223,12 +223,10 @@ class Run:
 
     def _approximate(self, plan: Plan) -> Plan:
         """Searches among sites that are not made sparse exactly, and checks what was chosen alone."""
-        by_name = {m.name: m for m in self._registry}
-        sparse = {e.site.id for e in self._edits if by_name[e.decision.mechanism].skips_keys}
-        sites = self._found.detection.sites
-        allowed = sites[self._policy.keep_first : len(sites) - self._policy.keep_last]
-        chosen = [s for s in allowed if s.id not in sparse and s.id in (self._options.sites or {s.id})]
         options = self._options
+        chosen = search.open_sites(
+            self._found.detection.sites, self._policy, self._registry, self._edits, options.sites
+        )  # fmt: skip
         settings = search.Settings(
             self._metric(), self._limit(), options.density, self._policy.confidence,
             options.jobs or measure.default_threads(), options.executor, options.threads, options.provider,

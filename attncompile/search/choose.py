@@ -15,10 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attncompile.search.confidence import FLOOR, upper_bound
+from attncompile.search.confidence import FLOOR, mean_bound, upper_bound
 
 Choice = Mapping[str, tuple[int, ...]]
 """Site -> candidate of each of its units; sites that stay as they are are left out."""
+
+
+_MARGIN = 1.5
+"""Where a mean counts, single errors may be negative: the rest may make up for this share of the budget less 1."""
+
+_LEAP = 3.0
+"""By how much the logarithm of the damage grows at most from one model that is measured to the next: where errors are
+hardly there they say nothing of how far one may go."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +120,8 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a choice is judged by: ``budget`` for the errors of ``future`` more inputs, with this confidence. ``power``:
-    errors grow like damage to it, near enough to begin with.
+    errors grow like damage to it, near enough to begin with. ``together``: the mean over inputs keeps the budget, not
+    each of them.
     """
 
     budget: float
@@ -120,6 +129,21 @@ class Limits:
     confidence: float
     power: float = 0.5
     evaluations: int = 9
+    together: bool = False
+
+    def bound(self, errors: Sequence[float]) -> float:
+        """What further inputs stay below, from the errors of the calibration inputs."""
+        return (mean_bound if self.together else upper_bound)(errors, self.future, self.confidence)
+
+    def lost(self, errors: Sequence[float], count: int) -> bool:
+        """Whether the budget is exceeded whatever the others of ``count`` inputs give."""
+        if not self.together:
+            return max(errors) > self.budget
+        return sum(errors) / count > _MARGIN * self.budget
+
+    def judged(self, errors: Sequence[float]) -> float:
+        """What the budget is for, of inputs that were measured."""
+        return float(np.mean(errors)) if self.together else max(errors)
 
 
 def tune(
@@ -128,7 +152,7 @@ def tune(
 ) -> tuple[Point | None, list[Point]]:  # fmt: skip
     """The fastest choice that was measured to keep the budget, and all that were measured.
 
-    ``measure`` gives the error of the whole model on every calibration input.
+    ``measure`` gives the error of the whole model on every calibration input, or on so many that the budget is lost.
     """
     base = sum(s.base for s in spaces) or 1.0
     points: list[Point] = []
@@ -137,7 +161,7 @@ def tune(
         known = next((p for p in points if p.choice == choice), None)
         if known is None:
             errors = tuple(float(e) for e in measure(choice))
-            bound = upper_bound(errors, limits.future, limits.confidence)
+            bound = limits.bound(errors)
             known = Point(time_of(spaces, choice) / base, damage_of(spaces, choice), errors, bound, choice)
             points.append(known)
             advance()
@@ -169,7 +193,7 @@ def tune(
                 break
         else:
             high = min(high, here)
-        step = away / limits.power if math.isfinite(away) else -3.0
+        step = min(away / limits.power, _LEAP) if math.isfinite(away) else -3.0
         target = here + step
         if math.isfinite(low) and math.isfinite(high):
             if high - low < 0.1:
@@ -197,17 +221,17 @@ def corrected(
         worst = point.bound
         if worst <= limits.budget:
             errors = tuple(float(e) for e in held(point.choice))
-            if max(errors) <= limits.budget:
+            if limits.judged(errors) <= limits.budget:
                 return point, errors, refused
             refused += 1
-            worst = max(errors)
+            worst = limits.judged(errors)
         over = worst / limits.budget
         shrink = 0.9 * over ** (-1 / limits.power) if math.isfinite(over) else 0.25
         choice = within_damage(spaces, point.damage * shrink)
         if not choice or refused == tries:
             break
         known = tuple(float(e) for e in measure(choice))
-        bound = upper_bound(known, limits.future, limits.confidence)
+        bound = limits.bound(known)
         point = Point(time_of(spaces, choice) / base, damage_of(spaces, choice), known, bound, choice)
     return None, (), refused
 

@@ -146,7 +146,9 @@ class Fit:
         model = self._found.model.hash
         if not chosen:
             return Fitted(model, {}, settings.to_json()), self._report(sites, refused, {}, None)
-        self._executor = executors.make(settings.executor, settings.jobs, self._threads)
+        here = settings.jobs == 1 and settings.executor == "local"
+        made = executors.Inline(self._threads) if here else None
+        self._executor = made or executors.make(settings.executor, settings.jobs, self._threads)
         try:
             return self._run(chosen, able, refused, sites, given)
         finally:

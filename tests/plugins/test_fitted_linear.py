@@ -19,6 +19,7 @@ from attncompile.core.feature_map import FeatureMaps, Kind
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Shape, understood
 from attncompile.core.site import AttentionSite, Cache, Operand
+from attncompile.gpu_cost import GpuCost
 from attncompile.plugins import mechanism
 from attncompile.plugins.linear_attention.fitted import FittedLinearAttention, fitted_reference
 from attncompile.plugins.linear_attention.op import APPLY, OUTPUT, STATE, STATES
@@ -157,6 +158,15 @@ def test_hedgehog_is_carried_by_the_ops_and_else_in_front_of_them() -> None:
     assert types("relu")[-2:] == types("mala")[-2:] == [STATE, APPLY]
     assert types("relu", mask=CAUSAL)[-2:] == types("hedgehog", mask=CAUSAL)[-2:] == [STATES, OUTPUT]
     assert types("hedgehog", mask=CAUSAL).count("Exp") == 4
+
+
+@pytest.mark.parametrize("kind", ["relu", "mala"])
+def test_what_stands_in_front_of_the_ops_has_no_predicted_time_on_a_gpu(kind: Kind) -> None:
+    at, held = site(), maps(kind, site())
+    lowering = FittedLinearAttention({at.id: [held]}).lower(at, {"map": kind, "fit": held.digest}, 18)
+    cost = GpuCost(lambda binding: pytest.fail("not needed"), {}, 90, "float16", False)
+    with pytest.raises(Unsupported, match="in front of the ops"):
+        cost.milliseconds(at, lowering, {})
 
 
 REFUSED = {

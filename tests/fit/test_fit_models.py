@@ -21,6 +21,7 @@ from attncompile.pipeline import Options
 from attncompile.plugins.linear_attention.fitted import fitted_reference
 from attncompile.report import Report
 from tests.fit import constructed
+from tests.passes import attention_graphs
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("brief")
@@ -195,3 +196,30 @@ def test_one_input_says_nothing_of_others(tmp_path: Path, capfd: pytest.CaptureF
         main(["fit", str(model), "--inputs", str(inputs), "-o", str(tmp_path / "m.npz"), "--map", "mala", *FAST]) == 0
     )
     assert "one input: nothing is said of others" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_what_is_judged_is_what_the_model_then_does(
+    mask: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Groups of heads, a batch: where the output is the site's, both numbers are of the same thing."""
+    spec = attention_graphs.Spec(heads=4, kv_heads=2, length=37, head_dim=6, mask=mask, scale=0.4, scale_at="scores")
+    model = attention_graphs.build(spec)
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    rng = np.random.default_rng(4)
+    feeds = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
+    path, inputs = constructed.write(tmp_path, model, feeds)
+    maps, said = fitted(tmp_path, path, inputs, capfd, "--steps", "30")
+    (of_site,) = said["sites"]
+    assert len(of_site["maps"]) == (2 if mask == "causal" else 3)
+    for m in of_site["maps"]:
+        assert len(m["heads"]) == 4
+        assert m["model"] == pytest.approx(m["output"], rel=1e-3)
+
+    # Held-out inputs choose nothing: others in their place leave the maps as they are.
+    feeds[1]["x"] = feeds[1]["x"] * 3
+    path, inputs = constructed.write(tmp_path, model, feeds)
+    again, other = fitted(tmp_path, path, inputs, capfd, "--steps", "30")
+    assert [m.digest for m in again.maps["site0"]] == [m.digest for m in maps.maps["site0"]]
+    assert other["sites"][0]["maps"][0]["output"] != of_site["maps"][0]["output"]
+    assert other["sites"][0]["maps"][0]["output_fitted_on"] == of_site["maps"][0]["output_fitted_on"]

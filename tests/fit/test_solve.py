@@ -144,3 +144,20 @@ def test_a_seed_decides_all(tmp_path: Path) -> None:
                    env={**os.environ, "PYTHONPATH": str(root)})  # fmt: skip
     with np.load(path) as there:
         assert all(np.array_equal(made[n], there[n]) for n in made)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["hedgehog", "relu"])
+def test_what_is_learned_from_is_what_is_judged(kind: str, causal: bool) -> None:
+    """The softmax and the weights in the losses, against the judge's, which shares no code with them."""
+    import torch
+
+    e = entry(0, planted=False)
+    learner = solve._Learner(torch, [e], kind, SCALE, causal, None, 0)
+    maps = learner.start(9)
+    query, rows, key, _ = learner.entries[0]
+    arrays = {n: p.numpy() for n, p in maps.items()}
+    for h in range(2):
+        want, ours = (x[h].numpy() for x in learner.both(query, rows, key, maps))
+        np.testing.assert_allclose(want, weights(e, h, SCALE, causal), atol=2e-6)
+        np.testing.assert_allclose(ours, fitted_weights(e, h, kind, arrays, causal), atol=2e-6)

@@ -100,6 +100,13 @@ Provider = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", show_default=False, help="Apply this (edited) plan.toml.")
 ]
+Fitted = Annotated[
+    Path | None,
+    typer.Option(
+        "--fitted", metavar="FILE", show_default=False,
+        help="Feature maps that `fit` wrote, or the folder OUT of a run that used some. Default: policy linear fits.",
+    ),
+]  # fmt: skip
 RequireSites = Annotated[
     int | None,
     typer.Option("--require-sites", metavar="N", show_default=False, help="Fail unless N sites or more are found."),

@@ -19,6 +19,7 @@ MECHANISMS = (
     "attncompile.plugins.neighborhood.mechanism:NeighborhoodAttention",
     "attncompile.plugins.block_sparse.mechanism:BlockSparseAttention",
     "attncompile.plugins.linear_attention.mechanism:LinearAttention",
+    "attncompile.plugins.linear_attention.fitted:FittedLinearAttention",
     "attncompile.plugins.attention.dense_mechanism:DenseAttention",
     "attncompile.plugins.attention.standard_mechanism:Attention",
 )

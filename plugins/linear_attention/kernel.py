@@ -328,9 +328,9 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         return [tactic(4, 1, BK=8, BV=min(v1, 128), AHEAD=8)]
     if is_hedgehog(call):
         across = max(k1, power(call.attributes["width"]))
-        rows, blocks = ("BN", {}) if op == STATE else ("BM", {"BLOCKS": 4})
-        best = tactic(8, 2, BV=min(v1, 32), **{rows: 64 if across <= 64 else 32}, FAST=1, **blocks)
-        return [best, tactic(4 if across <= 64 else 8, 1, BV=16, **{rows: 32}, FAST=0, **blocks)]
+        tile, blocks = ("BN", {}) if op == STATE else ("BM", {"BLOCKS": 4})
+        best = tactic(8, 2, BV=min(v1, 32), **{tile: 64 if across <= 64 else 32}, FAST=1, **blocks)
+        return [best, tactic(4 if across <= 64 else 8, 1, BV=16, **{tile: 32}, FAST=0, **blocks)]
     if op == STATE:
         heads = min(side_by_side(call), 4)
         across = wide * heads

@@ -93,7 +93,7 @@ class SiteGate:
         return self._checked(edit, timed=True)
 
     def exact(self, edit: Edit) -> SiteResult:
-        """``check`` without speed, which says nothing of what another machine will run. An approximation passes."""
+        """``check`` of an exact site without speed, which says nothing of what another machine will run."""
         return self._checked(edit, timed=False)
 
     def _checked(self, edit: Edit, timed: bool) -> SiteResult:

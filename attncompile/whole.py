@@ -152,7 +152,7 @@ class Run:
         """
         mechanism = next(m for m in self._registry if m.name == edit.decision.mechanism)
         parameters = kernel_parameters(mechanism, edit.site, edit.decision.parameters)
-        if self._gpu is None or parameters == edit.decision.parameters:
+        if self._gpu is None or not edit.decision.exact or parameters == edit.decision.parameters:
             return edit
         decision = replace(edit.decision, parameters=parameters)
         changed = Edit.of(edit.site, decision, mechanism, self._found.index.model.opset)

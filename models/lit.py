@@ -65,7 +65,7 @@ def _lit(options: Options) -> Built:
         size = replace(size, layers=options.layers)
     side = side_of(options.tokens, size.side)
     model, built = denoiser(options, size.heads, size.width // size.heads, size.layers, side, size.labels)
-    for block in model.transformer_blocks:
+    for block in model.get_submodule("transformer_blocks").children():
         block.attn1 = attention(size.width, size.heads, side)
     seed_weights(model, options.seed)
     return built

@@ -105,10 +105,9 @@ class _LinearKernel:
         for name, dim in (("head", call.head_dim), ("value", call.value_dim)):
             if not 16 <= dim <= 256 or dim % 8:
                 raise Unsupported("head-dim", f"{name} dim {dim}: kernels take multiples of 8 from 16 to 256")
-        hedgehog = HEDGEHOG in (call.attributes.get("query_map"), call.attributes.get("key_map"))
-        if hedgehog and self.op in (STATE, APPLY):
+        if is_hedgehog(call):
             self._check_hedgehog(call)
-        for name in ("query_map", "key_map"):
+        for name in ("query_map", "key_map") if self.op != COMBINE else ():
             if call.attributes.get(name, "none") not in (*MAPS, *([HEDGEHOG] if self.op in (STATE, APPLY) else [])):
                 raise Unsupported("feature-map", f"there is no kernel of the map {call.attributes[name]}")
         if self.op in CAUSAL and call.attributes.get("key_map") == "softmax":
@@ -264,7 +263,7 @@ def widths(call: OpCall) -> dict[str, Constant]:
 
 def is_hedgehog(call: OpCall) -> bool:
     """Whether features are those of learned weights: the op's own kernel reads none."""
-    return HEDGEHOG in (call.attributes.get("query_map"), call.attributes.get("key_map"))
+    return call.op in (STATE, APPLY) and HEDGEHOG in (call.attributes.get("query_map"), call.attributes.get("key_map"))
 
 
 def power(dim: int) -> int:
@@ -327,11 +326,11 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
     wide = max(k1, v1)
     if op == COMBINE:
         return [tactic(4, 1, BK=8, BV=min(v1, 128), AHEAD=8)]
-    if op in (STATE, APPLY) and is_hedgehog(call):
+    if is_hedgehog(call):
         across = max(k1, power(call.attributes["width"]))
-        rows, blocks = ("BN", {}) if op == STATE else ("BM", {"BLOCKS": 4})
-        best = tactic(8, 2, BV=min(v1, 32), **{rows: 64 if across <= 64 else 32}, FAST=1, **blocks)
-        return [best, tactic(4 if across <= 64 else 8, 1, BV=16, **{rows: 32}, FAST=0, **blocks)]
+        tile, blocks = ("BN", {}) if op == STATE else ("BM", {"BLOCKS": 4})
+        best = tactic(8, 2, BV=min(v1, 32), **{tile: 64 if across <= 64 else 32}, FAST=1, **blocks)
+        return [best, tactic(4 if across <= 64 else 8, 1, BV=16, **{tile: 32}, FAST=0, **blocks)]
     if op == STATE:
         heads = min(side_by_side(call), 4)
         across = wide * heads

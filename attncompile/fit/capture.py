@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +56,7 @@ def place(number: int, site: AttentionSite, folder: Path) -> Place:
 @dataclass(frozen=True, slots=True)
 class Capture:
     """Writes the entries of one group of sites for one input, numbered from ``entry`` on (a batch has several); gives
-    their number.
+    their number. ``stamp`` tells models apart that were written to one path.
     """
 
     model: Path
@@ -63,12 +65,13 @@ class Capture:
     rows: int
     entry: int
     seed: int
+    stamp: str
     provider: Provider = "cpu"
 
     def __call__(self, threads: int) -> int:
         given = load(self.feed)
         wanted = sorted({n for p in self.places for n in p.names} - given.keys())
-        session = measure.open_session(self.model, threads, provider=self.provider)
+        session = _session(self.model, self.stamp, threads, self.provider)
         values = {**given, **dict(zip(wanted, measure.run_session(session, given, wanted), strict=True))}
         count = 0
         for p in self.places:
@@ -87,6 +90,11 @@ class Capture:
                         "key": key[b, g], "value": value[b, g],
                     })  # fmt: skip
         return count
+
+
+@lru_cache(maxsize=1)
+def _session(model: Path, stamp: str, threads: int, provider: Provider) -> Any:
+    return measure.open_session(model, threads, provider=provider)
 
 
 def entries(place: Place, head: int, numbers: Sequence[int]) -> list[Entry]:

@@ -5,6 +5,7 @@ Of the inputs the same half is fitted on that a search calibrates on; the other 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ class Fit:
         progress: Progress, gpu: GpuCost | None = None,
     ) -> None:  # fmt: skip
         self._found, self._feeds, self._worlds = found, feeds, worlds
-        self._scratch, self._settings, self._progress, self._gpu = scratch, settings, progress, gpu
+        self._scratch, self._settings, self._progress, self._gpu = scratch / "fit", settings, progress, gpu
         self._threads = settings.threads or measure.default_threads()
         known, held = split(len(feeds))
         self._known, self._held = known, held if len(feeds) > 1 else []
@@ -153,6 +154,7 @@ class Fit:
             return self._run(chosen, able, refused, sites, given)
         finally:
             self._executor.close()
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _run(
         self, chosen: Sequence[AttentionSite], able: Mapping[str, list[Kind]], refused: list[FitSite],
@@ -161,9 +163,9 @@ class Fit:
         files = []
         (self._scratch / "inputs").mkdir(parents=True, exist_ok=True)
         for number, feed in enumerate(self._feeds):
-            files.append(self._scratch / "inputs" / f"fit-{number}.npz")
+            files.append(self._scratch / "inputs" / f"{number}.npz")
             save(files[-1], feed)
-        slim = SlimModel(self._found.index.model, self._scratch / "fit-models")
+        slim = SlimModel(self._found.index.model, self._scratch / "models")
         places = {s.id: place(i, s, self._scratch) for i, s in enumerate(chosen)}
         known, held = self._capture(chosen, places, files, slim)
         maps = dict(given.maps) if given is not None else self._solve(chosen, able, places, known)
@@ -207,7 +209,16 @@ class Fit:
             numbers: list[int] = []
             for number in part:
                 work = [
-                    Capture(model, files[number], tuple(g), ROWS, start, self._settings.seed, self._settings.provider)
+                    Capture(
+                        model,
+                        files[number],
+                        tuple(g),
+                        ROWS,
+                        start,
+                        self._settings.seed,
+                        self._found.model.hash,
+                        self._settings.provider,
+                    )
                     for g in groups
                 ]
                 count = max(self._executor.map(work, self._progress.advance))
@@ -277,7 +288,7 @@ class Fit:
         assert self._executor is not None
         mechanism = FittedLinearAttention(fitted.maps)
         inputs = (self._held or self._known)[:PROBES]
-        baselines = {i: self._scratch / f"fit-outputs-{i}.npz" for i in inputs}
+        baselines = {i: self._scratch / f"outputs-{i}.npz" for i in inputs}
         path = self._found.model.path.resolve()
         provider = self._settings.provider
         self._executor.map([tasks.Baseline(path, files[i], baselines[i], provider) for i in inputs])

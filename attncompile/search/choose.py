@@ -24,6 +24,13 @@ Choice = Mapping[str, tuple[int, ...]]
 _MARGIN = 1.5
 """Where a mean counts, single errors may be negative: the rest may make up for this share of the budget less 1."""
 
+_LADDER = 10
+"""Halvings of a price down to which sites are looked at for what is left of a damage."""
+
+_REACH = 8.0
+"""A bound is taken for no more than this many times the largest error where it says how far to step: that of the two
+inputs that showed a budget to be lost knows next to nothing of the spread."""
+
 _LEAP = 3.0
 """By how much the logarithm of the damage grows at most from one model that is measured to the next: where errors are
 hardly there they say nothing of how far one may go."""
@@ -85,7 +92,9 @@ def time_of(spaces: Sequence[SiteSpace], choice: Choice) -> float:
 
 
 def within_damage(spaces: Sequence[SiteSpace], limit: float) -> dict[str, tuple[int, ...]]:
-    """The fastest choice of any price whose predicted damage is at most ``limit``."""
+    """The fastest choice of any price whose predicted damage is at most ``limit``, and what the rest of it allows: a
+    site that has to gain something comes with all its heads at once, so that prices leave gaps.
+    """
     low, high = -40.0, 40.0  # powers of 2 times the scale below
     scale = sum(s.base for s in spaces) or 1.0
     if damage_of(spaces, choose(spaces, scale * 2.0**low)) <= limit:
@@ -97,7 +106,38 @@ def within_damage(spaces: Sequence[SiteSpace], limit: float) -> dict[str, tuple[
         else:
             low = middle
     found = choose(spaces, scale * 2.0**high)
-    return found if damage_of(spaces, found) <= limit else {}
+    if damage_of(spaces, found) > limit:
+        found, high = {}, 40.0
+    return _filled(spaces, found, scale * 2.0**high, limit)
+
+
+def _filled(
+    spaces: Sequence[SiteSpace], found: Mapping[str, tuple[int, ...]], price: float, limit: float
+) -> dict[str, tuple[int, ...]]:
+    """``found`` with sites as at lower prices as far as ``limit`` allows, always the one that saves the most time for
+    its damage.
+    """
+    chosen = dict(found)
+    offers = [
+        (s, picks)
+        for s in spaces
+        for picks in dict.fromkeys(s.best(price * 2.0 ** (-step / 2)) for step in range(1, 2 * _LADDER + 1))
+        if picks is not None
+    ]
+    while True:
+        left = limit - damage_of(spaces, chosen)
+        best: tuple[float, str, tuple[int, ...]] | None = None
+        for space, picks in offers:
+            now = chosen.get(space.site)
+            saved = (space.base if now is None else space.time(now)) - space.time(picks)
+            cost = space.damage(picks) - (0.0 if now is None else space.damage(now))
+            if saved > 0 and cost <= left:
+                rate = saved / max(cost, 1e-300)
+                if best is None or rate > best[0]:
+                    best = (rate, space.site, picks)
+        if best is None:
+            return chosen
+        chosen[best[1]] = best[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +224,8 @@ def tune(
             break
         point = judged(choice)
         here = math.log(max(point.damage, 1e-300))
-        away = math.log(max(limits.budget, FLOOR)) - math.log(max(point.bound, FLOOR))
+        reach = min(point.bound, _REACH * max(max(point.errors), limits.budget))
+        away = math.log(max(limits.budget, FLOOR)) - math.log(max(reach, FLOOR))
         if point.bound <= limits.budget:
             if best is None or point.time < best.time:
                 best = point
@@ -193,7 +234,7 @@ def tune(
                 break
         else:
             high = min(high, here)
-        step = min(away / limits.power, _LEAP) if math.isfinite(away) else -3.0
+        step = max(min(away / limits.power, _LEAP), -2 * _LEAP) if math.isfinite(away) else -3.0
         target = here + step
         if math.isfinite(low) and math.isfinite(high):
             if high - low < 0.1:

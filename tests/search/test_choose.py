@@ -72,6 +72,16 @@ def test_damage_and_density_are_kept() -> None:
         assert density(within_density(spaces, limit, density)) <= limit
 
 
+def test_what_prices_leave_of_a_damage_is_used() -> None:
+    """Two sites that gain only as a whole: at one price both come in, with more damage than is allowed; one fits."""
+    heads = tuple(Unit(("dense", "half"), np.array([1.0, 0.5]), np.array([0.0, 0.1])) for _ in range(3))
+    spaces = [SiteSpace(n, 3.0, 0.0, heads, 1.0, 1.5) for n in "ab"]
+    assert set(choose(spaces, 4.9)) == {"a", "b"} and not choose(spaces, 5.1)
+    assert within_damage(spaces, 0.29) == {}
+    assert list(within_damage(spaces, 0.5).values()) == [(1, 1, 1)]
+    assert set(within_damage(spaces, 0.61)) == {"a", "b"}
+
+
 def errors_of(spaces: list[SiteSpace], spread: float, count: int, seed: int = 0):
     """Inputs whose errors follow the damage, each by its own factor, none exactly."""
     rng = np.random.default_rng(seed)

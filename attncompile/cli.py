@@ -116,7 +116,8 @@ def _compile(
     options = _options(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
         plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
-        fp16=fp16, bf16=bf16, arch=arch, fusions=not no_fusions, half_norms=half_norms, grid=grid, sites=site, threads=threads,
+        fp16=fp16, bf16=bf16, arch=arch, fusions=not no_fusions, half_norms=half_norms,
+        grid=grid, sites=site, threads=threads,
         hash_weights=hash_weights, seed=seed, density=density, jobs=jobs, executor=executor, provider=provider,
         engine=engine_options.parse(workspace, timing_cache, weight_streaming, refit, engine_level, engine_profile),
         ranges=engine_options.ranges(model, min_shapes, opt_shapes, max_shapes),

@@ -51,11 +51,10 @@ class Options:
     """What the command line can say. ``profile`` holds only the ranges that the user gave; ``sites`` limits the run to
     these ids; ``precision`` is that of the engine (``fp16`` or ``bf16``), None for the model's own; ``architectures``
     those that kernels are compiled for, empty for the GPUs of this machine, or all where it has none; ``fusions``
-    whether what lies between the sites is fused for ONNX Runtime's GPU provider, ``half_norms`` residual sums into norms
-    in fp16 too. ``density`` asks for so many of the
-    blocks of full attention in place of an error budget; ``jobs`` (None: one a core) processes of ``executor`` do the
-    search, in sessions of ``provider``. ``fitted``: a file of feature maps for linear attention, which
-    are fitted where it is None and the policy wants some.
+    whether what lies between the sites is fused for ONNX Runtime's GPU provider, ``half_norms`` whether residual sums
+    go into norms in fp16 too. ``density`` asks for so many of the blocks of full attention in place of an error budget;
+    ``jobs`` (None: one a core) processes of ``executor`` do the search, in sessions of ``provider``.
+    ``fitted``: a file of feature maps for linear attention, which are fitted where it is None and the policy wants some.
     """
 
     policy: str = "exact"

@@ -135,8 +135,8 @@ class OnnxRuntimeCuda:
         said = [f"fused for ONNX Runtime: {fused}"] if fused else []
         if self.half_norms and "residual and norm" in self.fused:
             said.append(
-                "norms of sums in fp16: onnxruntime-gpu before 1.27 adds up their squares in fp16 unless its provider is "
-                "given enable_skip_layer_norm_strict_mode=1, as attncompile.runtime does"
+                "norms of sums in fp16: onnxruntime-gpu before 1.27 adds up their squares in fp16 unless its provider "
+                "is given enable_skip_layer_norm_strict_mode=1, as attncompile.runtime does"
             )
         return said
 
@@ -175,8 +175,8 @@ def _ours(proto: ModelProto) -> list[NodeProto]:
 
 
 def set_aside(proto: ModelProto) -> ModelProto:
-    """``proto`` with all functions inlined but ours: their nodes carry an overload that no function has, ``ASIDE`` before
-    their own, and names that stay.
+    """``proto`` with all functions inlined but ours: their nodes carry an overload that no function has, which is their
+    own behind ``ASIDE``, and names that stay.
     """
     copy = ModelProto()
     copy.CopyFrom(proto)

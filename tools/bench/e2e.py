@@ -458,7 +458,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['gpu']}, torch {result['torch']}, {result['when']}, fp16: medians of alternating rounds, ms a call "
         "as its caller waits; relative L2 to float32 (of a neighborhood: to the model with that mask)", "",
-        "| model | ours | with a CUDA graph | otherwise | peers | error: ours, torch fp16 | ours / peer: wanted | reached |",
+        "| model | ours | with a CUDA graph | otherwise | peers | error: ours, torch fp16 | ours / peer: wanted | is |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     notes = []
@@ -475,8 +475,7 @@ def table(result: Mapping[str, Any]) -> str:
         reached = "; ".join(f"{case['ratios'][n]:.2f}" if n in case["ratios"] else "-" for n in case["wanted"])
         errors = f"{case['errors']['ours']:.1e}, {case['errors']['eager']:.1e}"
         mark = "" if all(case["met"].values()) else " (missed)"
-        lines.append(
-            f"| {case['name']} | {ms['ours']:.2f} | {graph} | {otherwise} | {peers} | {errors} | {wanted} | {reached}{mark} |"
-        )
+        cells = (case["name"], f"{ms['ours']:.2f}", graph, otherwise, peers, errors, wanted, f"{reached}{mark}")
+        lines.append(f"| {' | '.join(cells)} |")
         notes += [f"{case['name']}, {n}: left out: {why}" for n, why in case["left_out"].items()]
     return "\n".join([*lines, "", *notes])

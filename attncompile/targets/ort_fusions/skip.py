@@ -10,10 +10,10 @@ from attncompile.targets.ort_fusions.view import CONTRIB, Dims, View, attribute
 
 
 def skip_norm(view: View) -> int:
-    """``norm(a + b)`` as ``SkipLayerNormalization`` or ``SkipSimplifiedLayerNormalization``; in fp16 with ``half_norms``.
+    """``norm(a + b)`` as ``SkipLayerNormalization`` or ``SkipSimplifiedLayerNormalization``, in fp16 if asked for.
 
-    In fp16 ONNX Runtime's CUDA kernels of these added up squares in fp16 before 1.27 (its pull request 28682), unless the
-    provider's option ``enable_skip_layer_norm_strict_mode`` is set: rows of a few hundred are infinite there.
+    In fp16 ONNX Runtime's CUDA kernels of these added up squares in fp16 before 1.27 (its pull request 28682), unless
+    the provider's option ``enable_skip_layer_norm_strict_mode`` is set: rows of a few hundred are infinite there.
     """
     done, kinds = 0, (TensorProto.FLOAT, TensorProto.FLOAT16) if view.half_norms else (TensorProto.FLOAT,)
     for node in view.nodes("LayerNormalization", "SimplifiedLayerNormalization"):

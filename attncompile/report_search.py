@@ -12,7 +12,7 @@ import numpy as np
 
 from attncompile.html_parts import facts, section, table
 from attncompile.report import ShapeTiming
-from attncompile.report_text import milliseconds
+from attncompile.report_text import time_text
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
 
 STYLE = """
@@ -224,6 +224,6 @@ def latency_bars(timings: Sequence[ShapeTiming]) -> str:
             rows.append(
                 f'<span class="name {name}">{escape(item.label)}, {name}</span>'
                 f'<span class="bar {name}" style="width: {seconds / longest:.1%}"></span>'
-                f'<span class="time {name}">{milliseconds(seconds)}</span>'
+                f'<span class="time {name}">{time_text(seconds)}</span>'
             )
     return f'<h2>Whole model: time before and after</h2><div class="bars">{"".join(rows)}</div>'

@@ -13,8 +13,8 @@ from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.core.processes import ProcessDied, Processes
 from attncompile.search.tasks import Task
 
-_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Workers are as many as there are cores: threads of NumPy's libraries on top of them would wait for one another."""
+_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""NumPy's libraries get as many threads as the worker: more of them would wait for one another."""
 
 
 class Executor(Protocol):
@@ -33,8 +33,9 @@ class Local:
     """``jobs`` processes of this machine, which share the threads."""
 
     def __init__(self, jobs: int, threads: int) -> None:
-        self._processes = Processes("attncompile.search.executors:answer", jobs, dict.fromkeys(_ONE_THREAD, "1"))
         self._threads = max(threads // jobs, 1)
+        environment = dict.fromkeys(_THREADS, str(self._threads))
+        self._processes = Processes("attncompile.search.executors:answer", jobs, environment)
 
     def map(self, tasks: Sequence[Task], done: Callable[[], None] = lambda: None) -> list[Any]:
         def each(answered: tuple[bool, Any]) -> Any:

@@ -49,7 +49,8 @@ def test_nothing_to_do_starts_nothing() -> None:
 
 
 def test_one_that_dies(function: str) -> None:
-    with Processes(function, 2) as processes, pytest.raises(ProcessDied, match="ended with 7: .*out of luck") as caught:
+    luck = pytest.raises(ProcessDied, match=r"ended with 7: .*out of luck")
+    with Processes(function, 2) as processes, luck as caught:
         processes.map(["fine", "die"])
     assert (caught.value.request, caught.value.code) == ("die", 7) and caught.value.said.endswith("out of luck")
 

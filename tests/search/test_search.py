@@ -216,17 +216,19 @@ def test_any_number_of_workers_finds_the_same(full, tmp_path: Path, monkeypatch:
 def test_dynamic_lengths_get_windows(tmp_path: Path) -> None:
     made = constructed.write(
         tmp_path, constructed.build(TOKENS, layers=1, kinds=("dense", "dense"), dynamic=True, causal=False),
-        constructed.feeds(4, TOKENS, 32),
+        constructed.feeds(12, TOKENS, 32),
     )  # fmt: skip
-    found = compiled(made, tmp_path, max_error=10.0)
+    found = compiled(made, tmp_path, max_error=0.15)
     assert found.outcome == "replaced" and found.approximate, found.warnings
-    assert found.sites[0].decision.mechanism == "NeighborhoodAttention"
-    tight = compiled(made, tmp_path / "tight", max_error=1e-7)
-    assert tight.outcome == "unchanged"
+    decision = found.sites[0].decision
+    assert decision.mechanism == "NeighborhoodAttention" and decision.parameters["kernel_size"][0] < TOKENS
+    assert found.parity is not None and 0.03 < found.parity.value <= 0.15
+    tight = compiled(made, tmp_path / "tight", max_error=0.03)
+    assert tight.outcome == "unchanged" and any("keeps relative_l2 within 0.03" in w for w in tight.warnings)
 
 
 def test_padding(tmp_path: Path) -> None:
-    """Keys that padding hides carry no weight, and queries that see nothing but padding do not spoil the others."""
+    """Keys that padding hides carry no weight."""
     from tests.passes.attention_graphs import Spec, build, save
 
     path = save(build(Spec(batch=1, heads=2, kv_heads=1, length=500, head_dim=16, padding=True, mask_form="where",

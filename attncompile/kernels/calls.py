@@ -10,6 +10,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from attncompile.core.errors import BadModel, Unsupported
 from attncompile.core.kernel import Kernel, OpCall
+from attncompile.core.layout import part, unpacked
 from attncompile.core.verdict import Verdict
 from attncompile.kernels import node_tensors, symbols
 from attncompile.kernels.expressions import text
@@ -137,7 +138,7 @@ def _given(
     dims = {n: dict(zip(layouts[n], shapes[n], strict=False)) for n in OPERANDS[:3] if n in shapes}
     if "state" in shapes:
         dims["state"] = dict(zip("BHCDE", shapes["state"], strict=False))
-    columns = [n for n in (*dims, "output") if layouts.get(n) == symbols.COLUMNS]
+    columns = [n for n in (*dims, "output") if unpacked(layouts.get(n, "")) == symbols.COLUMNS]
     if columns:
         attributes["columns"] = columns
     outputs = tuple(schema.outputs[i].name for i, value in enumerate(node.output) if value)
@@ -153,6 +154,7 @@ def _given(
             shapes={name: sizes for name, sizes in shapes.items() if name not in OPERANDS}, outputs=outputs,
             batch=dims[first]["B"], query_length=dims["query"]["N"] if "query" in dims else None,
             key_length=dims["key"]["N"] if "key" in dims else None,
+            packed=any(part(layouts[n]) for n in OPERANDS[:3] if n in shapes),
         ),
         shapes,
         layouts,

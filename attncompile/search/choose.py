@@ -91,24 +91,29 @@ def time_of(spaces: Sequence[SiteSpace], choice: Choice) -> float:
     return sum(s.time(choice[s.site]) if s.site in choice else s.base for s in spaces)
 
 
+def _bounded(
+    spaces: Sequence[SiteSpace], fits: Callable[[dict[str, tuple[int, ...]]], bool], good: float, bad: float
+) -> tuple[dict[str, tuple[int, ...]], float]:
+    """The choice whose price is the nearest to ``bad`` that still fits, and that price. Prices are powers of 2 times
+    the time of all sites; choices fit more and more from ``bad`` to ``good``.
+    """
+    scale = sum(s.base for s in spaces) or 1.0
+    if fits(choose(spaces, scale * 2.0**bad)):
+        return choose(spaces, scale * 2.0**bad), scale * 2.0**bad
+    for _ in range(50):
+        middle = (good + bad) / 2
+        good, bad = (middle, bad) if fits(choose(spaces, scale * 2.0**middle)) else (good, middle)
+    return choose(spaces, scale * 2.0**good), scale * 2.0**good
+
+
 def within_damage(spaces: Sequence[SiteSpace], limit: float) -> dict[str, tuple[int, ...]]:
     """The fastest choice of any price whose predicted damage is at most ``limit``, and what the rest of it allows: a
     site that has to gain something comes with all its heads at once, so that prices leave gaps.
     """
-    low, high = -40.0, 40.0  # powers of 2 times the scale below
-    scale = sum(s.base for s in spaces) or 1.0
-    if damage_of(spaces, choose(spaces, scale * 2.0**low)) <= limit:
-        return choose(spaces, scale * 2.0**low)
-    for _ in range(50):
-        middle = (low + high) / 2
-        if damage_of(spaces, choose(spaces, scale * 2.0**middle)) <= limit:
-            high = middle
-        else:
-            low = middle
-    found = choose(spaces, scale * 2.0**high)
+    found, price = _bounded(spaces, lambda c: damage_of(spaces, c) <= limit, good=40.0, bad=-40.0)
     if damage_of(spaces, found) > limit:
-        found, high = {}, 40.0
-    return _filled(spaces, found, scale * 2.0**high, limit)
+        found = {}
+    return _filled(spaces, found, price, limit)
 
 
 def _filled(
@@ -279,12 +284,4 @@ def corrected(
 
 def within_density(spaces: Sequence[SiteSpace], limit: float, density: Callable[[Choice], float]) -> Choice:
     """The choice with the least predicted damage whose density is at most ``limit``, among those of all prices."""
-    low, high = -40.0, 40.0
-    scale = sum(s.base for s in spaces) or 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if density(choose(spaces, scale * 2.0**middle)) <= limit:
-            low = middle
-        else:
-            high = middle
-    return choose(spaces, scale * 2.0**low)
+    return _bounded(spaces, lambda c: density(c) <= limit, good=-40.0, bad=40.0)[0]

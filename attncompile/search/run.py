@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attncompile import __version__, measure
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern, density
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import HeadMechanism, Mechanism
 from attncompile.core.plan import Decision
@@ -334,8 +334,7 @@ class Search:
         plan = self._heads[site]
         chosen = [offered[k] for offered, k in zip(plan.offered, picks, strict=True)]
         given = plan.mechanism.head_parameters(plan.geometry, chosen)
-        blocks = sum(int(p.blocks(plan.geometry).sum()) for p in chosen)
-        share = blocks / (len(chosen) * int(plan.geometry.all.sum()))
+        share = density(chosen, plan.geometry)
         gain = plan.time.dense / space.time(picks) if space is not None else 1.0
         reason = f"{share:.1%} of the blocks, chosen for each head"
         decision = Decision(site, plan.mechanism.name, reason, False, given, gain)
@@ -553,7 +552,7 @@ class Search:
             pattern = plan.offered[head][k]
             seen = pattern.blocks(plan.geometry)
             found.append(
-                HeadFound(pattern.text, pattern.kind, float(seen.sum() / plan.geometry.all.sum()),
+                HeadFound(pattern.text, pattern.kind, density([pattern], plan.geometry),
                           float(plan.damage[head][k]), float(plan.kept[head][k]), plan.mass[head], seen)
             )  # fmt: skip
         return tuple(found)

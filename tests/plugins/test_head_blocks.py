@@ -68,15 +68,16 @@ CASES: list[tuple[int, bool, int, int, tuple[str, str, str, str], list[str]]] = 
 ]
 
 
-@pytest.mark.parametrize("case_", CASES, ids=range(len(CASES)))
-@pytest.mark.parametrize("padded", [False, True])
+# A mean over keys has no meaning where some are hidden: of padded sites it is not offered.
+BODIES = [(c, False) for c in CASES] + [(c, True) for c in CASES if "mean" not in c[5]]
+
+
+@pytest.mark.parametrize(("case_", "padded"), BODIES, ids=range(len(BODIES)))
 def test_the_body_is_the_definition(case_, padded, case, tolerance, monkeypatch) -> None:
     tokens, causal, heads, kv_heads, layouts, texts = case_
     monkeypatch.setattr(head_body, "WHOLE_ROWS", 128)
     key_mask = None
     if padded:
-        if "mean" in texts:
-            return
         key_mask = np.ones((2, 1, 1, tokens), bool)
         key_mask[0, ..., :70] = False  # a block and more: queries there see nothing
         key_mask[1, ..., 150:] = False
@@ -147,10 +148,13 @@ def test_a_planted_bug_is_seen(wrong, case, monkeypatch) -> None:
         slots = np.roll(made.slots, 1) if wrong == "kinds" else made.slots
         return replace(made, groups=tuple(groups), slots=slots)
 
+    right_error = relative_error(at.run(SUBJECT, parameters), want)
     per_head._plan.cache_clear()
     monkeypatch.setattr(per_head, "plan_of", planted)
-    assert relative_error(at.run(SUBJECT, parameters), want) > 1e-3
-    per_head._plan.cache_clear()
+    try:
+        assert relative_error(at.run(SUBJECT, parameters), want) > 1e-3 > 100 * right_error
+    finally:
+        per_head._plan.cache_clear()  # no other test meets what was planted
 
 
 def test_which_sites_have_a_choice(case) -> None:

@@ -15,6 +15,12 @@ KEPT = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
 SINKS = (0, 1, 2)
 """First blocks of keys that windows go with."""
 
+POOLED = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7)
+"""Shares of blocks that are chosen by their means."""
+
+HELD = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+"""Shares of the estimated weight that blocks which are chosen by antidiagonals hold."""
+
 GRID_SHARES = (0.15, 0.25, 0.375, 0.5, 0.75)
 """Sides of neighborhoods, as shares of the grid's."""
 
@@ -36,6 +42,11 @@ def candidates(mass: np.ndarray, geometry: BlockGeometry, average: bool) -> list
             found.append((int(seen.sum()), pattern))
     ordered = [p for _, p in sorted(found, key=lambda x: x[0])]
     return [DENSE, *([MEAN] if average and not geometry.causal else []), *ordered]
+
+
+def selections() -> list[list[str]]:
+    """What heads may choose by when the model runs, a list for each way."""
+    return [[f"pooled {share:g}" for share in POOLED], [f"xattention {share:g}" for share in HELD]]
 
 
 def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern]:

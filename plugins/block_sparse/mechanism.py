@@ -108,6 +108,23 @@ class BlockSparseAttention:
         """Parameters that give each head its pattern."""
         return per_head.parameters(geometry, patterns)
 
+    def choice_geometry(self, site: AttentionSite, tokens: int) -> BlockGeometry | Verdict:
+        """The blocks that heads of this site choose among at one length, or why they cannot."""
+        try:
+            chosen.check_site(site)
+        except Unsupported as error:
+            return Verdict.of(error)
+        made = chosen.geometry(site, tokens)
+        return made if made.count >= 2 else Verdict.no("size", f"{tokens} tokens are one block")
+
+    def choice_parameters(self, geometry: BlockGeometry, texts: Sequence[str]) -> Parameters:
+        """Parameters with one text a head."""
+        return {"masked_rows": "zero", "edge": geometry.edge, "heads": list(texts)}
+
+    def choice_cost(self, site: AttentionSite, edge: int, stride: int, blocks: float, shape: Shape) -> Cost:
+        """Of the function bodies, scores and selection included."""
+        return chosen.cost_of(site, shape, edge, stride, blocks)
+
     def supports(self, site: AttentionSite, parameters: Parameters) -> Verdict:
         try:
             if _chosen(parameters):

@@ -189,6 +189,8 @@ def _tactics(call: OpCall) -> list[Tactic]:
     small = _tactic(32 if dim > 128 else 64, TILE, 4, 1) if dim <= 128 else _tactic(16, TILE, 4, 1)
     if dim > 128:
         return [_tactic(64, TILE, 4, 2), small]
+    if dim != split(call.head_dim)[0]:  # in two parts: 128 rows spill on sm_80
+        return [_tactic(64, 128, 4, 3), small]
     return [_tactic(128, 128, 8, 3), _tactic(64, 128, 4, 3), small]
 
 

@@ -156,15 +156,16 @@ CASES = (
 )
 
 
-def random_selections(seed: int, count: int) -> list[Selection]:
+def random_selections(seed: int, count: int, most: int = 700) -> list[Selection]:
+    """``most`` tokens; a fifth of it where they are pooled ones."""
     rng = np.random.default_rng([seed, 77])
     found = []
     for n in range(count):
         groups, group = int(rng.integers(1, 3)), int(rng.integers(1, 4))
         pooled, causal = bool(rng.random() < 0.3), bool(rng.random() < 0.6)
         stride, block = (1, 1) if pooled else ((4, 64), (8, 64), (16, 64), (16, 128), (32, 128))[rng.integers(5)]
-        queries = int(rng.integers(2, 150 if pooled else 700))
-        keys = queries if causal else int(rng.integers(2, 150 if pooled else 700))
+        queries = int(rng.integers(2, most // 5 if pooled else most))
+        keys = queries if causal else int(rng.integers(2, most // 5 if pooled else most))
         heads = groups * group
         amounts = tuple(float(x) for x in rng.random(heads if rng.random() < 0.5 else 1))
         found.append(Selection(

@@ -16,8 +16,8 @@ PACKAGE = "attncompile.plugins.block_select"
 TILE = 64
 """Tiles of keys that every tactic holds at least, and whole blocks of them."""
 
-WIDTH = 1024
-"""Columns of a row of blocks that are looked at at once."""
+WIDTHS = (1024, 256)
+"""Columns of a row of blocks that are looked at at once: of 131,072 tokens, and of what most models have."""
 
 ROOM = (1 << 31) - 1
 """Entries that lists may have: they are counted in int32."""
@@ -146,9 +146,9 @@ class SelectKernel:
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         self._check(call)
-        return [self.program(call, WIDTH)]
+        return [self.program(call, width, rank) for rank, width in enumerate(WIDTHS)]
 
-    def program(self, call: OpCall, width: int) -> Program:
+    def program(self, call: OpCall, width: int, rank: int = 0) -> Program:
         said = call.attributes
         constants: Mapping[str, Constant] = {
             "TILES": int(said["tiles"]), "CAUSAL": bool(said.get("causal")), "COUNTED": said["rule"] == "share",
@@ -162,7 +162,7 @@ class SelectKernel:
             arguments=(Argument("scores", "input", "float32"), Argument("amount", "input", "float32"), *extras,
                        *outputs, Argument("mass", "output", "float32")),
             constants=constants, grid=(f"cdiv(T, {said['tiles']})", "H", "B"), warps=4, stages=1, dtype="float32",
-            head_dim=call.head_dim, value_dim=call.value_dim,
+            head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
         )  # fmt: skip
 
     def work(self, call: OpCall, program: Program) -> Work:

@@ -6,8 +6,8 @@ Lists are judged by what they say, on the very scores that they were made of: wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -197,9 +197,9 @@ def tensors(case: Selection, device: str) -> dict[str, Any]:
     return found
 
 
-def verdict(case: Selection, launch: Launch, compare: bool = True) -> str:
+def verdict(case: Selection, launch: Launch, device: str = "cpu", compare: bool = True) -> str:
     """What is wrong with either op's outputs. ``launch`` runs a call on tensors that its kernel names."""
-    at = tensors(case, "cuda" if getattr(launch, "device", "cpu") == "cuda" else "cpu")
+    at = tensors(case, device)
     first, second = case.calls()
     launch(first, {n: at[n] for n in ("query", "key", "scores")}, {"query": "BNHD", "key": "BNHD"})
     launch(second, {n: at[n] for n in ("scores", "amount", *LISTS, "mass")}, {})
@@ -209,6 +209,3 @@ def verdict(case: Selection, launch: Launch, compare: bool = True) -> str:
     said = wrong_scores(case, scores)
     return said or wrong_lists(case, scores, {n: at[n].cpu().numpy() for n in (*LISTS, "mass")})
 
-
-def turned(cases: Sequence[Selection], **changes: Any) -> list[Selection]:
-    return [replace(c, **changes) for c in cases]

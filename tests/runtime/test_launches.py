@@ -91,6 +91,8 @@ LIST_TYPES = {
 }  # fmt: skip
 CHUNKED = ({"b": 1, "n": 1, "c": 1}, {"b": 2, "n": 37, "c": 2}, {"b": 3, "n": 256, "c": 8})
 """``c`` is the number of chunks of 32 tokens."""
+SCORED = ({"b": 1, "t": 1, "c": 1}, {"b": 2, "t": 37, "c": 10})
+CHOSEN = ("rows", "columns", "kinds", "mass")
 WIDE = dict.fromkeys(("state", "total", "log_decay", "initial_state"), "float32")
 
 
@@ -139,6 +141,19 @@ CASES = [
          SAME, GRID, {"bias": "float16"}),
     Case("NeighborhoodAttention", "float16", operands("BNHD BNHD BNHD", m="n"), ({"b": 2, "n": 70}, {"b": 1, "n": 9}),
          {"kernel_size": [33], "grid": [-1], "causal": [1], "scale": 0.5}),
+    *(
+        Case("BlockScores", dtype, {n: x for n, x in operands(words, m="n").items() if n != "value"}, RUNS,
+             {"scale": 0.125, "stride": stride, "block": block, "causal": causal,
+              **{f"{n}_layout": w for n, w in zip("qk", words.split(), strict=False)}}, outputs=("scores",))
+        for dtype, words, stride, block, causal in (
+            ("float16", "BNHD BNHD BNHD", 16, 64, 1), ("bfloat16", "BHND BNHD BNHD", 1, 1, 0),
+        )
+    ),
+    *(
+        Case("BlockSelect", "float32", {"scores": ["b", 6, "t", "c"], "amount": [heads]}, SCORED,
+             {"tiles": 4, "rule": rule, "causal": causal, "sinks": 2, "window": 1}, outputs=CHOSEN)
+        for heads, rule, causal in ((6, "mass", 1), (1, "share", 0))
+    ),
     *(
         Case("BlockSparseAttention", dtype, {**operands("BNHD BHND BNHD"), **lists(batch, heads), **more}, LISTED,
              {"scale": 0.125, "block": 64, **layouts("BNHD BHND BNHD BHND")}, LIST_TYPES, outputs)

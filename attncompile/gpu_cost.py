@@ -25,7 +25,7 @@ SCORE_BYTES = 8
 """Bytes that unfused attention moves a score element: written by the first product, read and written by the softmax,
 read by the second product, two bytes each. ONNX Runtime moves no less."""
 POOLING = 5.0
-"""How often queries and keys go through memory for the means of their blocks: padded, weighed, summed, each as an op."""
+"""How often queries and keys go through memory for the means of their blocks: padded, weighed, summed, each an op."""
 MASK_BYTES = 4
 """What a mask or bias adds: scores are read and written once more."""
 

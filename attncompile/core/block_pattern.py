@@ -146,7 +146,9 @@ class BlockPattern:
         match = _FORMS["radial"].fullmatch(self.text)
         grid = geometry.grid
         if grid is None or len(grid.shape) != 3 or grid.tokens != geometry.tokens:
-            raise Unsupported("grid", f"'{self.text}' needs a token grid of frames, height and width", "give it with --grid")
+            raise Unsupported(
+                "grid", f"'{self.text}' needs a token grid of frames, height and width", "give it with --grid"
+            )
         assert match is not None
         width = round(float(match[1] or 1) * grid.shape[1] * grid.shape[2])
         if width < 1:

@@ -132,7 +132,8 @@ def _given(
     main = names[0]
     if kinds[main] == "float32":  # what is float32 whatever the operands are (states) stays so
         kinds = {
-            name: dtype if kind == "float32" and formal[name].type_str not in WIDE else kind for name, kind in kinds.items()
+            name: dtype if kind == "float32" and formal[name].type_str not in WIDE else kind
+            for name, kind in kinds.items()
         }
     dims = {n: dict(zip(layouts[n], shapes[n], strict=False)) for n in OPERANDS[:3] if n in shapes}
     if "state" in shapes:

@@ -148,7 +148,8 @@ def choice_time(
     else:
         dense = dense_cost(site, shape).elements
         least, most = (
-            dense / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, stride, n * shape.batch, shape), shape)
+            dense
+            / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, stride, n * shape.batch, shape), shape)
             for n in (few, many)
         )
     slope = (most - least) / max(many - few, 1)

@@ -599,7 +599,9 @@ class Search:
         """Bool [H, R, R]: what heads that choose meet on the first calibration input."""
         assert self._slim is not None and self._executor is not None
         model = self._slim.with_outputs(plan.spec.read, "seen.onnx")
-        task = tasks.Seen(model, self._files[self._known[0]], (plan.spec,), {plan.site.id: texts}, self._settings.provider)
+        task = tasks.Seen(
+            model, self._files[self._known[0]], (plan.spec,), {plan.site.id: texts}, self._settings.provider
+        )
         (found,) = self._executor.map([task])
         seen: np.ndarray = found[plan.site.id]
         return seen

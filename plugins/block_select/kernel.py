@@ -58,7 +58,9 @@ class ScoresKernel:
         stride, block = call.attributes["stride"], call.attributes["block"]
         members = block // stride if stride > 0 else 0
         if stride < 1 or block % stride or members > TILE or members & (members - 1):
-            raise Unsupported("stride", f"blocks of {block} in tiles of {stride}: kernels take 1 to {TILE} tiles, a power of two")
+            raise Unsupported(
+                "stride", f"blocks of {block} in tiles of {stride}: kernels take 1 to {TILE} tiles, a power of two"
+            )
         if not call.attributes.get("scale", 1.0) > 0:
             raise Unsupported("scale", f"scale {call.attributes['scale']}: the kernels need a positive one")
 
@@ -142,7 +144,9 @@ class SelectKernel:
             batch, heads, tiles, columns = (int(n or 0) for n in sizes)
             room = batch * heads * ceil(tiles / call.attributes["tiles"]) * columns
             if room > ROOM:
-                raise Unsupported("size", f"lists with room for {room} entries are counted in int32", "use larger blocks")
+                raise Unsupported(
+                    "size", f"lists with room for {room} entries are counted in int32", "use larger blocks"
+                )
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         self._check(call)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attncompile.plugins.tile_softmax import LN2, LOG2E, load_rows, products
+from attncompile.plugins.tile_softmax import LN2, LOG2E, load_rows
 
 ABOVE = tl.constexpr(0x40000000)  # bits of 2.0, above every weight
 HALVINGS = tl.constexpr(30)  # that tell all floats below it apart
@@ -22,8 +22,8 @@ def scores(
     STRIDE: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr,
     K2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """query [B, NQ, H, DK], key [B, NK, H / group, DK] by strides in 8 elements -> scores [B, H, T, C] float32. BN tiles
-    are whole blocks of keys. Grid: ceil(T / BM) * ceil(C / (BN * STRIDE / BLOCK)), H, B; columns go fastest.
+    """query [B, NQ, H, DK], key [B, NK, H / group, DK] by strides in 8 elements -> scores [B, H, T, C] float32. BN
+    tiles are whole blocks of keys. Grid: ceil(T / BM) * ceil(C / (BN * STRIDE / BLOCK)), H, B; columns go fastest.
     """
     MEMBERS: tl.constexpr = BLOCK // STRIDE
     WIDE: tl.constexpr = BN // MEMBERS
@@ -73,9 +73,7 @@ def scores(
 
 
 @triton.jit
-def weighed(
-    mass, start, columns, r, sinks, window, CAUSAL: tl.constexpr, COUNTED: tl.constexpr, WIDTH: tl.constexpr
-):
+def weighed(mass, start, columns, r, sinks, window, CAUSAL: tl.constexpr, COUNTED: tl.constexpr, WIDTH: tl.constexpr):
     """Of one piece of a row: weights, whether each may be kept, whether it always is, and what each counts."""
     c = start + tl.arange(0, WIDTH)
     m = tl.load(mass + c, mask=c < columns, other=0.0)

@@ -26,10 +26,12 @@ PIECES = 8
 
 
 def function(template: NodeProto, form: Form, call: Call, causal: bool) -> FunctionProto:
-    """A body in standard ops of ``call.opset`` of the node ``template``. ``causal``: the partial block is a row's own."""
+    """A body in standard ops of ``call.opset`` of ``template``. ``causal``: the partial block is a row's own."""
     body = Body(call.opset)
     output = _Writer(body, form, call, causal).write()
-    doc = f"{OP_TYPE} in standard ops, for {call.dtype} and {call.heads}/{call.kv_heads} heads and lists that are chosen"
+    doc = (
+        f"{OP_TYPE} in standard ops, for {call.dtype} and {call.heads}/{call.kv_heads} heads and lists that are chosen"
+    )
     return body.function(OP_TYPE, template.overload, form.formal, output, attribute_names(template), doc)
 
 
@@ -47,7 +49,7 @@ class _Writer:
         return self.body.ints(*values)
 
     def write(self) -> str:
-        call, edge = self.call, self.form.block
+        call = self.call
         query = parts.scaled(self.body, call, parts.heads_first(self.body, "query", call.layouts[0]))
         key = parts.heads_first(self.body, "key", call.layouts[1])
         value = parts.heads_first(self.body, "value", call.layouts[2])
@@ -75,7 +77,9 @@ class _Writer:
         joined = self.op("Concat", *pieces, axis=0)
         _, back = self.body.ops("TopK", (order, count), 2, axis=0, largest=0, sorted=1)
         joined = self.op("Gather", joined, back)  # [n, e, Dv]
-        shape = self.op("Concat", self.op("Shape", query, start=0, end=1), self.ints(call.heads, -1, call.value_dim), axis=0)
+        shape = self.op(
+            "Concat", self.op("Shape", query, start=0, end=1), self.ints(call.heads, -1, call.value_dim), axis=0
+        )
         out = self.op("Slice", self.op("Reshape", joined, shape), self.ints(0), queries, self.ints(2))
         return parts.heads_first(self.body, out, call.layouts[3])
 
@@ -104,7 +108,9 @@ class _Writer:
         flat = [self.op("Mul", self.op("Unsqueeze", widest, self.ints(0)), self.ints(edge))]
         query = self.op("Gather", operands[0], own)  # [t, e, D]
         of_keys, of_values = (
-            self.op("Reshape", self.op("Gather", x, blocks), self.op("Concat", self.ints(-1), *flat, self.ints(d), axis=0))
+            self.op(
+                "Reshape", self.op("Gather", x, blocks), self.op("Concat", self.ints(-1), *flat, self.ints(d), axis=0)
+            )
             for x, d in zip(operands[1:], (call.head_dim, call.value_dim), strict=True)
         )  # [t, W * e, D]
         scores = self.op("MatMul", query, self.op("Transpose", of_keys, perm=[0, 2, 1]))

@@ -149,8 +149,12 @@ CASES = (
     Selection("more keys than queries", tokens=(70, 260), causal=False, amount=(0.7,)),
     Selection("more queries than keys", tokens=(260, 70), causal=False, amount=(0.7,)),
     Selection("pooled, causal", stride=1, block=1, tokens=(19, 19), rule="share", amount=(0.25, 0.5)),
-    Selection("pooled, no mask", stride=1, block=1, tokens=(21, 21), rule="share", amount=(0.1,), causal=False, heads=(1, 1)),
-    Selection("pooled, everything", stride=1, block=1, tokens=(9, 9), rule="share", amount=(1.0,), causal=False, heads=(1, 1)),
+    Selection(
+        "pooled, no mask", stride=1, block=1, tokens=(21, 21), rule="share", amount=(0.1,), causal=False, heads=(1, 1)
+    ),
+    Selection(
+        "pooled, everything", stride=1, block=1, tokens=(9, 9), rule="share", amount=(1.0,), causal=False, heads=(1, 1)
+    ),
     Selection("a single block", tokens=(40, 40)),
     Selection("nothing asked", amount=(0.0,), tokens=(300, 300), sinks=0),
 )
@@ -208,4 +212,3 @@ def verdict(case: Selection, launch: Launch, device: str = "cpu", compare: bool 
     scores = at["scores"].cpu().numpy()
     said = wrong_scores(case, scores)
     return said or wrong_lists(case, scores, {n: at[n].cpu().numpy() for n in (*LISTS, "mass")})
-

@@ -20,6 +20,7 @@ from attncompile.plugins.block_select.function import Sizes
 from attncompile.plugins.body import Body
 from tests.conformance.selection import Selection, wrong_lists
 
+FLAT = ("columns", "kinds")
 KINDS = {"float32": (TensorProto.FLOAT, np.float32), "float16": (TensorProto.FLOAT16, np.float16),
          "double": (TensorProto.DOUBLE, np.float64)}  # fmt: skip
 
@@ -32,7 +33,7 @@ def run_model(
     op.register()
     graph = helper.make_graph(
         nodes, "test", [helper.make_tensor_value_info(n, t, s) for n, (t, s, _) in inputs.items()],
-        [helper.make_tensor_value_info(n, t, [None] * (1 if n in ("columns", "kinds") else 4)) for n, t in outputs.items()],
+        [helper.make_tensor_value_info(n, t, [None] * (1 if n in FLAT else 4)) for n, t in outputs.items()],
     )  # fmt: skip
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("attncompile", 1)]
     model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
@@ -132,8 +133,8 @@ def score_map(seed: int, rows: int, columns: int, tiles: int, causal: bool, head
 
 SELECTIONS = [
     (1, "share", True, 1, 0, 13, 13, [0.25, 0.5, 1.0]), (4, "mass", True, 1, 0, 26, 7, [0.6, 0.9, 2.0]),
-    (4, "mass", False, 1, 1, 30, 11, [0.5]), (1, "share", False, 0, 0, 9, 10, [0.1]), (3, "mass", True, 2, 1, 21, 7, [0.0]),
-    (8, "mass", False, 0, 0, 17, 40, [0.3, 0.95, 0.999]),
+    (4, "mass", False, 1, 1, 30, 11, [0.5]), (1, "share", False, 0, 0, 9, 10, [0.1]),
+    (3, "mass", True, 2, 1, 21, 7, [0.0]), (8, "mass", False, 0, 0, 17, 40, [0.3, 0.95, 0.999]),
 ]  # fmt: skip
 
 
@@ -144,7 +145,9 @@ def test_lists_are_the_definition(tiles, rule, causal, sinks, window, rows, colu
     got = select_of(scores, asked, said)
     mass = reference.mass(scores, tiles)
     np.testing.assert_allclose(got["mass"], mass, atol=1e-6)
-    case = Selection("", rule=rule, causal=causal, amount=tuple(amount), sinks=sinks, window=window, stride=1, block=tiles)
+    case = Selection(
+        "", rule=rule, causal=causal, amount=tuple(amount), sinks=sinks, window=window, stride=1, block=tiles
+    )
     assert wrong_lists(case, scores, got) == ""
     assert (got["kinds"] == 0).all() and got["columns"].shape == got["kinds"].shape == (mass.size,)
     for name in op.LISTS:
@@ -161,7 +164,7 @@ def test_planted_bugs_are_seen(wrong, monkeypatch) -> None:
         monkeypatch.setattr(op, "SLACK", 1.0)
     got = select_of(scores, amount, said)
     rows, columns = got["rows"].copy(), got["columns"].copy()
-    first, full, end = rows[0, 0, 10]
+    _, full, end = rows[0, 0, 10]
     if wrong == "order":
         columns[full:end] = columns[full:end][::-1]
     elif wrong == "partial":
@@ -203,6 +206,10 @@ def test_texts_of_selections() -> None:
     assert not block_selection.is_selection("sinks 1 window 2")
     chooser = Chooser.of(["dense", "xattention 0.8", "xattention 0.9"])
     assert chooser.amounts == (block_selection.EVERYTHING, 0.8, 0.9) and chooser.rule == "mass"
-    for texts in (["pooled 0.3", "xattention 0.8"], ["xattention 0.8", "xattention 0.8 stride 8"], ["pooled 0.2", "mean"]):
+    for texts in (
+        ["pooled 0.3", "xattention 0.8"],
+        ["xattention 0.8", "xattention 0.8 stride 8"],
+        ["pooled 0.2", "mean"],
+    ):
         with pytest.raises(Unsupported):
             Chooser.of(texts)

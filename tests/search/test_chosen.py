@@ -45,8 +45,9 @@ def moving(dynamic: bool) -> onnx.ModelProto:
     nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"p{i}"]) for i in range(3)]
     nodes.append(helper.make_node("Add", ["p0", "bias"], ["p0b"]))
     for i, source in enumerate(("p0b", "p1", "p2")):
-        nodes += [helper.make_node("Reshape", [source, "cut"], [f"r{i}"]),
-                  helper.make_node("Transpose", [f"r{i}"], [f"t{i}"], perm=[0, 2, 3, 1] if i == 1 else [0, 2, 1, 3])]  # fmt: skip
+        order = [0, 2, 3, 1] if i == 1 else [0, 2, 1, 3]
+        nodes.append(helper.make_node("Reshape", [source, "cut"], [f"r{i}"]))
+        nodes.append(helper.make_node("Transpose", [f"r{i}"], [f"t{i}"], perm=order))
     for kind, inputs, out, more in (
         ("MatMul", ["t0", "t1"], "s", {}), ("Mul", ["s", "root"], "z", {}), ("Softmax", ["z"], "a", {"axis": -1}),
         ("MatMul", ["a", "t2"], "o", {}), ("Transpose", ["o"], "ot", {"perm": [0, 2, 1, 3]}),

@@ -45,7 +45,7 @@ class Sample:
         first = next(iter(self.inputs.values()))[0]
         graph = helper.make_graph(
             [node], "g", [helper.make_tensor_value_info(n, k, d) for n, (k, d) in self.inputs.items()],
-            [helper.make_tensor_value_info(n, first if n == "output" else _OTHERS.get(n, FLOAT), None) for n in self.outputs],
+            [helper.make_tensor_value_info(n, {"output": first, **_OTHERS}.get(n, FLOAT), None) for n in self.outputs],
         )  # fmt: skip
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(HOUSE, 1)], ir_version=10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,12 +103,12 @@ def test_a_planted_bug_is_seen(wrong, case, monkeypatch) -> None:
     changed = {"causal": 0, "window": 1}
     if wrong == "amount":
         texts.reverse()
+
+    def planted(real: Any, kind: str, said: Any, *more: Any) -> Any:
+        return real(kind, {**said, wrong: changed[wrong]} if wrong in said and wrong in changed else said, *more)
+
     for name in ("node", "function"):
-
-        def planted(kind: str, said: Any, *more: Any, real: Any = getattr(chosen.select, name)) -> Any:
-            return real(kind, {**said, wrong: changed[wrong]} if wrong in said and wrong in changed else said, *more)
-
-        monkeypatch.setattr(chosen.select, name, planted)
+        monkeypatch.setattr(chosen.select, name, partial(planted, getattr(chosen.select, name)))
     assert relative_error(at.run(SUBJECT, {"edge": 64, "heads": texts}), want) > 1e-3
 
 

@@ -14,10 +14,12 @@ import pytest
 from attncompile.core.block_selection import Chooser
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Shape
-from attncompile.plugins import mechanism
+from attncompile.kernels import calls
+from attncompile.plugins import kernels, mechanism
 from attncompile.plugins.block_select import reference as select
 from attncompile.plugins.block_sparse import chosen
 from attncompile.plugins.block_sparse.reference import reference
+from attncompile.targets import precision
 from tests.plugins.conftest import relative_error
 
 SUBJECT = mechanism("BlockSparseAttention")
@@ -135,3 +137,20 @@ def test_fewer_blocks_cost_less(case) -> None:
     costs = [SUBJECT.cost(site, {"edge": 64, "heads": [text] * 4}, shape).flops
              for text in ("pooled 0.1", "pooled 0.5", "pooled 1")]  # fmt: skip
     assert costs == sorted(costs) and costs[0] < costs[2] / 2
+
+
+@pytest.mark.parametrize(("low", "kind"), [("fp16", "float16"), ("bf16", "bfloat16")])
+def test_a_converted_model_asks_for_kernels(low, kind, case, tmp_path) -> None:
+    """Scores, shares and weights stay in float32 where the operands become halves, so that every node has a kernel."""
+    at = case(queries=512, static=True, heads=2, head_dim=64, value_dim=64, causal=True)
+    for texts in (["pooled 0.25", "pooled 0.5"], ["xattention 0.8", "dense"]):
+        model = at.model(SUBJECT, {"edge": 64, "heads": texts})
+        del model.functions[:]
+        for node in model.graph.node:
+            node.overload = ""
+        found = calls.find(precision.convert(model, tmp_path, low), kernels())
+        assert [(c.op, c.verdict.ok) for c in found] == [
+            ("BlockScores", True), ("BlockSelect", True), ("BlockSparseAttention", True)
+        ]  # fmt: skip
+        assert [c.call.dtype for c in found if c.call] == [kind, "float32", kind]
+        assert all(kernels()[c.call.op].supports(c.call, 90).ok for c in found if c.call)

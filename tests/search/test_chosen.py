@@ -11,12 +11,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from attncompile import gate, pipeline, report, whole
+from attncompile import gate, outputs, pipeline, report, whole
 from attncompile.core import plan_toml
+from attncompile.core.block_pattern import BlockGeometry
+from attncompile.core.errors import Unsupported
+from attncompile.gpu_cost import gpu_cost
+from attncompile.kernels import cost
 from attncompile.pipeline import Options
-from attncompile.search import choose, executors
+from attncompile.plugins import kernels, mechanism
+from attncompile.search import choose, executors, heads
 from attncompile.search.choose import SiteSpace, Unit
+from attncompile.targets import base
+from tests.plugins.conftest import Case
 from tests.search import constructed
+from tests.test_gpu_cost import OnGpu
 
 TOKENS, HEADS, DIM = 1500, 2, 16
 
@@ -111,6 +119,31 @@ def test_a_dynamic_length(tmp_path: Path) -> None:
     made = constructed.write(tmp_path, moving(True), feeds((TOKENS, TOKENS, 1450, 1500, 1410, 1490) * 2))
     found = compiled(made, tmp_path, max_error=0.03)
     check(found, tmp_path)
+
+
+def test_a_gpu_of_unknown_cost_keeps_what_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that runs kernels, none of which that choose was measured: heads do not choose, and it is said why."""
+    target = OnGpu()
+    monkeypatch.setattr(base, "get", lambda name: target)
+    monkeypatch.setattr(outputs, "target", lambda name, precision: target)
+    made = constructed.write(tmp_path, moving(False), feeds((TOKENS,) * 4))
+    found = compiled(made, tmp_path, max_error=0.3, target="on-gpu", precision="fp16")
+    said = "no head chooses its blocks when the model runs: no cost was measured for triton kernels on sm_90"
+    assert any(said in w for w in found.warnings), found.warnings
+    assert found.search is not None
+    kinds = {h.kind for heads in found.search.sites.values() for h in heads}
+    assert not kinds & {"pooled", "xattention"}
+    # With constants, whatever they are, choosing takes longer than its lists alone.
+    site = Case(batch=1, queries=4096, static=True, head_dim=64, value_dim=64).site()
+    subject, gpu = mechanism("BlockSparseAttention"), gpu_cost(lambda b: pytest.fail(""), kernels(), "fp16", target)
+    geometry = BlockGeometry(4096, 128, False)
+    with pytest.raises(Unsupported, match="no cost was measured"):
+        heads.choice_time(site, geometry, subject, {}, gpu, 16)
+    known = cost.constants("gluon-90")
+    monkeypatch.setattr(cost, "constants", lambda name: known)
+    fixed = heads.block_time(site, geometry, subject, {}, gpu)
+    for stride in (0, 16):
+        assert heads.choice_time(site, geometry, subject, {}, gpu, stride).fixed > fixed.fixed
 
 
 def test_units_of_a_site_take_one_mode() -> None:

@@ -119,7 +119,7 @@ class Scores:
 
     def __call__(self, threads: int) -> dict[str, tuple[list[np.ndarray], ...]]:
         values = _captured(self.model, self.feed, self.sites, threads, self.provider)
-        found = {}
+        found: dict[str, tuple[list[np.ndarray], ...]] = {}
         for site in self.sites:
             entries = site.operands(values)
             geometry = entries[0].geometry(site.geometry)

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import ModelProto, TensorProto, external_data_helper
+from onnx import ModelProto, NodeProto, TensorProto, external_data_helper
 
 from attncompile import verify
 from attncompile.core.errors import AttncompileError
 from attncompile.core.model import Model
 from attncompile.core.verdict import Verdict
+from attncompile.kernels.symbols import OPERANDS
+from attncompile.plugins.packed import packed
 from attncompile.runtime import layout
 from attncompile.targets import graph as g
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.engine import save
+from attncompile.targets.onnxruntime_cuda import ASIDE, OURS, set_aside
 from attncompile.targets.ort_fusions import AROUND_OURS, fuse
 
 if TYPE_CHECKING:
@@ -37,10 +40,13 @@ _TO_FLOAT: Mapping[int, int] = {TensorProto.FLOAT16: TensorProto.FLOAT, TensorPr
 
 def check(
     proto: ModelProto, model: Model, precision: Precision | None, feeds: Sequence[Mapping[str, np.ndarray]],
-    counts: Mapping[str, int], lowered: ModelProto,
+    counts: Mapping[str, int], lowered: ModelProto, unlaunched: ModelProto | None = None,
 ) -> Verdict:  # fmt: skip
-    """``proto``, made from ``model``, with fusions against itself without. ``counts``: how often each was found in what
-    is deployed, ``lowered``; here they must be found as often, else this would prove nothing of it.
+    """``proto``, made from ``model``, with fusions against itself without.
+
+    What is deployed, with bodies in the place of kernels (``unlaunched`` has the nodes), where that can be had: bodies
+    are in the types of ``proto``, so that all must be in float32. Else fused again, with bodies written out; then each
+    fusion must be found as often as ``counts`` says of what is deployed, ``lowered``, or this would prove nothing.
     """
     folder = model.path.resolve().parent
     plain = onnx_target.TARGET.lower(proto, model, precision) if precision else g.inlined(proto)
@@ -48,24 +54,65 @@ def check(
     known = {v.name for v in (*plain.graph.value_info, *plain.graph.output)}
     # A body does not say its sizes as the op does.
     plain.graph.value_info.extend(v for v in lowered.graph.value_info if v.name in launched - known)
-    fused = fuse(plain, folder)
-    for name, count in counts.items():
-        if name not in AROUND_OURS and fused.counts.get(name, 0) < count:
-            return Verdict.no(
-                "unlike", f"'{name}' was not found again in the model with bodies, so it was not compared"
-            )
+    deployed = _with_bodies(proto, unlaunched) if unlaunched is not None and _in_float32(plain, precision) else None
+    if deployed is None:
+        fused = fuse(plain, folder)
+        for name, count in counts.items():
+            if name not in AROUND_OURS and fused.counts.get(name, 0) < count:
+                return Verdict.no(
+                    "unlike", f"'{name}' was not found again in the model with bodies, so it was not compared"
+                )
+        deployed = fused.proto
     try:
         with tempfile.TemporaryDirectory(prefix="attncompile-fusions-") as scratch:
-            return _compare(plain, fused.proto, model, feeds, Path(scratch))
+            return _compare(plain, deployed, model, feeds, Path(scratch))
     except AttncompileError as error:
         return Verdict.no("not_compared", error.message, error.hint)
+
+
+def _in_float32(plain: ModelProto, precision: Precision | None) -> bool:
+    return precision is None or _weights(plain) <= WIDENED
+
+
+def _weights(proto: ModelProto) -> int:
+    return sum(prod(t.dims) for t in proto.graph.initializer)
+
+
+def _with_bodies(proto: ModelProto, unlaunched: ModelProto) -> ModelProto | None:
+    """``unlaunched`` with the bodies that its nodes have in ``proto``, which read and write what its layouts say. None
+    where a node is not found there.
+    """
+    made = ModelProto()
+    made.CopyFrom(unlaunched)
+    bodies = {(f.name, f.overload): f for f in proto.functions if f.domain == OURS}
+    known = {n.name: n for n in set_aside(proto).graph.node if n.domain == OURS}
+    for node in made.graph.node:
+        if node.domain != OURS:
+            continue
+        original = known.get(node.name)
+        body = bodies.get((node.op_type, original.overload.removeprefix(ASIDE))) if original is not None else None
+        if original is None or body is None:
+            return None
+        here, there = _layouts(node), _layouts(original)
+        named = {n: here.get(n[0], there[n[0]]) for n in OPERANDS if n[0] in there}
+        call, function = packed(original, body, {n: x for n, x in named.items() if x != there[n[0]]})
+        call.input[:], call.output[:] = node.input, node.output
+        node.CopyFrom(call)
+        if all((f.name, f.overload) != (function.name, function.overload) for f in made.functions):
+            made.functions.append(function)
+    return g.inlined(made)
+
+
+def _layouts(node: NodeProto) -> dict[str, str]:
+    """By the first letter of the operand."""
+    return {a.name[0]: a.s.decode() for a in node.attribute if a.name.endswith("_layout")}
 
 
 def _compare(
     plain: ModelProto, fused: ModelProto, model: Model, feeds: Sequence[Mapping[str, np.ndarray]], scratch: Path
 ) -> Verdict:  # fmt: skip
     kind = next((t for t in (TensorProto.BFLOAT16, TensorProto.FLOAT16) if _uses(plain, t)), TensorProto.FLOAT)
-    widened = kind != TensorProto.FLOAT and sum(prod(t.dims) for t in plain.graph.initializer) <= WIDENED
+    widened = kind != TensorProto.FLOAT and _weights(plain) <= WIDENED
     budget = BUDGETS[kind] if widened or kind == TensorProto.FLOAT else PLAIN_BUDGET
     paths = []
     converted = list(feeds)

@@ -151,7 +151,7 @@ def _fused(
     lowered = target.lower(proto, found.model, precision)
     if not target.fused:
         return target, lowered, ()
-    verdict = fusion_check.check(proto, found.model, precision, evidence(), target.fused, lowered)
+    verdict = fusion_check.check(proto, found.model, precision, evidence(), target.fused, lowered, target.unlaunched)
     if verdict.ok:
         return target, lowered, (verdict.reason,)
     plain = target.fusing(False)

@@ -18,6 +18,8 @@ from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorPro
 from attncompile.core.errors import Unsupported
 
 DOMAIN = "attncompile"
+LAYOUTS = ("BNHD | BHND, or such a one with a digit: that part of a packed tensor, as in BN1HD", "BNHD | BHND")
+"""What schemas say of the layouts of operands, and of the output."""
 FIRST_OPSET = 18
 
 FLOATS: Mapping[str, tuple[int, Any]] = {

@@ -40,6 +40,14 @@ def accumulator(width):
 
 
 @gluon.jit
+def moved(base, offset):
+    """As ``tile_softmax.moved``."""
+    if offset is not None:
+        base += offset.to(gl.int64) * 8
+    return base
+
+
+@gluon.jit
 def copy(shared, base, rows, keep, stride, first: gl.constexpr, dim: gl.constexpr, MASKED: gl.constexpr):
     """Start copying [rows, width] elements from ``first`` on, of rows of ``dim`` at ``base + rows * stride``; 0 where
     not ``keep``.

@@ -45,7 +45,7 @@ def widths(call: OpCall) -> dict[str, int]:
 
 def parted(call: OpCall) -> bool:
     """Whether head or value dim is multiplied in two parts."""
-    return bool(split(call.head_dim)[1] or split(call.value_dim)[1])
+    return any(padded(dim) > split(dim)[0] for dim in (call.head_dim, call.value_dim))
 
 
 def check_operands(call: OpCall) -> None:
@@ -88,10 +88,16 @@ def strides(call: OpCall) -> list[Argument]:
     """Strides of the operands in units of 8 elements, and of broadcast inputs in elements."""
     operands = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))
     found = [int32(f"{short}_{a.lower()}", f"{name}_stride_{a}") for short, name in operands for a in "BNH"]
+    found += offsets(call, ("query", "key", "value"))
     for name, axes in BROADCAST.items():
         if name in call.inputs:
             found += [int32(f"{name}_{axis.lower()}", f"{name}_stride_{axis}") for axis in axes]
     return found
+
+
+def offsets(call: OpCall, operands: Iterable[str]) -> list[Argument]:
+    """Where operands begin in packed tensors, in units of 8 elements; none for a call without any."""
+    return [int32(f"{name[0]}_o", f"{name}_offset") for name in operands if call.packed]
 
 
 def output(call: OpCall) -> Argument:

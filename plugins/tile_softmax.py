@@ -17,6 +17,14 @@ NO_KEY = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def moved(base, offset):
+    """``base``, moved by so many times 8 elements to where an operand begins in a packed tensor; None: by nothing."""
+    if offset is not None:
+        base += offset.to(tl.int64) * 8
+    return base
+
+
+@triton.jit
 def load_rows(
     base, rows, stride, first: tl.constexpr, width: tl.constexpr, dim: tl.constexpr, keep, MASKED: tl.constexpr
 ):

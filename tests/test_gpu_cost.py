@@ -142,11 +142,23 @@ def test_dense_attention_as_the_target_runs_it(tmp_path: Path) -> None:
     assert fused["none"] == fused["causal"] < unfused["none"]
 
 
-def test_a_call_without_a_measured_cost_is_refused() -> None:
+def test_a_call_without_a_measured_cost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {name: constants for name, constants in cost.table().items() if "softcap" not in name}
+    monkeypatch.setattr(cost, "table", lambda: measured)
     call = OpCall("Attention", "float16", 4, 4, 64, 64, attributes={"left": -1, "right": -1, "softcap": 30.0},
                   batch=1, query_length=512, key_length=512)  # fmt: skip
-    with pytest.raises(Unsupported, match="no cost was measured for triton kernels on sm_90"):  # a softcap
+    with pytest.raises(Unsupported, match="no cost was measured for triton kernels on sm_90"):
         model(True)._launch(call)
+
+
+@pytest.mark.parametrize(
+    ("dims", "expected"), [((64, 64), False), ((128, 128), False), ((72, 72), True), ((64, 96), True)]
+)
+def test_head_dims_that_are_multiplied_in_two_parts(dims: tuple[int, int], expected: bool) -> None:
+    call = OpCall("Attention", "float16", 4, 4, *dims, attributes={"left": -1, "right": -1},
+                  batch=1, query_length=512, key_length=512)  # fmt: skip
+    kernel = kernels()["Attention"]
+    assert kernel.work(call, kernel.programs(kernel.general(call), 90)[0]).parted is expected
 
 
 def test_predicted_times_are_those_of_the_benchmark(tmp_path: Path) -> None:

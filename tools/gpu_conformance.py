@@ -255,12 +255,12 @@ def compare(case: Any_, number: int, on: Gpu | Interpreter) -> Outcome:
 def of_softmax(case: Case, launch: tuple[OpCall, OpCall, Program], on: Gpu | Interpreter) -> str:
     """What is wrong; empty if nothing is."""
     from tests.conformance.budget import wrong, wrong_sums
-    from tests.conformance.launch import tensors
+    from tests.conformance.launch import in_memory, tensors
     from tests.conformance.vectorised import expected
 
     given = case.inputs()
     at = tensors(case, given, on.device)
-    on.launch(*launch, at, {})
+    on.launch(*launch, *in_memory(case, at))
     if on.launch_only:
         return ""
     want, want_lse = expected(case.call, given, on.device)

@@ -40,7 +40,8 @@ class OpCall:
     ``inputs`` holds the element type of every optional input that is there, by its formal name (``key_mask``, ``bias``,
     ``sinks``, ...); ``shapes`` what is known of their sizes, None where dynamic. ``outputs`` names the outputs. Lengths
     and batch are None where dynamic. ``attributes`` are the node's, defaults filled in, layouts left out: strides say
-    those at run time.
+    those at run time. ``packed``: query, key or value is a part of a larger tensor (``core/layout.py``); the kernel is
+    told where each begins.
     """
 
     op: str
@@ -56,6 +57,7 @@ class OpCall:
     batch: int | None = None
     query_length: int | None = None
     key_length: int | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

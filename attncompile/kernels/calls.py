@@ -10,6 +10,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from attncompile.core.errors import BadModel, Unsupported
 from attncompile.core.kernel import Kernel, OpCall
+from attncompile.core.layout import part, unpacked
 from attncompile.core.verdict import Verdict
 from attncompile.kernels import node_tensors, symbols
 from attncompile.kernels.expressions import text
@@ -140,7 +141,7 @@ def _given(
         dims["state"] = dict(zip("BHCDE", shapes["state"], strict=False))
     if "scores" in shapes:  # an op without operands has no head dim
         dims["scores"] = {**dict(zip("BHTC", shapes["scores"], strict=False)), "D": 1, "E": 1}
-    columns = [n for n in (*dims, "output") if layouts.get(n) == symbols.COLUMNS]
+    columns = [n for n in (*dims, "output") if unpacked(layouts.get(n, "")) == symbols.COLUMNS]
     if columns:
         attributes["columns"] = columns
     outputs = tuple(schema.outputs[i].name for i, value in enumerate(node.output) if value)
@@ -157,6 +158,7 @@ def _given(
             shapes={name: sizes for name, sizes in shapes.items() if name not in OPERANDS}, outputs=outputs,
             batch=dims[first]["B"], query_length=dims["query"]["N"] if "query" in dims else None,
             key_length=dims["key"]["N"] if "key" in dims else None,
+            packed=any(part(layouts[n]) for n in OPERANDS[:3] if n in shapes),
         ),
         shapes,
         layouts,

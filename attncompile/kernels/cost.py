@@ -8,7 +8,7 @@ begin and end, then what its products, score elements and masked score elements 
 where load is the number of rounds, or what the longest block does over the average, if that is more; products and
 scores cost ``parts`` times as much where a head dim is multiplied in two parts; and no less than the bytes take. The
 constants are fitted by ``tools/bench fit`` on every second configuration of a sweep; the others say how far off it is
-(``cost.toml``): within a quarter for the Gluon kernels of dense attention and grids, further for the rest.
+(``cost.toml``): by about a quarter for the Gluon kernels of dense attention, windows and grids, further for the rest.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import onnx
 from onnx import NodeProto, ValueInfoProto, defs, helper
 
 from attncompile.core.errors import Unsupported
+from attncompile.core.layout import part
 from attncompile.kernels.expressions import BadExpression, parse, symbols_of
 from attncompile.kernels.symbols import BROADCAST, OPERANDS, Layout, Sizes
 
@@ -102,11 +103,22 @@ def _sizes(value: ValueInfoProto, known: set[str]) -> tuple[str, ...]:
     raise Unsupported("output-sizes", f"the sizes of {value.name} do not follow from those of the inputs")
 
 
+def _parts(name: str, sizes: Sizes, chosen: tuple[int, int]) -> str:
+    """How many parts a packed operand must have."""
+    axis, number = chosen
+    count = sizes[axis]
+    if count is None or count <= number:
+        raise Unsupported("parts", f"{name} is part {number} of {count or 'an unknown number'}")
+    return str(count)
+
+
 def _expected(shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout], block: int) -> dict[str, tuple[str, ...]]:
     """``block``: edge of the blocks that the input ``rows`` lists."""
     found = {}
     for name in OPERANDS[:3]:
-        axes = _OF_OPERANDS[name]
+        axes, chosen = dict(_OF_OPERANDS[name]), part(layouts[name])
+        if chosen is not None and name in shapes:
+            axes[layouts[name][chosen[0]]] = _parts(name, shapes[name], chosen)
         if set(layouts[name]) <= set(axes):
             found[name] = tuple(axes[axis] for axis in layouts[name])
     for name, axes_of in BROADCAST.items():

@@ -67,7 +67,7 @@ def signature(call: OpCall) -> dict[str, Any]:
     return {
         "op": call.op, "dtype": call.dtype, "head_dim": call.head_dim, "value_dim": call.value_dim,
         "attributes": {k: list(v) if isinstance(v, tuple) else v for k, v in call.attributes.items()},
-        "inputs": dict(call.inputs), "outputs": list(call.outputs),
+        "inputs": dict(call.inputs), "outputs": list(call.outputs), **({"packed": True} if call.packed else {}),
     }  # fmt: skip
 
 

@@ -4,6 +4,8 @@
 ``query_stride_B|N|H`` and those of ``key``, ``value``, ``output``: in units of ``STRIDE_UNIT`` elements.
 ``bias_stride_B|H|Q|K``, ``mask_stride_B|H|Q|K``, ``key_mask_stride_B|K``, ``sinks_stride_H``, ``rows_stride_B|H``: in
 elements, 0 where the input is broadcast over that axis, or does not have it.
+``query_offset``, ``key_offset``, ``value_offset`` of a packed call: where the operand begins, in units of
+``STRIDE_UNIT`` elements.
 ``key_stride_D`` of an operand in BHDN, whose tokens are the last axis: in elements; it has no stride of N.
 ``amount_stride_H`` likewise. ``T``, ``C``: rows and columns of the scores of blocks.
 ``C``: chunks of a linear attention's states. ``chunk``: tokens of one, all of them where the attribute is 0.
@@ -22,6 +24,7 @@ from typing import Any
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import STRIDE_UNIT, OpCall
+from attncompile.core.layout import part, unpacked
 from attncompile.kernels.expressions import Binary, Expression, Literal, Symbol, evaluate, fold, product
 
 OPERANDS = ("query", "key", "value", "output")
@@ -33,7 +36,7 @@ BROADCAST: Mapping[str, str] = {
 size and without a symbol: the kernel takes the input for one without gaps."""
 
 Layout = str
-"""Axes of an operand in order, such as ``BNHD``. Further letters (``P`` of a packed ``BNPHD``) count in the strides."""
+"""Axes of an operand in order, such as ``BNHD``, or ``BN1HD`` for one that is packed (``core/layout.py``)."""
 
 Sizes = tuple[int | None, ...]
 
@@ -107,10 +110,12 @@ def table(call: OpCall, shapes: Mapping[str, Sizes], layouts: Mapping[str, Layou
         if name not in dims:
             continue
         steps = _steps(layouts[name], dims[name])
-        if layouts[name] == COLUMNS:
+        if unpacked(layouts[name]) == COLUMNS:
             found[f"{name}_stride_D"] = steps["D"]
-        rows = "BH" if layouts[name] == COLUMNS else "BNH"
+        rows = "BH" if unpacked(layouts[name]) == COLUMNS else "BNH"
         found |= {f"{name}_stride_{axis}": _in_units(name, steps[axis]) for axis in rows}
+        if call.packed and name != "output":
+            found[f"{name}_offset"] = _offset(name, layouts[name], steps)
     for name in call.inputs:
         if name in BROADCAST:
             found |= _broadcast(name, shapes[name])
@@ -169,6 +174,14 @@ def _know(dims: dict[str, dict[str, Expression]], call: OpCall) -> None:
 def _steps(layout: Layout, dims: Mapping[str, Expression]) -> dict[str, Expression]:
     """Stride of every axis in elements, of a tensor without gaps."""
     return {axis: product([dims[a] for a in layout[i + 1 :]]) for i, axis in enumerate(layout)}
+
+
+def _offset(name: str, layout: Layout, steps: Mapping[str, Expression]) -> Expression:
+    """Where the part of a packed tensor begins."""
+    chosen = part(layout)
+    if chosen is None or chosen[1] == 0:
+        return Literal(0)
+    return fold(Binary("*", _in_units(name, steps[layout[chosen[0]]]), Literal(chosen[1])))
 
 
 def _in_units(name: str, step: Expression) -> Expression:
@@ -230,14 +243,20 @@ def of_tensors(
         last = order[-1]
         if step[last] != 1:
             raise Unsupported("strides", f"{name}: its last axis has a stride of {step[last]}", "make it contiguous")
-        if order == COLUMNS:
+        if unpacked(order) == COLUMNS:
             found[f"{name}_stride_D"] = step["D"]
-        for axis in "BH" if order == COLUMNS else "BNH":
+        for axis in "BH" if unpacked(order) == COLUMNS else "BNH":
             # An axis of size 1 is never stepped along, so its stride may be anything.
             apart = 0 if lengths[axis] == 1 else step[axis]
             if apart % STRIDE_UNIT:
                 raise Unsupported("strides", f"{name}: stride {apart} of {axis} is not a multiple of {STRIDE_UNIT}")
             found[f"{name}_stride_{axis}"] = apart // STRIDE_UNIT
+        chosen = part(order)
+        apart = tensors[name].strides[chosen[0]] * chosen[1] if chosen else 0
+        if apart % STRIDE_UNIT:
+            raise Unsupported("strides", f"{name}: it begins at element {apart}, no multiple of {STRIDE_UNIT}")
+        if any(map(part, orders.values())) and name != "output":
+            found[f"{name}_offset"] = apart // STRIDE_UNIT
     for name, axes in BROADCAST.items():
         if name not in tensors:
             continue

@@ -31,7 +31,7 @@ from attncompile.targets.ort_fusions import fuse
 OURS = "attncompile"
 """Domain of our ops."""
 
-_ASIDE = "kept:"
+ASIDE = "kept:"
 """Before the overload of a node that inlining is to leave alone."""
 
 _INSTALL = "pip install 'attncompile[gpu]'"
@@ -52,6 +52,8 @@ class OnnxRuntimeCuda:
         self._fusions = fusions
         self.fused: Mapping[str, int] = {}
         """Fusion -> how often, of what was lowered last."""
+        self.unlaunched: ModelProto | None = None
+        """What was lowered last, before nodes of ours became launches."""
         self._notes: list[str] = []
         self._seconds = 0.0
 
@@ -83,7 +85,7 @@ class OnnxRuntimeCuda:
         """
         start = time.perf_counter()
         kit = self._equipment()
-        aside = _set_aside(proto)
+        aside = set_aside(proto)
         left_out: dict[str, NodeKernel] = {}
         while True:
             lowered = self._converted(aside, proto, left_out, kit, model, precision)
@@ -94,6 +96,7 @@ class OnnxRuntimeCuda:
             if failed.keys() <= left_out.keys():
                 raise TargetError(f"node '{min(failed)}' cannot be written out in standard ops", "report this model")
             left_out |= failed
+        self.unlaunched = lowered
         self._notes = [*_notes(made, left_out, kit), *self._said()]
         self._seconds = time.perf_counter() - start
         return _launching(lowered, made)
@@ -166,13 +169,15 @@ def _ours(proto: ModelProto) -> list[NodeProto]:
     return [n for n in inside if n.domain == OURS]
 
 
-def _set_aside(proto: ModelProto) -> ModelProto:
-    """``proto`` with all functions inlined but ours: their nodes carry an overload that no function has."""
+def set_aside(proto: ModelProto) -> ModelProto:
+    """``proto`` with all functions inlined but ours: their nodes carry an overload that no function has, ``ASIDE`` before
+    their own, and names that stay.
+    """
     copy = ModelProto()
     copy.CopyFrom(proto)
     bodies = [n for f in copy.functions if f.domain != OURS for n in f.node if n.domain == OURS]
     for node in [*_ours(copy), *bodies]:
-        node.overload = _ASIDE + node.overload
+        node.overload = ASIDE + node.overload
     result = g.inlined(copy)
     g.name_nodes(result)
     return result
@@ -184,7 +189,7 @@ def _inlined_but(aside: ModelProto, proto: ModelProto, names: set[str]) -> Model
     copy.CopyFrom(aside)
     for node in _ours(copy):
         if node.name in names:
-            node.overload = node.overload.removeprefix(_ASIDE)
+            node.overload = node.overload.removeprefix(ASIDE)
     copy.functions.extend(f for f in proto.functions if f.domain == OURS)
     result = g.inlined(copy)
     del result.functions[:]

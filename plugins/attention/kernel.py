@@ -128,7 +128,11 @@ def bounded(attributes: Mapping[str, Any]) -> bool:
 
 
 def kind(call: OpCall) -> str:
-    """What the tactic tables tell apart: none, causal, window."""
+    """What the tactic tables tell apart: none, causal, window, and "per score" where each score has a bias or a mask of
+    its own, which take registers.
+    """
+    if {"bias", "mask"} & set(call.inputs):
+        return "per score"
     if call.attributes.get("left", -1) >= 0:
         return "window"
     return "causal" if call.attributes.get("right", -1) >= 0 else "none"

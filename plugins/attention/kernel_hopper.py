@@ -18,6 +18,7 @@ from attncompile.plugins.hopper_pipeline import (
     copy_run,
     following,
     fresh,
+    moved,
     no_keys_yet,
     opaque,
     pass_by,
@@ -204,7 +205,7 @@ def consume(
 @gluon.jit
 def attention(
     query, key, value, sinks,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, sinks_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o, sinks_h,
     NQ, NK, H, B, group, scale, left, right,
     output, log_sum_exp,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CLAMP: gl.constexpr, RULE: gl.constexpr,
@@ -226,6 +227,7 @@ def attention(
     lse_there = output
     if HAS_LSE:
         lse_there = log_sum_exp
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     factor = scale.to(gl.float32, bitcast=True) * LOG2E
     rings, barriers = rings_and_barriers(dtype, CONSUMERS, DK, K1, K2, DV, V1, V2, BN, STAGES)
     sizes = (NQ, NK, H, group, left, right)

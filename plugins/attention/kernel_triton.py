@@ -14,6 +14,7 @@ from attncompile.plugins.tile_softmax import (
     NO_KEY,
     load_rows,
     mean_of_values,
+    moved,
     products,
     row_end,
     step,
@@ -34,6 +35,13 @@ def run(
     inside = tl.arange(0, BN)
     k = K + tl.cast(start, tl.int64) * k_row
     v = V + tl.cast(start, tl.int64) * v_row
+    # Offsets inside a tile fit in 32 bits: addresses of 64 for each score would not leave registers for head dim 128.
+    if Bias is not None:
+        Bias += tl.cast(start, tl.int64) * bias_k
+        bias_tile = bias_rows[:, None] + (inside * bias_k)[None, :]
+    if Mask is not None:
+        Mask += tl.cast(start, tl.int64) * mask_k
+        mask_tile = mask_rows[:, None] + (inside * mask_k)[None, :]
     for first in tl.range(start, end, BN):
         n = first + inside
         keep = n < keys
@@ -49,7 +57,8 @@ def run(
             s = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(2.0 * x)))
             unit = 1.0
         if Bias is not None:
-            added = tl.load(Bias + bias_rows[:, None] + n.to(tl.int64)[None, :] * bias_k, mask=keep[None, :], other=0.0)
+            added = tl.load(Bias + bias_tile, mask=keep[None, :], other=0.0)
+            Bias += tl.cast(BN, tl.int64) * bias_k
             s = s * unit + added.to(tl.float32) * LOG2E
             unit = 1.0
         if MASKED:
@@ -63,7 +72,8 @@ def run(
             shown = tl.load(KeyMask + n.to(tl.int64) * key_mask_k, mask=keep, other=0)
             s = tl.where((shown != 0)[None, :], s, -float("inf"))
         if Mask is not None:
-            shown = tl.load(Mask + mask_rows[:, None] + n.to(tl.int64)[None, :] * mask_k, mask=keep[None, :], other=0)
+            shown = tl.load(Mask + mask_tile, mask=keep[None, :], other=0)
+            Mask += tl.cast(BN, tl.int64) * mask_k
             s = tl.where(shown != 0, s, -float("inf"))
         v1 = load_rows(v, inside, v_row, 0, V1, DV, keep, MASKED)
         v2 = v1
@@ -78,7 +88,7 @@ def run(
 @triton.jit
 def attention(
     query, key, value, key_mask, bias, sinks, mask, key_lengths,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o,
     key_mask_b, key_mask_k, bias_b, bias_h, bias_q, bias_k, sinks_h, mask_b, mask_h, mask_q, mask_k,
     NQ, NK, group, scale, softcap, left, right,
     output, log_sum_exp,
@@ -101,6 +111,7 @@ def attention(
     rows = tl.arange(0, BM)
     i = first + rows
     real = i < NQ
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     q_base = query + (b * q_b + h * q_h + first.to(tl.int64) * q_n) * 8
     k_base = key + (b * k_b + g * k_h) * 8
     v_base = value + (b * v_b + g * v_h) * 8
@@ -123,12 +134,12 @@ def attention(
         key_mask_base = key_mask + b * key_mask_b
     bias_base, bias_rows = bias, i
     if bias is not None:
-        bias_base = bias + b * bias_b + h.to(tl.int64) * bias_h
-        bias_rows = tl.where(real, i, 0).to(tl.int64) * bias_q
+        bias_base = bias + b * bias_b + h.to(tl.int64) * bias_h + first.to(tl.int64) * bias_q
+        bias_rows = tl.where(real, rows, 0) * bias_q
     mask_base, mask_rows = mask, i
     if mask is not None:
-        mask_base = mask + b * mask_b + h.to(tl.int64) * mask_h
-        mask_rows = tl.where(real, i, 0).to(tl.int64) * mask_q
+        mask_base = mask + b * mask_b + h.to(tl.int64) * mask_h + first.to(tl.int64) * mask_q
+        mask_rows = tl.where(real, rows, 0) * mask_q
 
     q1 = load_rows(q_base, rows, q_row, 0, K1, DK, real, True)
     q2 = q1

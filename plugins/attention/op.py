@@ -25,7 +25,7 @@ from typing import Any
 from onnx import NodeProto, TensorProto, TypeProto, defs, helper
 from onnx.defs import OpSchema
 
-from attncompile.plugins.body import DOMAIN, overload_of
+from attncompile.plugins.body import DOMAIN, LAYOUTS, overload_of
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.op import infer_output
 
@@ -96,7 +96,7 @@ def register() -> None:
                 "masked_rows", default("masked_rows", "nan"),
                 "what a query without any visible key gives: zero | uniform (the mean of all values) | nan",
             ),
-            *(OpSchema.Attribute(f"{x}_layout", default(f"{x}_layout", "BNHD"), "BNHD | BHND") for x in "qkvo"),
+            *(OpSchema.Attribute(f"{x}_layout", default(f"{x}_layout", "BNHD"), LAYOUTS[x == "o"]) for x in "qkvo"),
         ],
     )  # fmt: skip
     schema.set_type_and_shape_inference_function(infer_outputs)

@@ -10,7 +10,7 @@ from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import POINTER_ALIGN, Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.block_select.op import RULES, SCORES, SELECT, SLACK, register
-from attncompile.plugins.kernel_arguments import HALF, int32, padded, split
+from attncompile.plugins.kernel_arguments import HALF, int32, offsets, padded, parted, split
 
 PACKAGE = "attncompile.plugins.block_select"
 TILE = 64
@@ -32,6 +32,8 @@ class ScoresKernel:
         register()
 
     def call(self, node: OpCall) -> OpCall:
+        if node.attributes.get("columns"):
+            raise Unsupported("layout", "queries or keys whose tokens are the last axis: kernels read rows")
         return replace(node, attributes={n: node.attributes[n] for n in ("stride", "block", "causal", "scale")})
 
     def general(self, call: OpCall) -> OpCall:
@@ -79,6 +81,7 @@ class ScoresKernel:
         items = f"cdiv(cdiv(NQ, {stride}), {tactic.constants['BM']}) * cdiv(cdiv(NK, {block}), {wide})"
         operands = [Argument(n, "input", call.dtype, align=POINTER_ALIGN) for n in ("query", "key")]
         extras = [int32(f"{n[0]}_{a.lower()}", f"{n}_stride_{a}") for n in ("query", "key") for a in "BNH"]
+        extras += offsets(call, ("query", "key"))
         extras += [int32("NQ", "NQ"), int32("NK", "NK"), int32("group", "H // HKV"), int32("scale", "scale_bits")]
         return Program(
             op=self.op, tactic=tactic.name, language="triton", function=f"{PACKAGE}.kernel_triton:scores",
@@ -100,8 +103,7 @@ class ScoresKernel:
         size += 4.0 * heads * rows * ceil(call.key_length / block)
         bm, bn = (int(program.constants[n] or 1) for n in ("BM", "BN"))
         items = ceil(rows / bm) * ceil(across / bn) * heads
-        apart = padded(call.head_dim) != split(call.head_dim)[0]
-        return Work(2.0 * elements * stride * padded(call.head_dim), elements, 0.0, size, items, parted=apart)
+        return Work(2.0 * elements * stride * padded(call.head_dim), elements, 0.0, size, items, parted=parted(call))
 
 
 class SelectKernel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attncompile.plugins.tile_softmax import LN2, LOG2E, load_rows
+from attncompile.plugins.tile_softmax import LN2, LOG2E, load_rows, moved
 
 ABOVE = tl.constexpr(0x40000000)  # bits of 2.0, above every weight
 HALVINGS = tl.constexpr(30)  # that tell all floats below it apart
@@ -18,13 +18,14 @@ HALVINGS = tl.constexpr(30)  # that tell all floats below it apart
 
 @triton.jit
 def scores(
-    query, key, q_b, q_n, q_h, k_b, k_n, k_h, NQ, NK, group, scale, scores,
+    query, key, q_b, q_n, q_h, k_b, k_n, k_h, q_o, k_o, NQ, NK, group, scale, scores,
     STRIDE: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr,
     K2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """query [B, NQ, H, DK], key [B, NK, H / group, DK] by strides in 8 elements -> scores [B, H, T, C] float32. BN
     tiles are whole blocks of keys. Grid: ceil(T / BM) * ceil(C / (BN * STRIDE / BLOCK)), H, B; columns go fastest.
     """
+    query, key = moved(query, q_o), moved(key, k_o)
     MEMBERS: tl.constexpr = BLOCK // STRIDE
     WIDE: tl.constexpr = BN // MEMBERS
     rows = tl.cdiv(NQ, STRIDE)

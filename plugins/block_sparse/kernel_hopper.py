@@ -24,6 +24,7 @@ from attncompile.plugins.hopper_pipeline import (
     copy_run,
     following,
     fresh,
+    moved,
     no_keys_yet,
     opaque,
     pass_by,
@@ -233,7 +234,7 @@ def consume(
 @gluon.jit
 def attention(
     query, key, value, rows, columns, kinds, masks, sinks, order,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, rows_b, rows_h, sinks_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o, rows_b, rows_h, sinks_h,
     NQ, NK, H, B, group, scale,
     output, log_sum_exp,
     RULE: gl.constexpr, DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, DV: gl.constexpr, V1: gl.constexpr,
@@ -258,6 +259,7 @@ def attention(
     lse_there = output
     if HAS_LSE:
         lse_there = log_sum_exp
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     factor = scale.to(gl.float32, bitcast=True) * LOG2E
     rings, barriers = rings_and_barriers(dtype, CONSUMERS, DK, K1, K2, DV, V1, V2, BN, STAGES)
     count = (NQ + BLOCK - 1) // BLOCK

@@ -14,6 +14,7 @@ from attncompile.plugins.tile_softmax import (
     NO_KEY,
     load_rows,
     mean_of_values,
+    moved,
     products,
     row_end,
     step,
@@ -101,7 +102,7 @@ def run(
 @triton.jit
 def attention(
     query, key, value, rows, columns, kinds, masks, key_mask, bias, sinks, order, counts,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o,
     rows_b, rows_h, key_mask_b, key_mask_k, bias_b, bias_h, bias_q, bias_k, sinks_h,
     NQ, NK, H, B, group, scale,
     output, log_sum_exp,
@@ -144,6 +145,7 @@ def attention(
         there = first < NQ
         all_from = tl.where(there, all_from, start)
         end = tl.where(there, end, start)
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     q_base = query + (b * q_b + h * q_h + first.to(tl.int64) * q_n) * 8
     k_base = key + (b * k_b + g * k_h) * 8
     v_base = value + (b * v_b + g * v_h) * 8

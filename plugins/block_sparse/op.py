@@ -36,7 +36,7 @@ from onnx import NodeProto, TensorProto, defs, helper, numpy_helper
 from onnx.defs import OpSchema
 
 from attncompile.plugins.attention.op import infer_outputs
-from attncompile.plugins.body import DOMAIN, overload_of
+from attncompile.plugins.body import DOMAIN, LAYOUTS, overload_of
 from attncompile.plugins.neighborhood.call import Call
 
 OP_TYPE = "BlockSparseAttention"
@@ -207,7 +207,7 @@ def register() -> None:
     optional = OpSchema.FormalParameterOption.Optional
     texts = (
         ("masked_rows", "nan", "what a query without any visible key gives: zero | uniform | nan"),
-        *((f"{x}_layout", "BNHD", "axis order: BNHD | BHND") for x in "qkvo"),
+        *((f"{x}_layout", "BNHD", LAYOUTS[x == "o"]) for x in "qkvo"),
     )
     floats = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")]
     types = {"key_mask": "tensor(bool)", "bias": "TB", "sinks": "TS"}

@@ -10,7 +10,7 @@ from typing import Any
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import POINTER_ALIGN, STRIDE_UNIT, Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.kernel_arguments import HALF, int32
+from attncompile.plugins.kernel_arguments import HALF, int32, offsets
 from attncompile.plugins.linear_attention.op import (
     APPLY,
     COMBINE,
@@ -147,6 +147,7 @@ class _LinearKernel:
             short = name[0]
             found += [int32(f"{short}_b", f"{name}_stride_B"), int32(f"{short}_n", step),
                       int32(f"{short}_h", f"{name}_stride_H")]  # fmt: skip
+        found += offsets(call, [name for name in OPERANDS if name in INPUTS[self.op]])
         found += [int32(name, expression) for name, expression in self._extras(call)]
         for name in OUTPUTS[self.op]:
             if name == "output":

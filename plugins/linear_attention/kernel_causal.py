@@ -19,6 +19,7 @@ from attncompile.plugins.linear_attention.kernel_triton import (
     scaled,
     write_state,
 )
+from attncompile.plugins.tile_softmax import moved
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def left_over(log_decay, rate, b, rows, g, first, end, groups, tokens, DECAY: tl
 @triton.jit
 def states(
     key, value, log_decay, initial_state, initial_total,
-    k_b, k_n, k_h, v_b, v_n, v_h, NK, C,
+    k_b, k_n, k_h, v_b, v_n, v_h, k_o, v_o, NK, C,
     state, total, final_state, final_total,
     MAP: tl.constexpr, DECAY: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr,
@@ -69,6 +70,7 @@ def states(
     head = b * groups + g
     K, V = tl.program_id(0) // TILES * BK, part * BV
     cols, out_cols, place = K + tl.arange(0, BK), V + tl.arange(0, BV), tl.arange(0, BT)
+    key, value = moved(key, k_o), moved(value, v_o)
     k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
     v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
     acc, sums = tl.zeros((BK, BV), tl.float32), tl.zeros((BK,), tl.float32)
@@ -126,7 +128,7 @@ def states(
 @triton.jit
 def output(
     query, key, value, state, total, log_decay,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, NQ, C, group, scale, epsilon, floor,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o, NQ, C, group, scale, epsilon, floor,
     output,
     Q_MAP: tl.constexpr, K_MAP: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr, DECAY: tl.constexpr,
     DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr,
@@ -141,6 +143,7 @@ def output(
     g, groups = h // group, tl.num_programs(1) // group
     V = part * BV
     cols, out_cols, place = tl.arange(0, K1), V + tl.arange(0, BV), tl.arange(0, BT)
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     q_base = query + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
     k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
     v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
@@ -215,7 +218,7 @@ def output(
 @triton.jit
 def gated_output(
     query, key, value, state, log_decay,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, NQ, C, group, scale, epsilon,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o, NQ, C, group, scale, epsilon,
     output,
     Q_MAP: tl.constexpr, K_MAP: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, CHUNK: tl.constexpr,
@@ -233,6 +236,7 @@ def gated_output(
     first = c * CHUNK
     V = part * BV
     place, cols, out_cols = tl.arange(0, BM), tl.arange(0, K1), V + tl.arange(0, BV)
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     q_base = query + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
     k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
     v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8

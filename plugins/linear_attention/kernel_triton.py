@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attncompile.plugins.tile_softmax import moved
+
 LOG2E = tl.constexpr(1.4426950408889634)
 NO_KEY = tl.constexpr(-1.0e30)
 
@@ -97,7 +99,7 @@ def spread(cols, step, D: tl.constexpr, HB: tl.constexpr):
 @triton.jit
 def state(
     key, value, key_weight,
-    k_b, k_n, k_h, v_b, v_n, v_h, NK, chunk, C, groups,
+    k_b, k_n, k_h, v_b, v_n, v_h, k_o, v_o, NK, chunk, C, groups,
     state, total, mean, top,
     MAP: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     HB: tl.constexpr, FAST: tl.constexpr,
@@ -123,6 +125,7 @@ def state(
     k_there, v_there = cols < DK, out_cols < DV
     if HB > 1:
         k_there, v_there = k_there & (g + wide // DK < groups), v_there & (g + wide_v // DV < groups)
+    key, value = moved(key, k_o), moved(value, v_o)
     k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
     v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
     acc = tl.zeros((WK, WV), tl.float32)
@@ -239,7 +242,7 @@ def combine(
 @triton.jit
 def apply(
     query, state, total, mean,
-    q_b, q_n, q_h, o_b, o_n, o_h, NQ, C, group, groups, scale, epsilon, floor,
+    q_b, q_n, q_h, o_b, o_n, o_h, q_o, NQ, C, group, groups, scale, epsilon, floor,
     output,
     MAP: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr,
     BV: tl.constexpr, BM: tl.constexpr, HB: tl.constexpr, FAST: tl.constexpr, BLOCKS: tl.constexpr,
@@ -283,6 +286,7 @@ def apply(
             means += tl.load(mean + one * DV + out_cols, mask=v_there, other=0.0)
     s, largest = scaled(s, HB > 1)
     s = s.to(query.dtype.element_ty)
+    query = moved(query, q_o)
     q_base = query + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
     o_base = output + b.to(tl.int64) * o_b * 8 + h.to(tl.int64) * o_h * 8
     factor = largest

@@ -132,7 +132,8 @@ def _attributes(op: str) -> list[OpSchema.Attribute]:
         add("chunk", 0, "tokens of a chunk; 0: all of them")
     for name in _OPERANDS:
         if name in (*INPUTS[op], *OUTPUTS[op]):
-            add(f"{name[0]}_layout", "BNHD", " | ".join(LAYOUTS))
+            packed = "" if name == "output" else ", or such a one with a digit: that part of a packed tensor"
+            add(f"{name[0]}_layout", "BNHD", " | ".join(LAYOUTS) + packed)
     return made
 
 

@@ -25,6 +25,7 @@ from attncompile.plugins.hopper_pipeline import (
     copy_layout,
     following,
     fresh,
+    moved,
     no_keys_yet,
     opaque,
     per_row,
@@ -416,7 +417,7 @@ def write_tables(places, words, SHAPE: gl.constexpr, PLANE: gl.constexpr, FIELD:
 @gluon.jit
 def neighborhood(
     query, key, value,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, H, B, group, scale,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o, H, B, group, scale,
     output,
     G0: gl.constexpr, G1: gl.constexpr, G2: gl.constexpr, T0: gl.constexpr, T1: gl.constexpr, T2: gl.constexpr,
     E0: gl.constexpr, E1: gl.constexpr, E2: gl.constexpr, W0: gl.constexpr, W1: gl.constexpr, W2: gl.constexpr,
@@ -444,6 +445,7 @@ def neighborhood(
     PLANES: gl.constexpr = 1 if ALL_SEEN else E0
     PLANE: gl.constexpr = E0 * E1 * E2 if ALL_SEEN else E1 * E2
     PARTS: gl.constexpr = (PLANE + BN - 1) // BN
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     factor = scale.to(gl.float32, bitcast=True) * LOG2E
     rings, barriers = rings_and_barriers(dtype, CONSUMERS, DK, K1, K2, DV, V1, V2, BN, STAGES)
     TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -19,6 +19,7 @@ from attncompile.plugins.tile_softmax import (
     NO_KEY,
     load_rows,
     mean_of_values,
+    moved,
     products,
     row_end,
     step,
@@ -119,7 +120,7 @@ def run(
 @triton.jit
 def neighborhood(
     query, key, value, key_mask, bias,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o,
     key_mask_b, key_mask_k, bias_b, bias_h, bias_q, bias_k, group, scale,
     output,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
@@ -148,6 +149,7 @@ def neighborhood(
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     g = h // group
+    query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     q_base = query + (b * q_b + h * q_h) * 8
     k_base = key + (b * k_b + g * k_h) * 8
     v_base = value + (b * v_b + g * v_h) * 8

@@ -18,9 +18,9 @@ import onnx.defs
 from onnx.defs import OpSchema
 
 from attncompile.core.errors import Unsupported
+from attncompile.plugins.body import DOMAIN, LAYOUTS
 
 OP_TYPE = "NeighborhoodAttention"
-DOMAIN = "attncompile"
 VERSION = 1
 
 _LAYOUTS = ("BNHD", "BHND")
@@ -247,7 +247,7 @@ def schema() -> OpSchema:
                 "zero",
                 "what a query without any visible key gives: zero | uniform (the mean of all values) | nan",
             ),
-            *(text(f"{x}_layout", "BNHD", "BNHD | BHND") for x in "qkvo"),
+            *(text(f"{x}_layout", "BNHD", LAYOUTS[x == "o"]) for x in "qkvo"),
             # For TensorRT's parser; they mean nothing elsewhere.
             OpSchema.Attribute("plugin_namespace", attr.STRING, "TensorRT plugin namespace", required=False),
             OpSchema.Attribute("plugin_version", attr.STRING, "TensorRT plugin version", required=False),
@@ -268,7 +268,7 @@ def infer_output(context: Any) -> None:
         layout = [context.get_attribute(f"{x}_layout") for x in "qo"]
         q, o = (a.s.decode() if a is not None and a.s else _LAYOUTS[0] for a in layout)
         dims = dict(zip(q, query.tensor_type.shape.dim, strict=True))
-        dims["D"] = value.tensor_type.shape.dim[3]
+        dims["D"] = value.tensor_type.shape.dim[-1]
         for axis in o:
             out.tensor_type.shape.dim.add().CopyFrom(dims[axis])
     context.set_output_type(0, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import onnxruntime as ort
 from onnx import FunctionProto, NodeProto, TensorProto, helper
 
+from attncompile.core.layout import unpacked
 from attncompile.plugins.attention import dense
 from attncompile.plugins.attention import op as dense_op
 from attncompile.plugins.block_sparse import listed
@@ -16,7 +18,8 @@ from attncompile.plugins.block_sparse import op as sparse_op
 from attncompile.plugins.neighborhood import function as grid
 from attncompile.plugins.neighborhood import op as grid_op
 from attncompile.plugins.neighborhood.call import Call
-from tests.conformance.case import Case
+from attncompile.plugins.packed import packed
+from tests.conformance.case import PARTS, Case, laid
 
 TYPES = {"float32": np.float32, "float16": np.float16}
 OPTIONAL = {"Attention": dense_op.OPTIONAL, "NeighborhoodAttention": ("key_mask", "bias")}
@@ -36,6 +39,9 @@ def call_of(case: Case, dtype: str, opset: int, dynamic: bool) -> Call:
 
 def lowered(case: Case, call: Call, chunks: int, **changed: Any) -> tuple[NodeProto, FunctionProto]:
     """The node of the case, whose values are named as the schema names them, and its body. ``changed`` attributes."""
+    if case.packed:
+        bare = replace(case, layouts=tuple(map(unpacked, case.layouts)))  # type: ignore[arg-type]
+        return packed(*lowered(bare, replace(call, layouts=bare.layouts), chunks, **changed), case.packed)
     given = {k: v for k, v in {**case.call.attributes, **changed}.items() if k != "scale"}
     outputs = case.call.outputs
     if case.call.op == "Attention":
@@ -73,6 +79,7 @@ def model(
             "B": "batch" if dynamic else sizes["B"],
             "D": case.call.head_dim if name in ("query", "key") else case.call.value_dim,
             "H": case.call.heads if queries else case.call.kv_heads,
+            **dict.fromkeys("0123456789", PARTS),
             "N": ("queries" if queries else "keys") if dynamic else sizes["NQ" if queries else "NK"],
         }  # fmt: skip
         info = helper.make_tensor_value_info(name, element, [axes[a] for a in layout])
@@ -105,9 +112,7 @@ def run(made: onnx.ModelProto, case: Case, dtype: str) -> dict[str, np.ndarray]:
     feeds = {}
     for name, array in case.inputs().items():
         if name in ("query", "key", "value"):
-            layout = case.layouts[("query", "key", "value").index(name)]
-            array = (array if layout == "BNHD" else array.transpose(0, 2, 1, 3)).astype(TYPES[dtype])
-            feeds[name] = np.ascontiguousarray(array)
+            feeds[name] = laid(array, case.layouts[("query", "key", "value").index(name)]).astype(TYPES[dtype])
         else:
             feeds[name] = array.astype(_stored(case.call.inputs[name], dtype))
     names = [o.name for o in session.get_outputs()]

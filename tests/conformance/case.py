@@ -10,7 +10,11 @@ from typing import Literal
 import numpy as np
 
 from attncompile.core.kernel import OpCall
+from attncompile.core.layout import part, unpacked
 from tests.conformance.block_lists import Drawn
+
+PARTS = 3
+"""Of a packed tensor."""
 
 Values = Literal["ordinary", "large", "dominant", "equal"]
 Hiding = Literal["scattered", "left", "empty"]
@@ -23,7 +27,7 @@ ORDER = ("key_mask", "bias", "sinks", "mask", "key_lengths")
 @dataclass(frozen=True, slots=True)
 class Case:
     """``call`` has batch, lengths and the shapes of all optional inputs. ``layouts``: of query, key, value and output,
-    as they are to lie in memory.
+    as they are to lie in memory; ``BN1HD``: part 1 of ``PARTS``, the others NaN. What is packed is said in ``call`` too.
 
     ``values``: standard normal operands; ``large``: scores of some hundreds; ``dominant``: one key a query scores far
     above the rest; ``equal``: all keys are the same. ``hiding``: what boolean inputs hide: single keys, the first half
@@ -43,6 +47,11 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def packed(self) -> dict[str, str]:
+        """Layouts of the operands that are parts, by name."""
+        return {n: x for n, x in zip(("query", "key", "value"), self.layouts, strict=False) if part(x)}
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -99,6 +108,18 @@ class Case:
             return seen
         spread = 2.0 if name == "sinks" else 1.5
         return rounded((spread * rng.standard_normal(sizes)).astype(np.float32), kind)
+
+
+def laid(array: np.ndarray, layout: str) -> np.ndarray:
+    """[B, N, H, D] as it lies in ``layout``, whose other parts are NaN."""
+    turned = array.transpose(["BNHD".index(axis) for axis in unpacked(layout)])
+    chosen = part(layout)
+    if chosen is None:
+        return np.ascontiguousarray(turned)
+    axis, number = chosen
+    whole = np.full((*turned.shape[:axis], PARTS, *turned.shape[axis:]), np.nan, array.dtype)
+    np.moveaxis(whole, axis, 0)[number] = turned
+    return whole
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:

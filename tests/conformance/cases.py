@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attncompile.core.kernel import OpCall
+from attncompile.core.layout import part
 from tests.conformance.block_lists import Drawn
 from tests.conformance.case import Case, Hiding, Values
 
@@ -13,6 +14,10 @@ PLAIN = {"left": -1, "right": -1, "softcap": 0.0, "masked_rows": "zero"}
 BHND = ("BHND",) * 4
 MIXED = ("BNHD", "BHND", "BNHD", "BHND")
 OTHER = ("BHND", "BNHD", "BHND", "BNHD")
+PACKED = ("BN0HD", "BN1HD", "BN2HD", "BNHD")
+PIECES = ("BHND", "B0HND", "BNH2D", "BHND")
+FIRST = ("0BHND", "1BHND", "2BHND", "BNHD")
+"""Parts of one product, pieces from here and there, and what a transpose has put first."""
 
 Shape = tuple[int | None, ...]
 Inputs = dict[str, tuple[str, Shape]]
@@ -33,7 +38,7 @@ def dense(
         attributes={**PLAIN, "scale": head_dim**-0.5, **attributes},
         inputs={n: kind for n, (kind, _) in given.items()}, shapes={n: shape for n, (_, shape) in given.items()},
         outputs=("output", "log_sum_exp") if lse else ("output",), batch=batch, query_length=queries,
-        key_length=queries if keys is None else keys,
+        key_length=queries if keys is None else keys, packed=any(map(part, layouts)),
     )  # fmt: skip
     return Case(name, call, layouts, values, hiding, seed)
 
@@ -55,7 +60,7 @@ def grid(
         head_dim if value_dim is None else value_dim,
         attributes={"masked_rows": "zero", "scale": head_dim**-0.5, **attributes},
         inputs={n: kind for n, (kind, _) in given.items()}, shapes={n: shape for n, (_, shape) in given.items()},
-        batch=batch, query_length=size + tokens, key_length=size + tokens,
+        batch=batch, query_length=size + tokens, key_length=size + tokens, packed=any(map(part, layouts)),
     )  # fmt: skip
     return Case(name, call, layouts, values, hiding, seed)
 
@@ -75,6 +80,7 @@ def sparse(
         attributes={"block": block, "masked_rows": "zero", "scale": head_dim**-0.5, **attributes},
         inputs={n: kind for n, (kind, _) in given.items()}, shapes={n: shape for n, (_, shape) in given.items()},
         outputs=("output", "log_sum_exp") if lse else ("output",), batch=batch, query_length=queries, key_length=keys,
+        packed=any(map(part, layouts)),
     )  # fmt: skip
     return Case(name, call, layouts, values, hiding, seed, lists=drawn)
 
@@ -124,6 +130,9 @@ DENSE = (
     dense("GQA, batch 2, heads first", batch=2, queries=50, heads=6, kv_heads=2, layouts=BHND),
     dense("MQA, mixed layouts", batch=2, heads=3, kv_heads=1, layouts=MIXED, right=0),
     dense("other layouts", batch=2, keys=50, heads=4, kv_heads=2, layouts=OTHER, left=20),
+    dense("packed", batch=2, heads=3, layouts=PACKED),
+    dense("packed, pieces, causal", batch=2, keys=50, heads=4, kv_heads=2, layouts=PIECES, right=0),
+    dense("packed, parts first, 72", batch=2, heads=3, head_dim=72, layouts=FIRST, left=9, right=4),
     dense("bfloat16", dtype="bfloat16", queries=50, right=0, lse=True),
     dense("bfloat16, all inputs", dtype="bfloat16", batch=2, queries=41, heads=4, kv_heads=2, inputs=ALL, left=30,
           right=3, softcap=5.0, lse=True),
@@ -168,6 +177,9 @@ GRID = (
     grid("1-D, one token", grid=[1], kernel_size=[3]),
     grid("2-D, clamp", batch=2, grid=[7, 5], kernel_size=[3, 3], border="clamp", heads=4, kv_heads=2, layouts=BHND),
     grid("2-D, clamp, even, prefix, suffix", grid=[7, 5], kernel_size=[4, 3], border="clamp", prefix=1, suffix=2),
+    grid("packed", batch=2, grid=[7, 5], kernel_size=[3, 3], border="clamp", heads=3, layouts=PACKED),
+    grid("packed, pieces", batch=2, grid=[37], kernel_size=[5], stride=[2], heads=4, kv_heads=2, layouts=PIECES),
+    grid("packed, 3-D, prefix", grid=[3, 4, 5], kernel_size=[3, 3, 3], layouts=FIRST, prefix=1),
     grid("2-D, truncate", grid=[7, 6], kernel_size=[5, 3], layouts=MIXED),
     grid("2-D, left", grid=[7, 6], kernel_size=[5, 3], left=[1, 0], border="clamp", layouts=OTHER),
     grid("2-D, dilation", grid=[11, 7], kernel_size=[3, 2], border="clamp", dilation=[3, 2]),
@@ -255,6 +267,8 @@ SPARSE = (
     sparse("counts of heads, 128", 128, queries=300, lists=Drawn(times=4, sets=(1, 2)), head_dim=72, seed=3),
     sparse("all inputs", batch=2, heads=4, kv_heads=2, lists=Drawn(times=3, sets=(2, 4)), lse=True, seed=3,
            inputs=having(key_mask=(2, 1, 1, 110), bias=(4, 110, 110), sinks=(4,))),
+    sparse("packed", batch=2, heads=3, layouts=PACKED),
+    sparse("packed, pieces", 128, batch=2, keys=150, heads=4, kv_heads=2, layouts=PIECES, lse=True, seed=3),
     sparse("bfloat16", dtype="bfloat16", lse=True, head_dim=64, seed=2),
     sparse("bfloat16, all inputs", dtype="bfloat16", batch=2, heads=4, kv_heads=2, lists=Drawn(times=3), lse=True,
            inputs=having("bfloat16", key_mask=(2, 1, 1, 110), bias=(4, 110, 110), sinks=(4,))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from math import prod
 from typing import Any
 from unittest.mock import patch
 
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 
 from attncompile.core.kernel import STRIDE_UNIT, Program, Tactic
+from attncompile.core.layout import part, unpacked
 from attncompile.plugins.attention import kernel as dense
 from attncompile.plugins.block_sparse import kernel as sparse
 from attncompile.plugins.neighborhood import kernel as grid
-from tests.conformance.case import Case
+from tests.conformance.case import PARTS, Case, laid
 
 KERNELS = {
     "Attention": (dense.AttentionKernel(), dense), "NeighborhoodAttention": (grid.NeighborhoodKernel(), grid),
@@ -42,7 +44,8 @@ def tensors(case: Case, given: Mapping[str, np.ndarray], device: str = "cpu") ->
     for name, array in given.items():
         x = torch.from_numpy(np.ascontiguousarray(array)).to(device)
         if name in ("query", "key", "value"):
-            x = _laid(x.to(half), case.layouts[("query", "key", "value").index(name)])
+            layout = case.layouts[("query", "key", "value").index(name)]
+            x = of_part_0(torch.from_numpy(laid(array, layout)).to(device).to(half), layout)
         elif x.is_floating_point():
             x = x.to(getattr(torch, call.inputs[name]))
         found[name] = x
@@ -53,6 +56,27 @@ def tensors(case: Case, given: Mapping[str, np.ndarray], device: str = "cpu") ->
     if "log_sum_exp" in call.outputs:
         found["log_sum_exp"] = torch.full((batch, call.heads, queries), torch.nan, device=device)
     return found
+
+
+def of_part_0(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The first part, with logical axes: its memory begins where that of ``x`` does."""
+    chosen = part(layout)
+    whole = x if chosen is None else x.select(chosen[0], 0)
+    return whole.permute([unpacked(layout).index(axis) for axis in "BNHD"])
+
+
+def in_memory(case: Case, at: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What is packed as the whole tensors, and the layouts of those."""
+    found = dict(at)
+    found |= {name: whole(at[name], layout) for name, layout in case.packed.items()}
+    return found, case.packed
+
+
+def whole(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """All of the tensor that has this first part, with the axes of ``layout``."""
+    sizes = dict(zip("BNHD", x.shape, strict=True))
+    shape = [sizes.get(axis, PARTS) for axis in layout]
+    return x.as_strided(shape, torch.empty(shape, device="meta").stride())
 
 
 def _laid(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -76,6 +100,10 @@ def symbols(case: Case, at: Mapping[str, torch.Tensor]) -> dict[str, int]:
             stride = at[name].stride(place)
             assert stride % STRIDE_UNIT == 0
             found[f"{name}_stride_{axis}"] = stride // STRIDE_UNIT
+        found[f"{name}_offset"] = 0
+    for name, layout in case.packed.items():
+        sizes, (axis, number) = dict(zip("BNHD", at[name].shape, strict=True)), part(layout) or (0, 0)
+        found[f"{name}_offset"] = number * prod(sizes[x] for x in layout[axis + 1 :]) // STRIDE_UNIT
     for name in call.inputs:
         axes, x = FULL.get(name, ""), at[name]
         for axis in axes:

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 
 from attncompile.core.kernel import OpCall, Program
+from attncompile.core.layout import part, unpacked
 from attncompile.kernels import symbols
 from attncompile.kernels.symbols import Strided
 from attncompile.plugins import kernels
 from attncompile.plugins.linear_attention.form import Form
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
 from attncompile.plugins.linear_attention.reference import with_state
-from tests.conformance.case import rounded
+from tests.conformance.case import laid, rounded
+from tests.conformance.launch import of_part_0, whole
 
 OPERANDS = ("query", "key", "value", "output")
 Tensors = dict[str, torch.Tensor]
@@ -64,6 +66,8 @@ class Linear:
 HEADS_FIRST = ("BHND",) * 4
 COLUMNS = ("BHDN",) * 4
 MIXED = ("BNHD", "BHDN", "BHND", "BHDN")
+PACKED = ("BN0HD", "BN1HD", "BN2HD", "BNHD")
+IN_COLUMNS = ("B0HDN", "BNH1D", "B2HDN", "BHDN")
 RELU = Form("relu", "relu", "sum", 1e-3)
 RETENTION = Form(causal=True, decay="head", scale=0.25, chunk=16)
 
@@ -72,6 +76,10 @@ CASES = (
     Linear("relu, three chunks", replace(RELU, chunk=23), (1, 70, 50, 2, 2, 32, 48)),
     Linear("relu, channels first", replace(RELU, chunk=16), (2, 37, 45, 2, 2, 16, 24), COLUMNS),
     Linear("relu, channels first, whole units", RELU, (1, 40, 48, 2, 1, 24, 16), COLUMNS),
+    Linear("relu, packed", replace(RELU, chunk=23), (2, 37, 50, 4, 2, 32, 32), PACKED),
+    Linear("relu, packed, channels first", RELU, (2, 37, 45, 2, 2, 16, 24), IN_COLUMNS),
+    Linear("retention, packed", replace(RETENTION, decay="token"), (2, 45, 45, 2, 2, 32, 32), PACKED),
+    Linear("GLA, packed", replace(RETENTION, decay="channel", chunk=32), (1, 75, 75, 4, 2, 32, 32), PACKED),
     Linear("relu, bfloat16, mixed", replace(RELU, chunk=20), (1, 33, 41, 2, 2, 72, 40), MIXED, "bfloat16"),
     Linear("a bound of the sum", Form("relu", "relu", "sum", 0.0, 30.0, 0.7), (1, 19, 26, 2, 2, 16, 16)),
     Linear("elu", Form("elu+1", "elu+1", "sum"), (1, 37, 50, 2, 2, 40, 32), HEADS_FIRST),
@@ -246,7 +254,7 @@ def nodes(case: Linear) -> list[OpCall]:
     found = []
     for step in steps(case):
         formal = (*step.inputs, *step.outputs)
-        said = {**attributes(case), "columns": [n for n in orders if n in formal and orders[n] == "BHDN"]}
+        said = {**attributes(case), "columns": [n for n in orders if n in formal and unpacked(orders[n]) == "BHDN"]}
         if step.op not in (STATE, STATES, OUTPUT):
             del said["chunk"]
         more = {n: name for n, name in step.inputs.items() if n not in orders}
@@ -255,6 +263,7 @@ def nodes(case: Linear) -> list[OpCall]:
             groups, dim, value_dim, said, {n: types.get(n, "float32") for n in more},
             {n: sizes[name] for n, name in more.items()}, tuple(step.outputs), batch,
             queries if "query" in formal else None, keys if "key" in formal else None,
+            any(part(orders[n]) for n in formal if n in orders),
         ))  # fmt: skip
     return [kernels()[c.op].call(c) for c in found]
 
@@ -277,8 +286,7 @@ def tensors(case: Linear, device: str = "cpu") -> Tensors:
 def in_memory(case: Linear, named: Tensors) -> tuple[Tensors, dict[str, str]]:
     """Operands with the axes of their layouts, and those layouts."""
     orders = dict(zip(OPERANDS, case.layouts, strict=True))
-    laid = {n: x.permute(["BNHD".index(a) for a in orders[n]]) if n in orders else x for n, x in named.items()}
-    return laid, orders
+    return {n: whole(x, orders[n]) if n in orders else x for n, x in named.items()}, orders
 
 
 def run(case: Linear, launch: Launch, small: bool = False, device: str = "cpu",
@@ -297,6 +305,5 @@ def run(case: Linear, launch: Launch, small: bool = False, device: str = "cpu",
 
 
 def _laid(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """A view with axes BNHD that lies in memory as ``layout`` says."""
-    order = ["BNHD".index(a) for a in layout]
-    return x.permute(order).contiguous().permute([layout.index(a) for a in "BNHD"])
+    """A view with axes BNHD that lies in memory as ``layout`` says; of a packed tensor, the first part."""
+    return of_part_0(torch.from_numpy(laid(x.float().cpu().numpy(), layout)).to(x), layout)

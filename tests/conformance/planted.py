@@ -97,6 +97,8 @@ _DENSE = {
     "one key less": ("17 queries, 50 keys, none", {"expressions": {"NK": "NK - 1"}}),
     "wrong key heads": ("GQA, batch 2, heads first", {"expressions": {"group": "H // HKV + 1"}}),
     "the same value for all keys": ("GQA, batch 2, heads first", {"expressions": {"v_n": "value_stride_N * 0"}}),
+    "values of the first part": ("packed", {"expressions": {"v_o": "value_offset * 0"}}),
+    "another part of the values": ("packed, pieces, causal", {"expressions": {"v_o": "value_offset // 2"}}),
     "scale": ("scale", {"expressions": {"scale": "scale_bits + 200000"}}),
     "bias of the next head": ("bias by heads", {"expressions": {"bias_h": "bias_stride_H - 1"}}),
     "a mask of one row": ("mask of queries and keys", {"expressions": {"mask_q": "mask_stride_Q * 0"}}),
@@ -108,6 +110,7 @@ _DENSE = {
 _GRID = {
     "wider": ("2-D, clamp", {"constants": {"W2": 4, "E2": 5}}),
     "a box one key short": ("1-D", {"constants": {"E2": 13}}),
+    "keys of the first part": ("packed", {"expressions": {"k_o": "key_offset * 0"}}),
     "left": ("2-D, left", {"constants": {"L1": 2}}),
     "stride": ("2-D, groups", {"constants": {"S2": 2}}),
     "truncated": ("2-D, clamp, even, prefix, suffix", {"constants": {"CLAMP": False}}),
@@ -122,6 +125,7 @@ _GRID = {
 _LISTS = {
     "one key less": ("128, N past the last block", {"expressions": {"NK": "NK - 1"}}),
     "wrong key heads": ("64, GQA, lists of heads", {"expressions": {"group": "H // HKV + 1"}}),
+    "keys one row on": ("packed", {"expressions": {"k_o": "key_offset + key_stride_N"}}),
     "lists of the first head": ("64, lists of heads, no order", {"expressions": {"rows_h": "rows_stride_H * 0"}}),
     "lists of the first batch entry": ("64, lists of batch entries", {"expressions": {"rows_b": "rows_stride_B * 0"}}),
     "a tile left out": ("64", {"grid_of": ("cdiv(NQ, 64) * H * B - 1", "1", "1")}),

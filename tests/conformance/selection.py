@@ -24,7 +24,7 @@ CLOSE = 2e-5
 @dataclass(frozen=True, slots=True)
 class Selection:
     """``tokens``: queries and keys; ``loud``: scores of some hundreds; ``equal``: all keys alike, so that all weights
-    tie.
+    tie. ``packed``: queries and keys are parts 0 and 1 of one tensor, whose third is NaN.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Selection:
     layouts: tuple[str, str] = ("BNHD", "BNHD")
     values: str = "ordinary"
     seed: int = 0
+    packed: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -75,7 +76,7 @@ class Selection:
         given = {n: self.shapes[n] for n in ("scores", "amount")}
         return [
             OpCall(SCORES, self.dtype, heads, groups, self.dim, self.dim, said, outputs=("scores",), batch=self.batch,
-                   query_length=self.tokens[0], key_length=self.tokens[1]),
+                   query_length=self.tokens[0], key_length=self.tokens[1], packed=self.packed),
             OpCall(SELECT, "float32", heads, heads, 1, 1, chosen, dict.fromkeys(given, "float32"), given,
                    outputs=(*LISTS, "mass"), batch=self.batch),
         ]  # fmt: skip
@@ -155,6 +156,7 @@ CASES = (
     Selection(
         "pooled, everything", stride=1, block=1, tokens=(9, 9), rule="share", amount=(1.0,), causal=False, heads=(1, 1)
     ),
+    Selection("parts of one tensor", heads=(2, 2), tokens=(140, 140), packed=True),
     Selection("a single block", tokens=(40, 40)),
     Selection("nothing asked", amount=(0.0,), tokens=(300, 300), sinks=0),
 )
@@ -192,6 +194,9 @@ def tensors(case: Selection, device: str) -> dict[str, Any]:
     for (name, array), layout in zip(case.operands().items(), case.layouts, strict=True):
         x = torch.from_numpy(array).to(device).to(getattr(torch, case.dtype))
         found[name] = x if layout == "BNHD" else x.transpose(1, 2).contiguous().transpose(1, 2)
+    if case.packed:
+        whole = torch.full_like(found["query"], float("nan"))
+        found["query"] = found["key"] = torch.stack([found["query"], found["key"], whole], 2)
     found["amount"] = torch.tensor(case.amount, dtype=torch.float32, device=device)
     for name, shape in case.shapes.items():
         if name in ("scores", "mass"):
@@ -205,7 +210,8 @@ def verdict(case: Selection, launch: Launch, device: str = "cpu", compare: bool 
     """What is wrong with either op's outputs. ``launch`` runs a call on tensors that its kernel names."""
     at = tensors(case, device)
     first, second = case.calls()
-    launch(first, {n: at[n] for n in ("query", "key", "scores")}, {"query": "BNHD", "key": "BNHD"})
+    layouts = {"query": "BN0HD", "key": "BN1HD"} if case.packed else {"query": "BNHD", "key": "BNHD"}
+    launch(first, {n: at[n] for n in ("query", "key", "scores")}, layouts)
     launch(second, {n: at[n] for n in ("scores", "amount", *LISTS, "mass")}, {})
     if not compare:
         return ""

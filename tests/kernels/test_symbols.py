@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import OpCall
+from attncompile.core.layout import part, unpacked
 from attncompile.kernels import symbols
 from attncompile.kernels.expressions import text
 from attncompile.kernels.symbols import Strided
@@ -117,13 +119,30 @@ def test_an_axis_of_one_may_have_any_stride() -> None:
     assert not Strided((2, 4, 3), (0, 3, 1)).gapless and not Strided((4, 3), (6, 1)).gapless
 
 
-def test_a_packed_axis_counts_in_the_strides() -> None:
-    packed = (None, None, 3, 6, 64)
-    orders = dict.fromkeys(symbols.OPERANDS, "BNHD") | dict.fromkeys(("query", "key", "value"), "BNPHD")
-    made = OpCall("Attention", "float16", 6, 6, 64, 64)
-    node = symbols.table(made, dict.fromkeys(("query", "key", "value"), packed), orders)
-    assert (text(node["query_stride_N"]), text(node["query_stride_B"])) == ("144", "query[1] * 144")
-    assert text(node["output_stride_B"]) == "query[1] * 48"
+@pytest.mark.parametrize(
+    "orders", [("BN0HD", "BN1HD", "BN2HD"), ("2BHND", "BNH1D", "BNHD"), ("B0NHD", "BHND", "B1HND")]
+)
+@pytest.mark.parametrize("known", [False, True])
+def test_parts_of_packed_tensors(orders: tuple[str, str, str], known: bool) -> None:
+    """An operand lies where NumPy's view of the part lies."""
+    sizes = {"B": 2, "N": 5, "H": 6, "D": 64, **dict.fromkeys("012", 3)}
+    layouts = dict(zip(symbols.OPERANDS, (*orders, "BNHD"), strict=True))
+    arrays = {n: operand(layouts[n], sizes) for n in symbols.OPERANDS}
+    shapes = {n: tuple(sizes[a] if known or a in "HD012" else None for a in layouts[n]) for n in symbols.OPERANDS[:3]}
+    made = OpCall("Attention", "float16", 6, 6, 64, 64, packed=True)
+    node = symbols.table(made, shapes, layouts)
+    ours = symbols.values(node, {n: arrays[n].shape for n in symbols.OPERANDS[:3]})
+    theirs = symbols.of_tensors({n: strided(a) for n, a in arrays.items()}, {}, layouts)
+    for name, array in arrays.items():
+        chosen = part(layouts[name])
+        seen = array if chosen is None else np.moveaxis(array, chosen[0], 0)[chosen[1]]
+        start = seen.__array_interface__["data"][0] - array.__array_interface__["data"][0]
+        for axis, stride in zip(unpacked(layouts[name]), seen.strides, strict=True):
+            if axis != "D":
+                assert ours[f"{name}_stride_{axis}"] * 16 == theirs[f"{name}_stride_{axis}"] * 16 == stride, axis
+        if name != "output":
+            assert ours[f"{name}_offset"] * 16 == theirs[f"{name}_offset"] * 16 == start
+    assert "query_offset" not in symbols.table(replace(made, packed=False), shapes, layouts)
 
 
 @given(st.floats(2.0**-20, 2.0**20, width=32))

@@ -50,6 +50,11 @@ def listed(dim: int, block: int, **inputs: str) -> OpCall:
     )  # fmt: skip
 
 
+def per_score(dim: int, **inputs: str) -> OpCall:
+    """A value of each score's own: relative positions, or a mask."""
+    return OpCall("Attention", "float16", 8, 8, dim, dim, inputs=inputs, attributes={"masked_rows": "zero"})
+
+
 def full(dim: int) -> OpCall:
     """All that ``Attention`` can have at once."""
     return OpCall(
@@ -78,7 +83,9 @@ def test_default_tactics(architecture: int, tmp_path: Path) -> None:
     calls = [attention(128, 0, 0), neighborhood(128, "clamped")]
     if architecture in CLOSELY:
         calls += [attention(128), attention(128, -1, 0), attention(64), attention(64, -1, 0), attention(64, 0, 0),
-                  neighborhood(64, "clamped")]  # fmt: skip
+                  neighborhood(64, "clamped"), per_score(64, bias="float16")]  # fmt: skip
+    if architecture == 90:
+        calls += [per_score(128, bias="float16"), per_score(128, mask="bool")]
     found = compiled([(c, architecture, programs(c, architecture)[0]) for c in calls])
     for made in found:
         entry = made.entry

@@ -14,6 +14,7 @@ from attncompile import fusion_check, pipeline
 from attncompile.pipeline import Options
 from attncompile.runtime import layout
 from attncompile.targets import ort_fusions
+from attncompile.targets.ort_fusions.operands import operands
 from attncompile.targets.ort_fusions.view import CONTRIB, View
 from tests.passes.attention_graphs import Spec, build, save
 from tests.runtime.conftest import needs_compiler
@@ -46,6 +47,91 @@ def with_gelu(folder: Path) -> Path:
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info("fusible.z", TensorProto.FLOAT, [1, 300, width]))
     return save(proto, folder, "fusible.onnx")
+
+
+def with_packed(folder: Path) -> Path:
+    """An attention whose query, key and value are one product, as those of timm's ViT: [B, N, 3, H, D], transposed, one
+    part after the other gathered.
+    """
+    proto = build(WINDOWED)
+    graph, stored = proto.graph, {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    products = [n for n in graph.node if n.op_type == "MatMul" and n.input[0] == "x"]
+    ends = [
+        next(n for n in graph.node if n.op_type == "Transpose" and n.input[0] == _reader(graph, p)) for p in products
+    ]
+    arrays: dict[str, Any] = {
+        "weight": np.concatenate([stored[p.input[1]] for p in products], 1), "five": np.array([1, 300, 3, 2, 16]),
+        **{f"number.{i}": np.array(i) for i in range(3)},
+    }  # fmt: skip
+    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in arrays.items())
+    nodes = [
+        helper.make_node("MatMul", ["x", "weight"], ["packed"]),
+        helper.make_node("Reshape", ["packed", "five"], ["by_part"]),
+        helper.make_node("Transpose", ["by_part"], ["parts_first"], perm=[2, 0, 3, 1, 4]),
+    ]
+    for i, end in enumerate(ends):
+        perm = list(end.attribute[0].ints)  # of [B, N, H, D]
+        nodes.append(helper.make_node("Gather", ["parts_first", f"number.{i}"], [f"part.{i}"], axis=0))
+        nodes.append(
+            helper.make_node("Transpose", [f"part.{i}"], end.output, perm=[[0, 2, 1, 3].index(a) for a in perm])
+        )
+    gone = {p.output[0] for p in products} | {e.input[0] for e in ends} | {e.output[0] for e in ends}
+    nodes += [n for n in graph.node if not gone & set(n.output)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return save(proto, folder, "packed.onnx")
+
+
+def _reader(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
+    return str(next(n for n in graph.node if node.output[0] in n.input).output[0])
+
+
+def launched(folder: Path, **given: Any) -> tuple[tuple[str, ...], onnx.ModelProto]:
+    """The notes and the model that ``with_packed`` becomes."""
+    options = {"target": "onnxruntime-cuda", "architectures": (80,), "keep_slower": True, **given}
+    result = pipeline.compile(with_packed(folder), Options(out=folder / "out", **options))
+    assert result.exit_code == 0, result.failures
+    return result.targets[1].notes, onnx.load(folder / "out" / layout.MODEL)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_packed_operands_are_read_in_place(tmp_path: Path, no_triton: None, precision: str) -> None:
+    notes, proto = launched(tmp_path, precision=precision)
+    (node,) = [n for n in proto.graph.node if n.domain == layout.DOMAIN]
+    assert len(node.input) == 3 and len(set(node.input)) == 1
+    assert not {"Transpose", "Gather", "Slice", "Split", "Squeeze"} & {n.op_type for n in proto.graph.node}
+    assert any("operands (3)" in n for n in notes)
+    assert any(n.startswith("with fusions against without, on the CPU in float32: relative L2") for n in notes)
+
+
+def other_parts(view: View) -> int:
+    """``operands``, which takes keys for values."""
+    done = operands(view)
+    for node in view.nodes("NeighborhoodAttention", "Attention", domain="attncompile"):
+        (said,) = [a for a in node.attribute if a.name == "v_layout"]
+        said.s = said.s.replace(b"2", b"1")
+    return done
+
+
+def other_order(view: View) -> int:
+    """``outputs``, as if heads were tokens."""
+    for node in view.nodes("NeighborhoodAttention", "Attention", domain="attncompile"):
+        (said,) = [a for a in node.attribute if a.name == "o_layout"]
+        said.s = {b"BNHD": b"BHND", b"BHND": b"BNHD"}[said.s]
+    return 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("planted", [other_parts, other_order])
+def test_a_wrong_layout_is_undone(
+    tmp_path: Path, no_triton: None, monkeypatch: pytest.MonkeyPatch, planted: Any
+) -> None:
+    others = tuple((n, f) for n, f in ort_fusions.FUSIONS if n not in ("operands", "outputs"))
+    monkeypatch.setattr(ort_fusions, "FUSIONS", (*others, ("operands", planted)))
+    notes, proto = launched(tmp_path, precision="fp16")
+    assert any(n.startswith("nothing was fused: ") for n in notes)
+    assert "Gather" in {n.op_type for n in proto.graph.node}
 
 
 def compiled(folder: Path, **given: Any) -> tuple[list[str], tuple[str, ...], Any]:

@@ -69,7 +69,7 @@ def operands(layouts: str, n: Any = "n", m: Any = "m", heads: int = 6, kv: int =
         {"B": batch, "N": m, "H": kv, "D": vdim},
     )  # fmt: skip
     words = zip(("query", "key", "value"), sizes, layouts.split(), strict=True)
-    return {name: [size[axis] for axis in word] for name, size, word in words}
+    return {name: [size.get(axis, 3) for axis in word] for name, size, word in words}
 
 
 RUNS = ({"b": 1, "n": 1, "m": 1}, {"b": 2, "n": 37, "m": 53}, {"b": 3, "n": 256, "m": 384})
@@ -106,7 +106,7 @@ def linear(names: str, words: str, n: Any = "n") -> dict[str, Sequence[int | str
     """Shapes of the operands ``names`` in these layouts: 4 heads, 2 key heads, 64 features, 48 values."""
     heads, dims = {"query": 4, "key": 2, "value": 2}, {"query": 64, "key": 64, "value": 48}
     return {
-        name: [{"B": "b", "N": n, "H": heads[name], "D": dims[name]}[axis] for axis in word]
+        name: [{"B": "b", "N": n, "H": heads[name], "D": dims[name]}.get(axis, 3) for axis in word]
         for name, word in zip(names.split(), words.split(), strict=True)
     }
 
@@ -123,6 +123,10 @@ CASES = [
         for more in ({"right": 0}, {"left": 99, "right": 0}, {"left": 40, "right": 30, "softcap": 20.0})
     ),
     Case("Attention", "float16", operands("BNHD BNHD BNHD", n=64, m=96, batch=2), ({},)),
+    *(
+        Case("Attention", "float16", operands(words), RUNS, {"scale": 0.5, "right": 0, **layouts(f"{words} BHND")})
+        for words in ("BN0HD BN1HD BN2HD", "BHND B0HND BNH2D", "2NBHD NB0HD 1BHND")
+    ),
     *(
         Case("Attention", "bfloat16", {**operands("BNHD BHND BNHD"), "bias": bias, "key_mask": seen, "sinks": sinks},
              RUNS[1:], {"scale": 0.125, "masked_rows": "zero", **layouts("BNHD BHND BNHD BHND")},
@@ -145,6 +149,14 @@ CASES = [
     ),
     Case("NeighborhoodAttention", "float16", {**operands("BNHD BNHD BNHD", n=35, m=35), "bias": ["x", 6, 35, 35]},
          SAME, GRID, {"bias": "float16"}),
+    Case("NeighborhoodAttention", "float16", operands("BN0HD BN1HD B2HND", n=35, m=35), SAME,
+         {**GRID, **layouts("BN0HD BN1HD B2HND BNHD")}),
+    Case("BlockSparseAttention", "float16", {**operands("BN0HD BN1HD BN2HD"), **lists(1, 6)}, LISTED,
+         {"scale": 0.125, "block": 64, **layouts("BN0HD BN1HD BN2HD BNHD")}, LIST_TYPES),
+    Case(STATE, "float16", linear("key value", "BN1HD B2HDN", n=40), ({"b": 1}, {"b": 3}),
+         {"key_map": "relu", "chunk": 48, "k_layout": "BN1HD", "v_layout": "B2HDN"}, {}, ("state", "total")),
+    Case(APPLY, "float16", {**linear("query", "BNH0D"), "state": ["b", 2, 1, 64, 48],
+         "total": ["b", 2, 1, 64]}, CHUNKED, {"query_map": "relu", "normaliser": "sum", "q_layout": "BNH0D"}, WIDE),
     Case("NeighborhoodAttention", "float16", operands("BNHD BNHD BNHD", m="n"), ({"b": 2, "n": 70}, {"b": 1, "n": 9}),
          {"kernel_size": [33], "grid": [-1], "causal": [1], "scale": 0.5}),
     *(
@@ -153,6 +165,7 @@ CASES = [
               **{f"{n}_layout": w for n, w in zip("qk", words.split(), strict=False)}}, SCORES_TYPE, ("scores",))
         for dtype, words, stride, block, causal in (
             ("float16", "BNHD BNHD BNHD", 16, 64, 1), ("bfloat16", "BHND BNHD BNHD", 1, 1, 0),
+            ("float16", "BN0HD BN1HD BN2HD", 8, 64, 1),
         )
     ),
     *(
@@ -274,6 +287,50 @@ def check_results(case: Case, shapes: Mapping[str, Shape], results: Sequence[Any
     for name, result in zip(case.outputs, results, strict=True):
         assert result.shape() == [sizes[a] for a in AXES.get(name, written)], name
         assert result.element_type() == TYPES[case.all_types()[name]]
+
+
+def test_one_tensor_is_all_three_operands(make: Maker, double: Double) -> None:
+    """A product of width 3 C, as a view: three pointers to it, and where each part begins."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    said = layouts("BN0HD BN1HD BN2HD BNHD")
+    nodes = [
+        helper.make_node("Reshape", ["x", "sizes"], ["five"]),
+        helper.make_node("Attention", ["five"] * 3, ["output"], "site", domain="attncompile", scale=0.125, **said),
+    ]
+    half = TensorProto.FLOAT16
+    graph = helper.make_graph(
+        nodes, "packed", [helper.make_tensor_value_info("x", half, ["b", "n", 3 * 4 * 64])],
+        [helper.make_tensor_value_info("output", half, None)],
+        [numpy_helper.from_array(np.array([0, 0, 3, 4, 64]), "sizes")],
+    )  # fmt: skip
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("attncompile", 1)]
+    made = make(helper.make_model(graph, opset_imports=imports, ir_version=10))
+    double.expect(list(made.bundle.entries.values()))
+    session = made.session()
+    for b, n in ((1, 1), (2, 37)):
+        (found,) = session.run(None, {"x": np.zeros((b, n, 768), np.float16)})
+        assert found.shape == (b, n, 4, 64)
+        entry = made.bundle.kernels(made.bundle.call_of("site"), 90)[0].entry
+        values = dict(zip((a.name for a in entry.arguments), noted(double.last()), strict=False))
+        assert values["query"] == values["key"] == values["value"] != values["output"]
+        assert (values["q_o"], values["k_o"], values["v_o"]) == (0, 4 * 64 // 8, 2 * 4 * 64 // 8)
+        assert (values["k_b"], values["k_n"], values["k_h"]) == (n * 768 // 8, 768 // 8, 64 // 8)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_another_number_of_parts_is_refused(make: Maker, double: Double, parts: int) -> None:
+    """A run's sizes are checked against those that the model was compiled for."""
+    shapes = operands("BN0HD BN1HD BN1HD")
+    made = make(node_model("Attention", shapes, dict.fromkeys(shapes, "float16"), scale=0.125,
+                           **layouts("BN0HD BN1HD BN1HD BNHD")))  # fmt: skip
+    for value_ in made.model.graph.input:  # what the file says is not what is given
+        value_.type.tensor_type.shape.dim[2].ClearField("dim_value")
+    double.expect(list(made.bundle.entries.values()))
+    session = made.session()
+    feeds = {n: np.zeros([2, 5, parts, *s[3:]], np.float16) for n, s in shapes.items()}
+    with pytest.raises(Exception, match="site"):
+        session.run(None, feeds)
 
 
 def test_every_op_with_kernels_has_a_case() -> None:

@@ -439,22 +439,6 @@ def test_what_is_nearly_a_rotation_of_halves() -> None:
     assert fused(g.model(halves(g, ("t", "t")))).counts == {}
 
 
-# -- operands of ours --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("perm", "layout", "taken"), [([0, 2, 1, 3], "BHND", True), ([0, 2, 1, 3], "BNHD", False),
-                                                       ([0, 3, 1, 2], "BHND", False)])  # fmt: skip
-def test_a_transpose_before_an_op_of_ours(perm: list[int], layout: str, taken: bool) -> None:
-    g = Graph(HALF, q=(B, N, H, D), k=(B, N, H, D), v=(B, N, H, D))
-    turned = g.op("Transpose", "q", perm=perm)
-    y = g.op("Attention", turned, "k", "v", domain="attncompile", scale=1.0, q_layout=layout)
-    proto = g.model(y)
-    result = fuse(proto, Path())
-    (node,) = [n for n in result.proto.graph.node if n.domain == "attncompile"]
-    assert (node.input[0] == "q") == taken == (result.counts == {"operands": 1})
-    assert {a.name: a.s.decode() for a in node.attribute if a.type == 3}["q_layout"] == ("BNHD" if taken else layout)
-
-
 # -- all together ------------------------------------------------------------------------------------------------------
 
 

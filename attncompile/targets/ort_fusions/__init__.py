@@ -17,17 +17,20 @@ from pathlib import Path
 from onnx import ModelProto
 
 from attncompile.targets.ort_fusions import gelu, norm, rotary, skip
+from attncompile.targets.ort_fusions.operands import operands, outputs
 from attncompile.targets.ort_fusions.view import CONTRIB, View
 
 __all__ = ["AROUND_OURS", "CONTRIB", "FUSIONS", "Fused", "fuse"]
 
 FUSIONS: tuple[tuple[str, Callable[[View], int]], ...] = (
     ("copies", rotary.identities),
+    ("sizes", rotary.sizes),
     ("interleaved pairs", rotary.interleaved),
     ("transposes", rotary.transposes),
     ("rotary pairs", rotary.rotary_pairs),
     ("rotary halves", rotary.rotary_halves),
-    ("operands", rotary.operands),
+    ("operands", operands),
+    ("outputs", outputs),
     ("GELU", gelu.gelu),
     ("RMS norm", norm.rms_norm),
     ("modulated norm", norm.modulated),
@@ -37,7 +40,7 @@ FUSIONS: tuple[tuple[str, Callable[[View], int]], ...] = (
 )
 """Name and function, in the order in which they run: each takes a view, changes it and says how often."""
 
-AROUND_OURS = ("copies", "operands", "transposes")
+AROUND_OURS = ("copies", "sizes", "operands", "outputs", "transposes")
 """Fusions that the layout of ops of ours takes part in: where those are written out, they are not found."""
 
 

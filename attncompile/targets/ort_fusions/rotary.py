@@ -7,24 +7,25 @@ computes for its tokens, and the first position is 0.
 from __future__ import annotations
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
-from attncompile.targets.ort_fusions.view import CONTRIB, KINDS, Dims, View, attribute
-
-_OURS = "attncompile"
+from attncompile.targets.ort_fusions.view import CONTRIB, KINDS, Dims, View, attribute, reshape_target
 
 
 def identities(view: View) -> int:
     """Copies, which exporters leave between writes to one tensor, are passed by."""
+    return sum(view.pass_by(node.output[0], node.input[0]) for node in view.nodes("Identity"))
+
+
+def sizes(view: View) -> int:
+    """Sizes that are read from a tensor and known."""
     done = 0
-    for node in view.nodes("Identity"):
-        source, copy = node.input[0], node.output[0]
-        readers = view.readers(copy)
-        if view.is_output(copy) or not readers or any(copy not in r.input for r in readers):
+    for node in view.nodes("Shape"):
+        shape = view.shape(node.input[0])
+        if shape is None or not all(isinstance(n, int) for n in shape):
             continue
-        for reader in {id(r): r for r in readers}.values():
-            view.set_inputs(reader, [source if v == copy else v for v in reader.input])
-        done += 1
+        part = np.array(shape[attribute(node, "start", 0) : attribute(node, "end", None)], np.int64)
+        done += view.pass_by(node.output[0], view.tensor("fusions/sizes", part))
     return done
 
 
@@ -49,13 +50,13 @@ def interleaved(view: View) -> int:
             inner = view.shape(sources[0]) or ()
             dims = (*inner[:-1], shape[0])
             stacked = _stack(view, sources, -1, kind, (*inner, 2))
-            joined = _reshape(view, stacked, kind, dims)
+            joined = view.reshaped(stacked, kind, dims)
             if joined is None:
                 continue
             view.put("Transpose", [joined], [second.output[0]], perm=perm)
         else:
             stacked = _stack(view, halves, 1, kind, (rows, 2, *shape[1:]))
-            target = _target(shape)
+            target = reshape_target(shape)
             if target is None:
                 continue
             sizes = view.tensor("fusions/shape", target)
@@ -91,20 +92,6 @@ def _stack(view: View, values: list[str], axis: int, kind: int, dims: Dims) -> s
     one = (*dims[:-1], 1) if axis == -1 else (*dims[:axis], 1, *dims[axis + 1 :])
     parts = [view.node("Unsqueeze", [v, axes], kind, one) for v in values]
     return view.node("Concat", parts, kind, dims, axis=axis)
-
-
-def _target(dims: Dims) -> np.ndarray | None:
-    """As the second input of Reshape; None if more than one size is not static."""
-    if sum(isinstance(d, str) for d in dims) > 1 or 0 in dims:
-        return None
-    return np.array([-1 if isinstance(d, str) else d for d in dims], np.int64)
-
-
-def _reshape(view: View, value: str, kind: int, dims: Dims) -> str | None:
-    target = _target(dims)
-    if target is None:
-        return None
-    return view.node("Reshape", [value, view.tensor("fusions/shape", target)], kind, dims)
 
 
 def transposes(view: View) -> int:
@@ -149,9 +136,9 @@ def rotary_pairs(view: View) -> int:
         before, made = view.maker(pairs, "Reshape"), None
         if before is not None and view.shape(before.input[0]) == flat:
             made = before.input[0]
-        made = made or _reshape(view, pairs, kind, flat)
-        tables = [_reshape(view, t, kind, (tokens, width // 2)) for t in (cos, sin)]
-        target = _target(shape)
+        made = made or view.reshaped(pairs, kind, flat)
+        tables = [view.reshaped(t, kind, (tokens, width // 2)) for t in (cos, sin)]
+        target = reshape_target(shape, flat)
         if made is None or target is None or any(t is None for t in tables):
             continue
         turned = _embedding(view, made, tables, kind, flat, heads, pairs=True)
@@ -247,7 +234,7 @@ def rotary_halves(view: View) -> int:
         else:
             rows = (shape[0], tokens, heads * width)
             turned = _embedding(view, flat, tables, kind, rows, heads, pairs=False)
-            split = _reshape(view, turned, kind, (shape[0], tokens, heads, width))
+            split = view.reshaped(turned, kind, (shape[0], tokens, heads, width))
             assert split is not None  # its sizes are those of shape
             view.put("Transpose", [split], [out], perm=[0, 2, 1, 3])
         done += 1
@@ -305,9 +292,8 @@ def _half(view: View, table: str, tokens: int | str, width: int, kind: int) -> s
     if shape != (1, 1, tokens, width) or not _repeats(view, table, width):
         return None
     ends = [view.tensor("fusions/number", np.array([n], np.int64)) for n in (0, width // 2, 3)]
-    return _reshape(
-        view, view.node("Slice", [table, *ends], kind, (1, 1, tokens, width // 2)), kind, (tokens, width // 2)
-    )
+    cut = view.node("Slice", [table, *ends], kind, (1, 1, tokens, width // 2))
+    return view.reshaped(cut, kind, (tokens, width // 2))
 
 
 def _repeats(view: View, value: str, width: int) -> bool:
@@ -345,21 +331,7 @@ def _before_heads(view: View, x: str, shape: Dims) -> str | None:
     if split is None or view.shape(split.output[0]) != (shape[0], shape[2], heads, width):
         return None
     flat = split.input[0]
-    if view.shape(flat) != (shape[0], shape[2], heads * width) or _target((shape[0], shape[2], heads, width)) is None:
+    wide = (shape[0], shape[2], heads * width)
+    if view.shape(flat) != wide or reshape_target((*wide[:2], heads, width), wide) is None:
         return None
     return str(flat)
-
-
-def operands(view: View) -> int:
-    """Transposes that only swap tokens and heads before an op of ours, which reads either layout by stride."""
-    done = 0
-    for node in view.nodes("Attention", "NeighborhoodAttention", "BlockSparseAttention", domain=_OURS):
-        for i, name in enumerate(("q_layout", "k_layout", "v_layout")):
-            found = [a for a in node.attribute if a.name == name]
-            turned = view.maker(node.input[i], "Transpose")
-            if not found or found[0].s != b"BHND" or turned is None or attribute(turned, "perm", None) != [0, 2, 1, 3]:
-                continue
-            found[0].CopyFrom(helper.make_attribute(name, "BNHD"))
-            view.set_inputs(node, [*node.input[:i], turned.input[0], *node.input[i + 1 :]])
-            done += 1
-    return done

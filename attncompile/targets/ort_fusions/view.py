@@ -13,6 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from attncompile.targets import graph as g
 
 CONTRIB = "com.microsoft"
+OURS = "attncompile"
 KINDS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 """Element types that ONNX Runtime's fused ops were run in."""
 _LARGEST = 1 << 20
@@ -27,7 +28,7 @@ class View:
 
     def __init__(self, proto: ModelProto, folder: Path) -> None:
         self._proto, self._folder = proto, folder
-        inferred = shape_inference.infer_shapes(proto).graph
+        inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
         described = (*inferred.input, *inferred.output, *inferred.value_info)
         self._types = {v.name: v for v in described}
         self._tensors: dict[str, TensorProto] = {t.name: t for t in proto.graph.initializer}
@@ -48,6 +49,10 @@ class View:
             known = node.domain == domain or (not domain and node.domain in _STANDARD)
             if key in self._nodes and known and node.op_type in op_types:
                 yield node
+
+    def all(self) -> list[NodeProto]:
+        """Nodes of all domains."""
+        return list(self._nodes.values())
 
     def maker(self, value: str, *op_types: str) -> NodeProto | None:
         """The node of the standard domain that makes ``value``, if it is of these types."""
@@ -167,6 +172,13 @@ class View:
         self.put(op_type, inputs, [name], **attributes)
         return name
 
+    def reshaped(self, value: str, kind: int, dims: Dims) -> str | None:
+        """``value`` in other sizes; None where these cannot be written down for every run."""
+        target = reshape_target(dims, self.shape(value) or ())
+        if target is None:
+            return None
+        return self.node("Reshape", [value, self.tensor("fusions/shape", target)], kind, dims)
+
     def flat(self, value: str, width: int | str) -> str:
         """``value``, of which all sizes but the last are 1, as [width]."""
         if self.shape(value) == (width,):
@@ -177,6 +189,20 @@ class View:
     def set_inputs(self, node: NodeProto, inputs: Sequence[str]) -> None:
         self._leave(node)
         node.input[:] = inputs
+        self._enter(node)
+
+    def pass_by(self, value: str, other: str) -> bool:
+        """Whether all that read ``value`` could be given ``other`` in its place."""
+        readers = self.readers(value)
+        if self.is_output(value) or not readers or any(value not in r.input for r in readers):
+            return False
+        for reader in {id(r): r for r in readers}.values():
+            self.set_inputs(reader, [other if v == value else v for v in reader.input])
+        return True
+
+    def set_outputs(self, node: NodeProto, outputs: Sequence[str]) -> None:
+        self._leave(node)
+        node.output[:] = outputs
         self._enter(node)
 
     def sweep(self) -> None:
@@ -226,6 +252,17 @@ class View:
         for value in g.reads(node):
             readers = self._readers[value]
             del readers[next(i for i, r in enumerate(readers) if r is node)]
+
+
+def reshape_target(dims: Dims, source: Dims = ()) -> np.ndarray | None:
+    """The second input of Reshape. Of the sizes that are not static those that ``source`` has at the same place are
+    copied, and one more is what is left; None if there are others.
+    """
+    there = (*source, *[""] * len(dims))
+    found = [0 if isinstance(d, str) and d == s else d for d, s in zip(dims, there, strict=False)]
+    if sum(isinstance(d, str) for d in found) > 1 or 0 in dims:
+        return None
+    return np.array([-1 if isinstance(d, str) else d for d in found], np.int64)
 
 
 UNKNOWN = ("SimplifiedLayerNormalization",)

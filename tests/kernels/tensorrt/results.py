@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from attncompile.core.kernel import OpCall
+from attncompile.core.layout import part, unpacked
 from tests.conformance import linear_ops, vectorised
 from tests.conformance.block_lists import words
 from tests.conformance.budget import wrong, wrong_sums
-from tests.conformance.case import Case
+from tests.conformance.case import Case, laid
 from tests.kernels.tensorrt.samples import DENSE, HOOD, SAMPLES, Sample
 
 TORCH = {1: "float32", 10: "float16", 16: "bfloat16", 9: "bool", 6: "int32", 7: "int64"}
@@ -180,9 +181,11 @@ def _linear(sample: Sample, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
 
 
 def _laid(x: torch.Tensor, order: str) -> torch.Tensor:
-    """From the axes BNHD to those of a layout."""
-    return x.permute(["BNHD".index(a) for a in order])
+    """From the axes BNHD to those of a layout; other parts are NaN."""
+    return torch.from_numpy(laid(x.float().numpy(), order)).to(x.dtype)
 
 
 def _logical(x: torch.Tensor, order: str) -> torch.Tensor:
-    return x.permute([order.index(a) for a in "BNHD"])
+    chosen = part(order)
+    one = x if chosen is None else x.select(*chosen)
+    return one.permute([unpacked(order).index(a) for a in "BNHD"])

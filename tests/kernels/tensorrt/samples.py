@@ -106,6 +106,15 @@ def linear(name: str, op: str, inputs: Any, outputs: tuple[str, ...] = ("output"
     return Sample(name, op, inputs, INPUTS[op], outputs, attributes, LINEAR if sizes is None else sizes)
 
 
+def parts(name: str, op: str, order: tuple[str, ...], sizes: Any, tokens: Dim = "N", **attributes: Any) -> Sample:
+    """Of three beside one another, beside each head, and such as a transpose has put before the tokens."""
+    keys = tokens if tokens != "N" else "M"
+    given = {"query": (HALF, ("B", tokens, 3, 4, 32)), "key": (HALF, ("B", keys, 4, 3, 32)),
+             "value": (HALF, ("B", 3, 4, keys, 32))}  # fmt: skip
+    said = {"q_layout": "BN1HD", "k_layout": "BNH1D", "v_layout": "B2HND"}
+    return Sample(name, op, given, order, ("output",), {"scale": 0.25, **said, **attributes}, sizes)
+
+
 LINEAR = {"B": (1, 2, 3), "N": (1, 100, 333)}
 CHUNKED = {**LINEAR, "C": (1, 3, 7)}
 KEY, VALUE = (HALF, ("B", "N", 2, 32)), (HALF, ("B", "N", 2, 48))
@@ -139,6 +148,9 @@ QUICK = (
     dense("window, mixed layouts", layouts="nhnh", attributes={"left": 9, "right": 3}),
     dense("static", batch=2, queries=37, keys=50, sizes={}),
     dense("key mask", {"key_mask": (BOOL, ("B", 1, 1, "M"))}),
+    parts("parts of packed tensors", "Attention", DENSE, LONG),
+    parts("parts of packed tensors, neighborhood", "NeighborhoodAttention", HOOD, {"B": (1, 2, 3)}, 35,
+          kernel_size=[3, 3], grid=[5, 7]),
     grid("neighborhood"),
     sparse("lists of a file", (1, 4), 2, 5, queries=100, keys=90, sizes={"B": (1, 2, 3)}),
     linear("states of chunks", STATE, {"key": KEY, "value": VALUE}, ("state", "total"), key_map="relu", chunk=48),

@@ -73,8 +73,8 @@ Metric = Annotated[
     str | None,
     typer.Option(
         "--metric", metavar="M", show_default=False,
-        help="What --max-error is measured in: relative_l2, max_abs, cosine, psnr, kl or top1_agreement. Default: "
-        "the policy's, or relative_l2.",
+        help="What --max-error is measured in: relative_l2, max_abs, cosine, psnr, kl, top1_agreement or perplexity "
+        "(its relative rise). Default: the policy's, or relative_l2.",
     ),
 ]  # fmt: skip
 Density = Annotated[
@@ -100,12 +100,23 @@ Provider = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", show_default=False, help="Apply this (edited) plan.toml.")
 ]
+Fitted = Annotated[
+    Path | None,
+    typer.Option(
+        "--fitted", metavar="FILE", show_default=False,
+        help="Feature maps that `fit` wrote, or the folder OUT of a run that used some. Default: policy linear fits.",
+    ),
+]  # fmt: skip
 RequireSites = Annotated[
     int | None,
     typer.Option("--require-sites", metavar="N", show_default=False, help="Fail unless N sites or more are found."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if any replacement had to be rolled back.")]
 KeepSlower = Annotated[bool, typer.Option("--keep-slower", help="Keep replacements that are measured to be slower.")]
+HalfNorms = Annotated[
+    bool,
+    typer.Option("--half-norms", help="Fuse residual sums into norms in fp16 too, for onnxruntime-gpu 1.27 or later."),
+]
 NoFusions = Annotated[
     bool,
     typer.Option("--no-fusions", help="Leave what lies between sites as it is, for onnxruntime-cuda."),
@@ -180,7 +191,7 @@ Format = Annotated[str, typer.Option("--format", metavar="table|json", help="Wha
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 TARGETS = ("onnx", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt")
-METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement")
+METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement", "perplexity")
 
 _GRID = re.compile(r"[1-9]\d*(x[1-9]\d*){0,2}(\+\d+){0,2}")
 

@@ -61,6 +61,10 @@ _Models = list[tuple[str, Mapping[str, int], SiteModel]]
 EXTRA_CASES_BELOW = 1 << 26
 """Score elements of one run (16 heads of 2,048 tokens) above which the extra cases are left to the smaller shapes."""
 
+LEAN_ABOVE = 1 << 27
+"""Score elements of one run (8 heads of 4,096 tokens) above which sites are timed in sessions that give memory back:
+with ONNX Runtime's arenas two runs of a site of 6 heads and 8,192 tokens and its replacement held 11 GB."""
+
 EXTRA_MEMORY_CAP = 1 << 27
 """Bytes of a float64 intermediate above which the extra cases are judged on sampled query rows."""
 
@@ -86,6 +90,13 @@ class SiteGate:
         """Exactness at every shape of the profile and at the edges (exact sites only), then speed. A failure is a
         result.
         """
+        return self._checked(edit, timed=True)
+
+    def exact(self, edit: Edit) -> SiteResult:
+        """``check`` of an exact site without speed, which says nothing of what another machine will run."""
+        return self._checked(edit, timed=False)
+
+    def _checked(self, edit: Edit, timed: bool) -> SiteResult:
         models: _Models = []
         for label, binding in self._bindings:
             try:
@@ -102,19 +113,24 @@ class SiteGate:
                     reason = error.message
             beyond.append((edge.label, alternatives, reason))
         key = _digest([m for _, _, m in models] + [m for _, found, _ in beyond for m in found], edit.decision.exact)
+        key = key if timed else f"{key} untimed"
         if key not in self._results:
-            self._results[key] = self._check(edit, models, beyond)
+            self._results[key] = self._check(edit, models, beyond, timed)
         return self._results[key]
 
     def _extract(self, edit: Edit, binding: Mapping[str, int]) -> SiteModel:
         return extract_site(self._world_at(binding), edit.site, edit.twin or edit.lowering)
 
-    def _check(self, edit: Edit, models: _Models, beyond: Sequence[tuple[str, list[SiteModel], str]]) -> SiteResult:
+    def _check(
+        self, edit: Edit, models: _Models, beyond: Sequence[tuple[str, list[SiteModel], str]], timed: bool
+    ) -> SiteResult:  # fmt: skip
         exactness = None
         if edit.decision.exact:
             exactness = self._exactness(edit, models, beyond)
             if not exactness.passed:
                 return SiteResult(exactness, rolled_back=f"not exact: {exactness.reason}")
+        if not timed:
+            return SiteResult(exactness)
         try:
             timings = tuple(self._time(label, binding, model) for label, binding, model in models)
         except AttncompileError as error:
@@ -185,7 +201,8 @@ class SiteGate:
         if verify.uses_bfloat16(model.original):  # the CPU provider has no kernels for it
             protos = [verify.retype(p, verify.TO_TWIN) for p in protos]
             feed = verify.convert_feed(feed, protos[0])
-        pair = [measure.open_session(p.SerializeToString(), self._threads) for p in protos]
+        lean = verify.largest_intermediate(model.original) > LEAN_ABOVE  # both sessions would keep what they need
+        pair = [measure.open_session(p.SerializeToString(), self._threads, lean=lean) for p in protos]
         timing = measure.paired_conclusive(pair[0], pair[1], feed, budget_seconds=self._seconds, threads=self._threads)
         return ShapeTiming(label, binding, timing)
 

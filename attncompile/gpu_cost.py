@@ -26,6 +26,8 @@ SCORE_BYTES = 8
 read by the second product, two bytes each. ONNX Runtime moves no less."""
 POOLING = 5.0
 """How often queries and keys go through memory for the means of their blocks: padded, weighed, summed, each an op."""
+BESIDE = ("MatMul", "Exp")
+"""Standard ops that take time beside kernels of ours; others that a lowering holds move little or nothing."""
 MASK_BYTES = 4
 """What a mask or bias adds: scores are read and written once more."""
 
@@ -62,7 +64,12 @@ class GpuCost:
         return self.before(site, shape_of(site, binding)) / ours
 
     def milliseconds(self, site: AttentionSite, lowering: Lowering, binding: Mapping[str, int]) -> float:
-        """Predicted time of the launches of ``lowering``. Raises ``Unsupported`` as ``gain``."""
+        """Predicted time of the launches of ``lowering``. Raises ``Unsupported`` as ``gain``, and for arithmetic
+        in front of the ops, which is no launch of ours.
+        """
+        beside = [n.op_type for n in lowering.nodes if n.op_type in BESIDE and not n.domain]
+        if beside:
+            raise Unsupported("no-kernel", f"{beside[0]} in front of the ops is not in the cost model")
         model = extract_site(self.world_at(binding), site, lowering).replaced
         nodes = calls.find(model, self.kernels, self._dtype(site))
         if not nodes:

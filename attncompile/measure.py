@@ -35,6 +35,8 @@ MIN_ROUNDS = 6
 
 _LOOKS = (8, 11, 15, 21, 29, 41, 57, 81, 113, 161)
 _MAX_ROUNDS = 161
+_LONG_CALL = 1.0
+"""Seconds of a first call after which no more of them are needed to see that one is enough for a sample."""
 _MIN_SAMPLE_SECONDS = 2e-3
 _NARROW = 0.01
 
@@ -102,10 +104,11 @@ def default_threads() -> int:
 
 def open_session(
     model: str | os.PathLike[str] | bytes, threads: int | None = None, optimisation: Optimisation = "all",
-    provider: Provider = "cpu",
+    provider: Provider = "cpu", *, lean: bool = False,
 ) -> ort.InferenceSession:  # fmt: skip
     """An ONNX Runtime session with ``threads`` intra-op threads (default: ``default_threads()``) and one inter-op.
-    ``provider``: where it runs; ``cuda`` leaves to the CPU what the GPU cannot do.
+    ``provider``: where it runs; ``cuda`` leaves to the CPU what the GPU cannot do. ``lean``: memory goes back after
+    every run, and a second one takes no more than the first; by default both are kept, up to twice a run's need.
 
     Raises BadModel if ONNX Runtime cannot load the model, BadArguments for a bad ``threads`` or ``optimisation``,
     MissingDependency where this ONNX Runtime has no such provider.
@@ -125,6 +128,7 @@ def open_session(
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
     options.log_severity_level = 4  # errors arrive as exceptions; stderr is for our own messages
     # Idle workers of one session would otherwise spin on the cores while the other session is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -201,14 +205,15 @@ def paired(
     rounds: int | None = None,
     budget_seconds: float = 10.0,
     threads: int | None = None,
+    conclusive: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Time ``session_a`` (the original) against ``session_b`` (ours) on ``feeds``, in order-swapped paired rounds.
 
     ``rounds`` fixes the number of rounds; otherwise rounds are added until the 99 % interval is decisive (above 1.02,
     or below 1) or the 95 % interval is within 1 %, or ``budget_seconds`` are spent. At least 6 rounds are
-    taken, unless even four times the budget does not suffice for them. ``threads`` is only recorded: the sessions
-    already have theirs. Raises BadArguments without feeds.
+    taken, unless even four times the budget does not suffice for them and it need not be ``conclusive``. ``threads`` is
+    only recorded: the sessions already have theirs. Raises BadArguments without feeds.
     """
     batch: list[Feed] = [feeds] if isinstance(feeds, Mapping) else list(feeds)
     if not batch:
@@ -228,7 +233,8 @@ def paired(
             sink.append(_sample(session, batch, n, clock))
         if rounds is None:
             spent = clock() - start
-            reason = _stop([y / x for x, y in zip(a, b, strict=True)], spent, budget_seconds)
+            late = math.inf if conclusive else 4 * budget_seconds
+            reason = _stop([y / x for x, y in zip(a, b, strict=True)], spent, budget_seconds, late)
             if reason:
                 stopped = reason
                 break
@@ -243,15 +249,12 @@ def paired(
 def paired_conclusive(
     session_a: Session, session_b: Session, feed: Feed, *, budget_seconds: float, threads: int | None = None
 ) -> Timing:
-    """``paired``, and if the budget ended before there was an interval, the fewest rounds that give one."""
-    timing = paired(session_a, session_b, feed, budget_seconds=budget_seconds, threads=threads)
-    if timing.conclusive:
-        return timing
-    return paired(session_a, session_b, feed, rounds=MIN_ROUNDS, threads=threads)
+    """``paired`` with as many rounds as give an interval, whatever they take."""
+    return paired(session_a, session_b, feed, budget_seconds=budget_seconds, threads=threads, conclusive=True)
 
 
-def _stop(ratios: Sequence[float], spent: float, budget: float) -> str:
-    """Why to stop now, or an empty string."""
+def _stop(ratios: Sequence[float], spent: float, budget: float, late: float) -> str:
+    """Why to stop now, or an empty string; ``late``: seconds after which an interval is no longer waited for."""
     n = len(ratios)
     if n in _LOOKS:
         _, low, high = median_interval(ratios, 0.99)
@@ -262,14 +265,15 @@ def _stop(ratios: Sequence[float], spent: float, budget: float) -> str:
             return "interval is narrow"
     if spent >= budget and n >= MIN_ROUNDS:
         return "time budget"
-    if spent >= 4 * budget:
+    if spent >= late:
         return "time budget, before an interval existed"
     return ""
 
 
 def _calibrate(session: Session, batch: Sequence[Feed], clock: Callable[[], float]) -> int:
     """Warm up (the first call plans memory) and return the calls that make one sample last about 2 ms or more."""
-    _sample(session, batch, 1, clock)
+    if _sample(session, batch, 1, clock) >= _LONG_CALL:
+        return 1
     seconds = min(_sample(session, batch, 1, clock) for _ in range(2))
     return max(1, math.ceil(_MIN_SAMPLE_SECONDS / max(seconds, 1e-7)))
 

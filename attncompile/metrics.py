@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+_PART = 1 << 20
+"""Elements of logits that are looked at at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """Distances of ``ours`` from ``reference``. ``kl`` and ``top1_agreement`` treat the last axis as logits and are
-    None where it has fewer than two entries. ``elements`` is the number of values compared.
+    None where it has fewer than two entries. ``elements`` is the number of values compared. ``perplexity`` is its
+    relative rise, known only of the logits of a model whose input holds the next tokens.
     """
 
     relative_l2: float
@@ -22,6 +27,7 @@ class Metrics:
     kl: float | None
     top1_agreement: float | None
     elements: int
+    perplexity: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no infinities or NaN: they become None."""
@@ -32,7 +38,7 @@ class Metrics:
         return {
             "relative_l2": clean(self.relative_l2), "max_abs": clean(self.max_abs), "cosine": clean(self.cosine),
             "psnr": clean(self.psnr), "kl": clean(self.kl), "top1_agreement": clean(self.top1_agreement),
-            "elements": self.elements,
+            "elements": self.elements, "perplexity": clean(self.perplexity),
         }  # fmt: skip
 
 
@@ -93,10 +99,13 @@ def psnr(reference: np.ndarray, ours: np.ndarray) -> float:
 
 def kl_divergence(reference: np.ndarray, ours: np.ndarray) -> float:
     """Mean over rows of KL(softmax(reference) || softmax(ours)) along the last axis, in nats."""
-    p, q = _log_softmax(reference), _log_softmax(ours)
-    with np.errstate(invalid="ignore"):
-        terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))  # 0 * log 0 = 0: entries that p rules out
-    mean = float(np.mean(np.sum(terms, axis=-1)))
+    rows = []
+    for r, o in zip(_parts(reference), _parts(ours), strict=True):
+        p, q = _log_softmax(r), _log_softmax(o)
+        with np.errstate(invalid="ignore"):
+            terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))  # 0 * log 0 = 0: entries that p rules out
+        rows.append(np.sum(terms, axis=-1))
+    mean = float(np.mean(np.concatenate(rows)))
     return mean if math.isnan(mean) else max(0.0, mean)
 
 
@@ -108,14 +117,31 @@ def top1_agreement(reference: np.ndarray, ours: np.ndarray) -> float:
 
 
 def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:
-    """exp of the mean negative log-likelihood that ``logits`` [..., N, vocabulary] give to the next of ``tokens``
+    """exp of ``next_token_loss``."""
+    return math.exp(next_token_loss(logits, tokens))
+
+
+def next_token_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
+    """Mean negative log-likelihood in nats that ``logits`` [..., N, vocabulary] give to the next of ``tokens``
     [..., N]. Raises ValueError for fewer than two tokens or shapes that do not match.
     """
     if logits.shape[:-1] != tokens.shape or tokens.shape[-1] < 2:
         raise ValueError(f"logits {logits.shape} and tokens {tokens.shape} do not give a next-token likelihood")
-    log_p = _log_softmax(logits[..., :-1, :])
-    picked = np.take_along_axis(log_p, tokens[..., 1:, None].astype(np.int64), axis=-1)
-    return float(np.exp(-np.mean(picked)))
+    following = tokens[..., 1:].reshape(-1, 1).astype(np.int64)
+    total, start = 0.0, 0
+    for part in _parts(logits[..., :-1, :]):
+        log_p = _log_softmax(part)
+        total -= float(np.take_along_axis(log_p, following[start : start + len(part)], axis=-1).sum())
+        start += len(part)
+    return total / len(following)
+
+
+def _parts(x: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows [n, last axis] of ``x``, so many at a time that float64 copies of them are small."""
+    rows = x.reshape(-1, x.shape[-1])
+    step = max(1, _PART // x.shape[-1])
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

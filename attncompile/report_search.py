@@ -38,6 +38,8 @@ def search_section(found: SearchReport) -> str:
     """The search in numbers, its curve, and the heads."""
     budget = "none: a density was asked for" if found.budget is None else f"{found.metric} {found.budget:g}"
     held = f"{len(found.held)}, the worst error {max(found.held):.3g}" if found.held else "none"
+    if found.held and found.metric == "perplexity":
+        held += f", of all together {np.mean(found.held):.3g}"
     facts = [
         ("Budget", budget), ("Calibration inputs", str(found.calibration)),
         ("Held-out inputs", held + (f"; {found.refused} choices refused by them" if found.refused else "")),
@@ -137,7 +139,8 @@ def curve(points: Sequence[CurvePoint], budget: float | None, metric: str) -> st
             parts.append(f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="8"></circle>')
     axis = "speed of all attention, predicted"
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 2}" text-anchor="middle">{axis}</text>')
-    told = {"cosine": "1 - cosine", "top1_agreement": "1 - top-1 agreement", "psnr": "noise relative to the peak"}
+    told = {"cosine": "1 - cosine", "top1_agreement": "1 - top-1 agreement", "psnr": "noise relative to the peak",
+            "perplexity": "logarithm of its rise"}  # fmt: skip
     legend = (
         f"{told.get(metric, metric)}: filled, the mean of the calibration inputs; open, what others stay below; "
         "ringed, the choice"

@@ -17,6 +17,7 @@ from attncompile.verification.inputs import (
     padded_feeds,
 )
 from attncompile.verification.judge import CaseCheck, compare_output, compare_patterns
+from attncompile.verification.next_token import next_token
 from attncompile.verification.reference import largest_intermediate
 from attncompile.verification.retype import TO_TWIN, convert_feed, retype, uses_bfloat16
 from attncompile.verification.runners import Baseline, RewrittenFailed
@@ -55,6 +56,7 @@ __all__ = [
     "largest_intermediate",
     "load_inputs",
     "make_inputs",
+    "next_token",
     "ordinary",
     "padded_feeds",
     "retype",

@@ -113,6 +113,13 @@ def test_stops_at_the_time_budget_but_not_before_an_interval_exists() -> None:
     assert clock.now < 2.5
 
 
+def test_of_very_long_calls_one_is_warm_up_enough() -> None:
+    """One warm-up each, and the fewest rounds that give an interval."""
+    t, clock = time_fakes(lambda _: 100.0, lambda _: 50.0, budget_seconds=1.0, conclusive=True)
+    assert t.conclusive and t.rounds == MIN_ROUNDS and t.faster
+    assert clock.now == pytest.approx((MIN_ROUNDS + 1) * 150.0)
+
+
 def test_far_above_the_budget_nothing_is_claimed() -> None:
     t, _ = time_fakes(lambda _: 100.0, lambda _: 1.0, budget_seconds=1.0)
     assert t.rounds < MIN_ROUNDS and not t.conclusive and not t.faster and not t.slower

@@ -391,6 +391,36 @@ def test_sampled_reference_equals_the_whole_one() -> None:
     np.testing.assert_allclose(part, rows.take(whole), rtol=0, atol=1e-6)
 
 
+def test_the_mask_of_sampled_rows_is_computed_for_them_alone() -> None:
+    """A causal mask made in the graph, as exporters do: in float64 a whole one of 8,192 tokens takes half a gigabyte,
+    several times over.
+    """
+    n, query = 700, Operand("q", "BHND")
+    shapes: dict[str, tuple[list[Any], int]] = {x: ([1, H, n, D], F32) for x in "qkv"}
+    nodes = [
+        helper.make_node("Expand", ["one", "square"], ["ones"]),
+        helper.make_node("Trilu", ["ones"], ["lower"], upper=0),
+        helper.make_node("Equal", ["lower", "zero"], ["hidden"]),
+        helper.make_node("Where", ["hidden", "low", "zero"], ["mask"]),
+        helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["q", "kt"], ["raw"]),
+        helper.make_node("Add", ["raw", "mask"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "v"], ["out"]),
+    ]
+    inits = {
+        "one": np.float32(1), "zero": np.float32(0), "low": np.float32(-np.inf), "square": np.array([n, n]),
+    }  # fmt: skip
+    original = model_of(nodes, shapes, ([1, H, n, D], F32), {k: np.asarray(v) for k, v in inits.items()})
+    feed = dict(cases(shapes, {}, ROLES)[0].feed)
+    whole = run_session(open_session(original.SerializeToString(), 1), feed)[0]
+    cut, rows = sample_rows(original, query, choose_rows(original, query, whole))
+    part = run_session(open_session(cut.SerializeToString(), 1), feed)[0]
+    np.testing.assert_allclose(part, rows.take(whole), rtol=0, atol=1e-6)
+    made = {o for x in cut.graph.node for o in x.output}
+    assert "lower" in made and not made & {"hidden", "mask"}, "the triangle itself is made for all rows, and no more"
+
+
 def test_rows_follow_reshapes_and_transposes() -> None:
     """[B, N, H, D] operands, folded to [B * H, N, D] and back to [B, N, H * D], with a bias over query and key."""
     n = 300

@@ -2,54 +2,80 @@
 
     python tools/search_compare.py MODEL --inputs FILE [--max-error 0.01] [--metric relative_l2] [--time] [--json OUT]
 
-Both choose on the calibration inputs, by the same bound and the same candidates' scores; both are then measured on the
-held-out inputs. A uniform mechanism has one strength for all heads of all sites: one window, or one share of the
-attention weight that every head's columns and diagonals, or blocks, have to keep. With --tokens NAME, an integer input
-of token numbers, the perplexity of the first output (logits) is measured too.
+Both choose on the calibration inputs, by the same bound and the same candidates' scores; what then breaks the budget on
+the held-out inputs is refused and made denser, as in ``attncompile``. A uniform mechanism has one strength for all
+heads of all sites: one window, or one share of the attention weight that every head's columns and diagonals, or blocks,
+have to keep. The fastest of them is then met by the search at no more than the mean error that it was measured to have
+on the calibration inputs ("at equal error").
+
+With --density there is no budget: all are made to keep so many blocks, and their errors are measured.
+
+With --also TARGET the same choices are priced for that target's GPU too, by the cost model of launches: ``gpu`` is what
+they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels.
+
+Errors are 0 for equal outputs and grow with distance: see ``attncompile.search.tasks.badness``. --write keeps models.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from attncompile import measure, metrics, pipeline, policy
+from attncompile import measure, pipeline, policy
 from attncompile.console import LineProgress
 from attncompile.core.block_pattern import BlockPattern
 from attncompile.core.block_selection import BlockSelection, is_selection
+from attncompile.core.site import AttentionSite
+from attncompile.cost import shape_of
+from attncompile.gate import Edit
+from attncompile.gpu_cost import GpuCost
 from attncompile.passes.replace import apply
 from attncompile.plugins import mechanisms
-from attncompile.search import Search, Settings, choose, split, tasks
-from attncompile.search.choose import Choice, SiteSpace, Unit
-from attncompile.search.confidence import upper_bound
+from attncompile.search import Search, Settings, choose, open_sites, split, tasks
+from attncompile.search.candidates import KEPT
+from attncompile.search.choose import Choice, Limits, SiteSpace, Unit
 from attncompile.shaped import binding_of
+from attncompile.targets import base as targets
 from attncompile.targets import onnx as onnx_target
 
-LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
+EACH, EQUAL, EXACT = "each head its own", "each head its own, at equal error", "exact replacements only"
 
 
 @dataclass
 class Row:
-    """What one way of choosing came to. Times are relative to all attention as it is."""
+    """What one way of choosing came to. Times are relative to all attention with its exact replacements, and
+    ``gain_over_file`` to it as it is in the file; ``density``: blocks over those of dense heads. ``errors``: of the
+    calibration inputs, ``held`` of the others.
+    """
 
     name: str
     strength: str
     predicted: float
+    gain_over_file: float
     density: float
     bound: float
-    held_mean: float
-    held_worst: float
+    errors: list[float]
+    held: list[float]
     choice: Choice
     measured: float | None = None
-    perplexity: float | None = None
+    gpu: float | None = None
+    gpu_over_exact: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the choice: thousands of numbers."""
+        plain = {k: v for k, v in vars(self).items() if k != "choice"}
+        return {**plain, "mean": float(np.mean(self.errors)), "held_mean": float(np.mean(self.held))}
 
 
 def pick(unit: Unit, kept: np.ndarray, kind: str, strength: float | str) -> int:
@@ -69,19 +95,19 @@ def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
     found: dict[str, list[float | str]] = {}
     for sinks in sorted({p.text.split()[1] for p in patterns if p.kind == "streaming"}):
         same = [p.text for p in patterns if p.kind == "streaming" and p.text.split()[1] == sinks]
-        found[f"sinks {sinks} + window"] = sorted(same, key=lambda t: int(t.split()[3]))
+        found[f"sinks {sinks} + window"] = [*sorted(same, key=lambda t: int(t.split()[3]))]
     grids = [p.text for p in patterns if p.kind == "grid"]
     if grids:
-        found["neighborhood"] = sorted(grids, key=lambda t: int(np.prod([int(x) for x in t[5:].split("x")])))
+        found["neighborhood"] = [*sorted(grids, key=lambda t: math.prod(int(x) for x in t[5:].split("x")))]
     radial = sorted({p.text for p in patterns if p.kind == "radial"})
     if radial:
-        found["radial"] = list(radial)
+        found["radial"] = [*radial]
     for kind in ("slash", "blocks"):
         if any(p.kind == kind for p in patterns):
-            found[kind] = list(LEVELS)
+            found[kind] = list(KEPT)
     chosen = {text for s in spaces for u in s.units for text in u.labels if is_selection(text)}
     for way in sorted({text.split()[0] for text in chosen}):  # by blocks that are chosen when the model runs
-        found[way] = sorted((t for t in chosen if t.startswith(f"{way} ")), key=lambda t: BlockSelection(t).amount)
+        found[way] = [*sorted((t for t in chosen if t.startswith(f"{way} ")), key=lambda t: BlockSelection(t).amount)]
     return found
 
 
@@ -98,90 +124,114 @@ def uniform(
     return found
 
 
-def perplexity_of(path: Path, feeds: Sequence[Any], tokens: str, provider: Any) -> float:
-    """Over all feeds: exp of the mean negative log-likelihood."""
-    session = measure.open_session(path, provider=provider)
-    name = session.get_outputs()[0].name
-    logs = [np.log(metrics.perplexity(measure.run_session(session, f, [name])[0], f[tokens])) for f in feeds]
-    return float(np.exp(np.mean(logs)))
+class Comparison:
+    """Judges choices of one search. ``noted`` is called with every row that is found: long runs leave something."""
+
+    def __init__(
+        self, search: Search, spaces: list[SiteSpace], metric: str, limits: Limits, noted: Callable[[Row], None]
+    ) -> None:
+        self.search = search
+        self.spaces = spaces
+        self.metric = metric
+        self.limits = limits
+        self._noted = noted
+        self.known, self.held = split(len(search.feeds))
+        self._base = sum(s.base for s in spaces)
+        self._exported = sum(search.exported(s.site) or s.base for s in spaces)
+
+    def rows(self) -> list[Row]:
+        """The search's, one for every uniform mechanism that keeps the budget at some strength, that of the search at
+        equal error, and that of exact replacements.
+        """
+        found = [self._noting(self._judged({}, EXACT, ""))]
+        best, _ = choose.tune(self.spaces, self.limits, self._measured)
+        if best is not None:
+            best, _, refused = choose.corrected(self.spaces, best, self.limits, self._measured, self._later)
+            if best is not None:
+                found.append(self._noting(self._judged(best.choice, EACH, f"{refused} refused" if refused else "")))
+        alike: list[Row] = []
+        for name, strengths in families(self.spaces).items():
+            kind = "" if isinstance(strengths[0], str) else name
+
+            def judge(strength: float | str, kind: str = kind, name: str = name) -> Row:
+                return self._judged(uniform(self.search, self.spaces, kind, strength), name, str(strength))
+
+            alike += [self._noting(r) for r in first_fitting(strengths, judge, self.limits.budget, self._confirmed)]
+        if alike:
+            found += [*alike, *self._equal(min(alike, key=lambda r: r.predicted))]
+        return found
+
+    def rows_at(self, density: float) -> list[Row]:
+        """What keeps at most this share of the blocks, with the error that it is measured to have: the search's choice
+        with the least predicted damage, and of every uniform mechanism the densest that is sparse enough.
+        """
+        search, spaces = self.search, self.spaces
+        found = [self._noting(self._judged({}, EXACT, ""))]
+        choice = choose.within_density(spaces, density, search.density)
+        found.append(self._noting(self._judged(choice, EACH, "")))
+        for name, strengths in families(spaces).items():
+            kind = "" if isinstance(strengths[0], str) else name
+            fitting = [(search.density(c), str(s), c) for s in strengths for c in [uniform(search, spaces, kind, s)]]
+            fitting = [f for f in fitting if f[2] and f[0] <= density]
+            if fitting:
+                _, strength, alike = max(fitting, key=lambda f: f[0])
+                found.append(self._noting(self._judged(alike, name, strength)))
+        return found
+
+    def _equal(self, other: Row) -> list[Row]:
+        """What the search finds with no larger a mean error than ``other`` was measured to have."""
+        budget = float(np.mean(other.errors))
+        limits = Limits(budget, len(self.held), 0.5, self.limits.power, together=True)  # at 50% the bound is the mean
+        best, _ = choose.tune(self.spaces, limits, lambda c: self.search.measured(c, self.spaces, limits))
+        return [self._noting(self._judged(best.choice, EQUAL, f"mean {budget:.3g}"))] if best is not None else []
+
+    def _measured(self, choice: Choice) -> list[float]:
+        if self.limits.budget == math.inf:
+            return self.search.errors(choice, self.spaces, self.known, self.metric)
+        return self.search.measured(choice, self.spaces, self.limits)
+
+    def _later(self, choice: Choice) -> list[float]:
+        return self.search.errors(choice, self.spaces, self.held, self.metric)
+
+    def _confirmed(self, row: Row) -> bool:
+        """Whether a choice keeps the budget on held-out inputs."""
+        return self.limits.judged(self._later(row.choice)) <= self.limits.budget
+
+    def _judged(self, choice: Choice, name: str, strength: str) -> Row:
+        errors = self._measured(choice) if choice else [0.0] * len(self.known)
+        time_ = choose.time_of(self.spaces, choice)
+        return Row(name, strength, time_ / self._base, self._exported / time_, self.search.density(choice),
+                   self.limits.bound(errors), errors, [], choice)  # fmt: skip
+
+    def _noting(self, row: Row) -> Row:
+        """A row that stays: it meets the held-out inputs."""
+        row.held = [0.0] * len(self.held)
+        if row.choice:
+            row.held = self._later(row.choice)
+        self._noted(row)
+        return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--inputs", type=Path, required=True)
-    parser.add_argument("--max-error", type=float, default=0.01)
-    parser.add_argument("--metric", default="relative_l2", choices=tuple(tasks.POWER))
-    parser.add_argument("--policy", default="sparse")
-    parser.add_argument("--target", default="onnx", help="whose predicted times count")
-    parser.add_argument("--fp16", action="store_true")
-    parser.add_argument("--grid")
-    parser.add_argument("--jobs", type=int, default=measure.default_threads())
-    parser.add_argument("--provider", default="cpu", choices=("cpu", "cuda"), help="where the search runs the model")
-    parser.add_argument("--time", action="store_true", help="time the chosen models in ONNX Runtime, in paired rounds")
-    parser.add_argument("--tokens", help="input of token numbers, for perplexity")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    options = pipeline.Options(
-        policy=given.policy, inputs=given.inputs, max_error=given.max_error, metric=given.metric, grid=given.grid,
-        target=given.target, precision="fp16" if given.fp16 else None,
-    )  # fmt: skip
-    found = pipeline.inspect(given.model, options)
-    target = pipeline.base.get(given.target)
-    worlds = pipeline.Worlds(found.index)
-    registry = mechanisms()
-    exact = pipeline.edits(found, options)
-    by_name = {m.name: m for m in registry}
-    taken = {e.site.id for e in exact if by_name[e.decision.mechanism].skips_keys}
-    sites = [s for s in found.detection.sites if s.id not in taken]
-    with tempfile.TemporaryDirectory(prefix="attncompile-compare-") as name:
-        folder = Path(name)
-
-        def write(edits: Sequence[Any], place: str = "model") -> Path:
-            (folder / place).mkdir(exist_ok=True)
-            proto = apply(found.index.model, [(e.site, e.lowering) for e in edits])
-            return onnx_target.write(proto, found.model, folder / place)
-
-        settings = Settings(given.metric, given.max_error, None, 0.99, given.jobs, provider=given.provider)
-        search = Search(
-            found, policy.load_policy(given.policy, registry), registry, found.feeds,
-            [worlds(binding_of(found, f)) for f in found.feeds], exact, folder, settings,
-            LineProgress(Console(stderr=True)), pipeline.gpu_of(options, target, worlds), folder / "state",
-        )  # fmt: skip
-        try:
-            spaces = [s for s in search.spaces(sites) if search.kept(s.site)]  # others have no heads to choose for
-            rows = compared(search, spaces, given)
-            report(rows, found, search, write, given)
-        finally:
-            search.close()
+def priced(row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequence[Edit], gpu: GpuCost) -> None:
+    """The row's gains on a GPU, at the sizes of the model's fixed lengths."""
+    kernels = {e.site.id: e.lowering for e in exact}
+    lists = search.blocks(row.choice)
+    before = dense = ours = 0.0
+    for site in sites:
+        shape = shape_of(site, {})
+        file = gpu.before(site, shape)
+        best = min(file, gpu.milliseconds(site, kernels[site.id], {})) if site.id in kernels else file
+        before, dense = before + file, dense + best
+        ours += gpu.lists(site, shape, *lists[site.id]) if site.id in lists else best
+    row.gpu, row.gpu_over_exact = before / ours, dense / ours
 
 
-def compared(search: Search, spaces: list[SiteSpace], given: argparse.Namespace) -> list[Row]:
-    """The search's row, then one for every uniform mechanism that keeps the budget at some strength."""
-    known, held = split(len(search.feeds))
-    budget = tasks.badness(given.metric, given.max_error)
-    base = sum(s.base for s in spaces)
-
-    def judged(choice: Choice, name: str, strength: str) -> Row:
-        errors = search.errors(choice, spaces, known, given.metric)
-        bound = upper_bound(errors, len(held), 0.99)
-        later = search.errors(choice, spaces, held, given.metric) if bound <= budget else [np.nan]
-        return Row(name, strength, choose.time_of(spaces, choice) / base, search.density(choice), bound,
-                   float(np.mean(later)), float(np.max(later)), choice)  # fmt: skip
-
-    limits = choose.Limits(budget, len(held), 0.99, tasks.POWER[given.metric])
-    best, _ = choose.tune(spaces, limits, lambda c: search.errors(c, spaces, known, given.metric))
-    rows = [judged(best.choice, "each head its own", "")] if best is not None else []
-    for name, strengths in families(spaces).items():
-        kind = "" if isinstance(strengths[0], str) else name
-        rows += first_fitting(
-            strengths, lambda s, k=kind, n=name: judged(uniform(search, spaces, k, s), n, str(s)), budget
-        )
-    return rows
-
-
-def first_fitting(strengths: Sequence[float | str], judge: Callable[[Any], Row], budget: float) -> list[Row]:
-    """The sparsest strength whose bound keeps the budget, by bisection: errors fall as strengths grow."""
+def first_fitting(
+    strengths: Sequence[float | str], judge: Callable[[Any], Row], budget: float, confirmed: Callable[[Row], bool]
+) -> list[Row]:
+    """The sparsest strength whose bound keeps the budget, by bisection: errors fall as strengths grow; or the next
+    denser one that is ``confirmed`` too.
+    """
     low, high, best = 0, len(strengths) - 1, None
     while low <= high:
         middle = (low + high) // 2
@@ -192,43 +242,133 @@ def first_fitting(strengths: Sequence[float | str], judge: Callable[[Any], Row],
             high = middle - 1  # so dense that nothing is gained
         else:
             low = middle + 1
-    return [best] if best is not None else []
+    if best is None or confirmed(best):
+        return [best] if best is not None else []
+    for strength in strengths[high + 2 :]:
+        row = judge(strength)
+        if row.choice and row.bound <= budget and confirmed(row):
+            return [row]
+    return []
 
 
-def report(
-    rows: list[Row], found: pipeline.Inspection, search: Search, write: Callable[..., Path], given: argparse.Namespace
-) -> None:
-    """Prints the table; with --time and --tokens measures the models first."""
-    held = [search.feeds[i] for i in split(len(search.feeds))[1]]
-    before = perplexity_of(found.model.path, held, given.tokens, given.provider) if given.tokens else None
-    for i, row in enumerate(rows):
-        path = write(search.edits(row.choice), f"chosen{i}")
-        if given.tokens:
-            row.perplexity = perplexity_of(path, held, given.tokens, given.provider)
-        if given.time:
-            pair = [measure.open_session(p) for p in (found.model.path, path)]
-            row.measured = measure.paired_conclusive(*pair, held[0], budget_seconds=20.0).gain
-    print("| chosen | strength | predicted attention time | gain | blocks left | bound | held-out mean | worst |"
-          + (" model, measured |" if given.time else "") + (" perplexity |" if given.tokens else ""))  # fmt: skip
-    print("|---" * (8 + given.time + bool(given.tokens)) + "|")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--inputs", type=Path, required=True)
+    parser.add_argument("--max-error", type=float, default=0.01)
+    parser.add_argument("--density", type=float, help="in place of a budget: errors of what keeps so many blocks")
+    parser.add_argument("--metric", default="relative_l2", choices=tuple(tasks.POWER))
+    parser.add_argument("--policy", default="sparse")
+    parser.add_argument("--target", default="onnx", help="whose predicted times count")
+    parser.add_argument("--also", help="a target for whose GPU the choices are priced too; fixed lengths")
+    parser.add_argument("--fp16", action="store_true")
+    parser.add_argument("--grid")
+    parser.add_argument("--jobs", type=int, default=measure.default_threads())
+    parser.add_argument("--threads", type=int, help="of all jobs together")
+    parser.add_argument("--provider", default="cpu", choices=("cpu", "cuda"), help="where the search runs the model")
+    parser.add_argument("--time", action="store_true", help="time the chosen models in ONNX Runtime, in paired rounds")
+    parser.add_argument("--state", type=Path, help="folder of what is found; a run that was interrupted goes on there")
+    parser.add_argument("--write", type=Path, help="folder for the chosen models, one subfolder a row")
+    parser.add_argument("--json", type=Path, help="rewritten after every row")
+    given = parser.parse_args()
+    options = pipeline.Options(
+        policy=given.policy, inputs=given.inputs, max_error=given.max_error, metric=given.metric, grid=given.grid,
+        target=given.target, precision="fp16" if given.fp16 else None,
+    )  # fmt: skip
+    found = pipeline.inspect(given.model, options)
+    worlds = pipeline.Worlds(found.index)
+    registry = mechanisms()
+    rules = policy.load_policy(given.policy, registry)
+    exact = pipeline.edits(found, options)
+    gpu = pipeline.gpu_of(options, targets.get(given.target), worlds)
+    also = None
+    if given.also:
+        also = pipeline.gpu_of(replace(options, precision="fp16"), targets.get(given.also), worlds)
+    sites = open_sites(found.detection.sites, rules, registry, exact)
+    said = gpu.said if gpu is not None else "for the CPU"
+    rows: list[Row] = []
+    start = time.perf_counter()
+
+    def noted(row: Row) -> None:
+        rows.append(row)
+        if also is not None:
+            priced(row, search, sites, exact, also)
+        if given.write:
+            written(row, len(rows) - 1, given.write)
+        if given.json:
+            known, held = split(len(found.feeds))
+            given.json.write_text(json.dumps({
+                "command": " ".join(["python tools/search_compare.py", *sys.argv[1:]]),
+                "metric": given.metric, "density": given.density,
+                "max_error": given.max_error if given.density is None else None,
+                "budget": tasks.badness(given.metric, given.max_error) if given.density is None else None,
+                "confidence": rules.confidence,
+                "times": f"predicted {said}", "calibration": len(known), "held_out": len(held),
+                "also": also.said if also is not None else None,
+                "seconds": round(time.perf_counter() - start), "rows": [r.to_json() for r in rows],
+            }, indent=1) + "\n", encoding="utf-8")  # fmt: skip
+
+    def written(row: Row, number: int, models: Path) -> Path:
+        place = models / f"{number}-{row.name.replace(' + ', '-').replace(', ', '-').replace(' ', '-')}"
+        place.mkdir(parents=True, exist_ok=True)
+        proto = apply(found.index.model, [(e.site, e.lowering) for e in search.edits(row.choice)])
+        return onnx_target.write(proto, found.model, place)
+
+    with tempfile.TemporaryDirectory(prefix="attncompile-compare-") as name:
+        folder = Path(name)
+        settings = Settings(given.metric, given.max_error, given.density, rules.confidence, given.jobs,
+                            threads=given.threads, provider=given.provider)  # fmt: skip
+        search = Search(
+            found, rules, registry, found.feeds, [worlds(binding_of(found, f)) for f in found.feeds], exact, folder,
+            settings, LineProgress(Console(stderr=True)), gpu, given.state or folder / "state",
+        )  # fmt: skip
+        try:
+            spaces = [s for s in search.spaces(sites) if search.kept(s.site)]  # others have no heads to choose for
+            limits = search.limits()
+            if given.density is None:
+                Comparison(search, spaces, given.metric, limits, noted).rows()
+            else:
+                Comparison(search, spaces, given.metric, replace(limits, budget=math.inf), noted).rows_at(given.density)
+            for i, row in enumerate(rows if given.time else ()):
+                path = written(row, i, folder / "timed")
+                before, after = (measure.open_session(p, lean=True) for p in (found.model.path, path))
+                row.measured = measure.paired_conclusive(before, after, found.feeds[1], budget_seconds=20.0).gain
+            if rows and given.time:
+                noted(rows.pop())
+        finally:
+            search.close()
+    print(table(rows))
+    if given.density is None:
+        print(f"\nbudget {given.metric} {given.max_error:g}, times predicted {said}: {verdict(rows)}")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """As in docs/sparse.md."""
+    timed = any(r.measured is not None for r in rows)
+    head = ["chosen", "strength", "attention, predicted", "over the file's", "blocks left", "mean", "bound",
+            "held-out mean", "worst", *(["model, measured"] if timed else [])]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
     for row in rows:
-        cells = [row.name, row.strength, f"{row.predicted:.3f}", f"{1 / row.predicted:.2f}", f"{row.density:.1%}",
-                 f"{row.bound:.2e}", f"{row.held_mean:.2e}", f"{row.held_worst:.2e}"]  # fmt: skip
-        cells += [f"{row.measured:.2f}x"] if row.measured is not None else []
-        cells += [f"{row.perplexity:.4f} ({row.perplexity / before - 1:+.2%})"] if row.perplexity and before else []
-        print("| " + " | ".join(cells) + " |")
-    others = [r.predicted for r in rows[1:]] or [1.0]
-    if rows and rows[0].name == "each head its own":
-        verdict = (
-            f"{min(1.0, *others) / rows[0].predicted:.2f} times as fast as the best single mechanism, by prediction"
-        )
-        print(f"\nbudget {given.metric} {given.max_error:g}; chosen for each head: {verdict}")
-    else:
-        print(f"\nbudget {given.metric} {given.max_error:g}: the search found nothing that keeps it")
-    if given.json:
-        plain = [{k: v for k, v in vars(r).items() if k != "choice"} for r in rows]
-        given.json.write_text(json.dumps({"budget": given.max_error, "metric": given.metric, "perplexity": before,
-                                          "rows": plain}, indent=1) + "\n", encoding="utf-8")  # fmt: skip
+        cells = [row.name, row.strength, f"{1 / row.predicted:.2f}x", f"{row.gain_over_file:.2f}x",
+                 f"{row.density:.1%}", f"{np.mean(row.errors):.2e}", f"{row.bound:.2e}", f"{np.mean(row.held):.2e}",
+                 f"{np.max(row.held):.2e}"]  # fmt: skip
+        lines.append([*cells, *([f"{row.measured:.2f}x" if row.measured else ""] if timed else [])])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """In one line."""
+    best = {r.name: r.predicted for r in rows}
+    alike = [r for r in rows if r.name not in (EACH, EQUAL, EXACT)]
+    if EACH not in best:
+        return "the search found nothing that keeps it"
+    if not alike:
+        return "no single mechanism keeps it"
+    fastest = min(alike, key=lambda r: r.predicted)
+    text = f"chosen for each head {fastest.predicted / best[EACH]:.2f} times as fast as the best single mechanism"
+    if EQUAL in best:
+        text += f", {fastest.predicted / best[EQUAL]:.2f} times at no larger an error"
+    return f"{text} ({fastest.name} {fastest.strength})"
 
 
 if __name__ == "__main__":

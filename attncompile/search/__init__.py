@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
-from attncompile.search.run import Result, Search, Settings, split
+from attncompile.search.run import Result, Search, Settings, open_sites, split
 
-__all__ = ["CurvePoint", "HeadFound", "Result", "Search", "SearchReport", "Settings", "split"]
+__all__ = ["CurvePoint", "HeadFound", "Result", "Search", "SearchReport", "Settings", "open_sites", "split"]

@@ -5,7 +5,7 @@ own).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ def save(path: Path, arrays: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
-    """What ``save`` wrote."""
+def load(path: Path, wanted: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """What ``save`` wrote, or of it what is ``wanted``: others are not read."""
     with np.load(path) as stored:
         names = json.loads(stored["arr_0"].tobytes())
-        return {name: stored[f"arr_{i + 1}"] for i, name in enumerate(names)}
+        return {name: stored[f"arr_{i + 1}"] for i, name in enumerate(names) if wanted is None or name in wanted}

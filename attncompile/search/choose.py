@@ -15,10 +15,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attncompile.search.confidence import FLOOR, upper_bound
+from attncompile.search.confidence import FLOOR, mean_bound, upper_bound
 
 Choice = Mapping[str, tuple[int, ...]]
 """Site -> candidate of each of its units; sites that stay as they are are left out."""
+
+
+_MARGIN = 1.5
+"""Where a mean counts, single errors may be negative: the rest may make up for this share of the budget less 1."""
+
+_LADDER = 10
+"""Halvings of a price down to which sites are looked at for what is left of a damage."""
+
+_REACH = 8.0
+"""A bound is taken for no more than this many times the largest error where it says how far to step: that of the two
+inputs that showed a budget to be lost knows next to nothing of the spread."""
+
+_LEAP = 3.0
+"""By how much the logarithm of the damage grows at most from one model that is measured to the next: where errors are
+hardly there they say nothing of how far one may go."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +124,9 @@ def time_of(spaces: Sequence[SiteSpace], choice: Choice) -> float:
 
 
 def within_damage(spaces: Sequence[SiteSpace], limit: float) -> dict[str, tuple[int, ...]]:
-    """The fastest choice of any price whose predicted damage is at most ``limit``."""
+    """The fastest choice of any price whose predicted damage is at most ``limit``, and what the rest of it allows: a
+    site that has to gain something comes with all its heads at once, so that prices leave gaps.
+    """
     low, high = -40.0, 40.0  # powers of 2 times the scale below
     scale = sum(s.base for s in spaces) or 1.0
     if damage_of(spaces, choose(spaces, scale * 2.0**low)) <= limit:
@@ -121,7 +138,38 @@ def within_damage(spaces: Sequence[SiteSpace], limit: float) -> dict[str, tuple[
         else:
             low = middle
     found = choose(spaces, scale * 2.0**high)
-    return found if damage_of(spaces, found) <= limit else {}
+    if damage_of(spaces, found) > limit:
+        found, high = {}, 40.0
+    return _filled(spaces, found, scale * 2.0**high, limit)
+
+
+def _filled(
+    spaces: Sequence[SiteSpace], found: Mapping[str, tuple[int, ...]], price: float, limit: float
+) -> dict[str, tuple[int, ...]]:
+    """``found`` with sites as at lower prices as far as ``limit`` allows, always the one that saves the most time for
+    its damage.
+    """
+    chosen = dict(found)
+    offers = [
+        (s, picks)
+        for s in spaces
+        for picks in dict.fromkeys(s.best(price * 2.0 ** (-step / 2)) for step in range(1, 2 * _LADDER + 1))
+        if picks is not None
+    ]
+    while True:
+        left = limit - damage_of(spaces, chosen)
+        best: tuple[float, str, tuple[int, ...]] | None = None
+        for space, picks in offers:
+            now = chosen.get(space.site)
+            saved = (space.base if now is None else space.time(now)) - space.time(picks)
+            cost = space.damage(picks) - (0.0 if now is None else space.damage(now))
+            if saved > 0 and cost <= left:
+                rate = saved / max(cost, 1e-300)
+                if best is None or rate > best[0]:
+                    best = (rate, space.site, picks)
+        if best is None:
+            return chosen
+        chosen[best[1]] = best[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +192,8 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a choice is judged by: ``budget`` for the errors of ``future`` more inputs, with this confidence. ``power``:
-    errors grow like damage to it, near enough to begin with.
+    errors grow like damage to it, near enough to begin with. ``together``: the mean over inputs keeps the budget, not
+    each of them.
     """
 
     budget: float
@@ -152,6 +201,21 @@ class Limits:
     confidence: float
     power: float = 0.5
     evaluations: int = 9
+    together: bool = False
+
+    def bound(self, errors: Sequence[float]) -> float:
+        """What further inputs stay below, from the errors of the calibration inputs."""
+        return (mean_bound if self.together else upper_bound)(errors, self.future, self.confidence)
+
+    def lost(self, errors: Sequence[float], count: int) -> bool:
+        """Whether the budget is exceeded whatever the others of ``count`` inputs give."""
+        if not self.together:
+            return max(errors) > self.budget
+        return sum(errors) / count > _MARGIN * self.budget
+
+    def judged(self, errors: Sequence[float]) -> float:
+        """What the budget is for, of inputs that were measured."""
+        return float(np.mean(errors)) if self.together else max(errors)
 
 
 def tune(
@@ -160,7 +224,7 @@ def tune(
 ) -> tuple[Point | None, list[Point]]:  # fmt: skip
     """The fastest choice that was measured to keep the budget, and all that were measured.
 
-    ``measure`` gives the error of the whole model on every calibration input.
+    ``measure`` gives the error of the whole model on every calibration input, or on so many that the budget is lost.
     """
     base = sum(s.base for s in spaces) or 1.0
     points: list[Point] = []
@@ -169,7 +233,7 @@ def tune(
         known = next((p for p in points if p.choice == choice), None)
         if known is None:
             errors = tuple(float(e) for e in measure(choice))
-            bound = upper_bound(errors, limits.future, limits.confidence)
+            bound = limits.bound(errors)
             known = Point(time_of(spaces, choice) / base, damage_of(spaces, choice), errors, bound, choice)
             points.append(known)
             advance()
@@ -192,7 +256,8 @@ def tune(
             break
         point = judged(choice)
         here = math.log(max(point.damage, 1e-300))
-        away = math.log(max(limits.budget, FLOOR)) - math.log(max(point.bound, FLOOR))
+        reach = min(point.bound, _REACH * max(max(point.errors), limits.budget))
+        away = math.log(max(limits.budget, FLOOR)) - math.log(max(reach, FLOOR))
         if point.bound <= limits.budget:
             if best is None or point.time < best.time:
                 best = point
@@ -201,7 +266,7 @@ def tune(
                 break
         else:
             high = min(high, here)
-        step = away / limits.power if math.isfinite(away) else -3.0
+        step = max(min(away / limits.power, _LEAP), -2 * _LEAP) if math.isfinite(away) else -3.0
         target = here + step
         if math.isfinite(low) and math.isfinite(high):
             if high - low < 0.1:
@@ -229,17 +294,17 @@ def corrected(
         worst = point.bound
         if worst <= limits.budget:
             errors = tuple(float(e) for e in held(point.choice))
-            if max(errors) <= limits.budget:
+            if limits.judged(errors) <= limits.budget:
                 return point, errors, refused
             refused += 1
-            worst = max(errors)
+            worst = limits.judged(errors)
         over = worst / limits.budget
         shrink = 0.9 * over ** (-1 / limits.power) if math.isfinite(over) else 0.25
         choice = within_damage(spaces, point.damage * shrink)
         if not choice or refused == tries:
             break
         known = tuple(float(e) for e in measure(choice))
-        bound = upper_bound(known, limits.future, limits.confidence)
+        bound = limits.bound(known)
         point = Point(time_of(spaces, choice) / base, damage_of(spaces, choice), known, bound, choice)
     return None, (), refused
 

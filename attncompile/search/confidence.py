@@ -3,6 +3,9 @@
 Errors spread by factors, so their logarithms are taken for normal. The bound is a prediction interval for the largest
 of ``future`` more inputs of the same kind (Hahn and Meeker, Statistical Intervals, section 4.8, with Bonferroni's
 inequality): mean + t(1 - (1 - confidence) / future, n - 1) * deviation * sqrt(1 + 1 / n).
+
+A perplexity is that of a text as a whole: of its logarithm what counts is the mean over the inputs, and the bound is a
+prediction interval for the mean of ``future`` more: mean + t(confidence, n - 1) * deviation * sqrt(1 / n + 1 / future).
 """
 
 from __future__ import annotations
@@ -35,6 +38,19 @@ def upper_bound(errors: Sequence[float], future: int, confidence: float) -> floa
     n = len(logs)
     factor = student(1 - (1 - confidence) / max(future, 1), n - 1) * math.sqrt(1 + 1 / n)
     return float(max(np.exp(logs.mean() + factor * logs.std(ddof=1)), max(errors)))
+
+
+def mean_bound(errors: Sequence[float], future: int, confidence: float) -> float:
+    """A number that the mean error of ``future`` more inputs stays below with this confidence, errors taken for normal;
+    they may be negative. One error alone is its own bound.
+    """
+    if not errors or not all(math.isfinite(e) for e in errors):
+        return math.inf
+    n = len(errors)
+    if n == 1:
+        return errors[0]
+    factor = student(confidence, n - 1) * math.sqrt(1 / n + 1 / max(future, 1))
+    return float(np.mean(errors) + factor * np.std(errors, ddof=1))
 
 
 @lru_cache(maxsize=256)

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.search.tasks import Task
 
-_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Workers are as many as there are cores: threads of NumPy's libraries on top of them would wait for one another."""
+_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""NumPy's libraries get as many threads as the worker: more of them would wait for one another."""
 
 
 class Executor(Protocol):
@@ -110,7 +110,7 @@ class _Worker:
     def __init__(self, threads: int) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         paths = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
-        environment = {**os.environ, "PYTHONPATH": paths, **dict.fromkeys(_ONE_THREAD, "1")}
+        environment = {**os.environ, "PYTHONPATH": paths, **dict.fromkeys(_THREADS, str(threads))}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "attncompile.search.worker", str(threads)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._log, env=environment,

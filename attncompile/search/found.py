@@ -35,8 +35,8 @@ class HeadFound:
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
     """One whole model that was measured: predicted time of all attention relative to that of the sites as they are,
-    mean error of the calibration inputs, and the bound for further ones. Errors grow with distance whatever the metric:
-    see ``tasks.badness``.
+    mean error of the calibration inputs (of those that showed the budget to be lost, if it was), and the bound for
+    further ones. Errors grow with distance whatever the metric: see ``tasks.badness``.
     """
 
     time: float

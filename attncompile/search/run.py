@@ -36,6 +36,7 @@ from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
 from attncompile.search.slim import SlimModel
 from attncompile.search.state import State, key_of
+from attncompile.verification.next_token import next_token
 
 if TYPE_CHECKING:
     from attncompile.console import Progress
@@ -47,6 +48,9 @@ PROBES = 2
 
 FEW = 6
 """Calibration inputs below which the bound on others is wide, because little is known of how they differ."""
+
+_PART = 2
+"""Calibration inputs after which it is looked whether a choice has lost the budget already."""
 
 PROBE_DAMAGE = 0.02
 """Squared change of a site's output that it is probed with, or the nearest that its candidates offer."""
@@ -142,6 +146,19 @@ def split(count: int) -> tuple[list[int], list[int]]:
     return (list(range(0, count, 2)), list(range(1, count, 2))) if count > 1 else ([0], [0])
 
 
+def open_sites(
+    sites: Sequence[AttentionSite], policy: Policy, registry: Sequence[Mechanism], exact: Sequence[Edit],
+    only: Sequence[str] = (),
+) -> list[AttentionSite]:  # fmt: skip
+    """Those that may be approximated: not at the ends that ``policy`` keeps dense, not sparse exactly, and of ``only``
+    if it names any.
+    """
+    skip = {m.name for m in registry if m.skips_keys}
+    sparse = {e.site.id for e in exact if e.decision.mechanism in skip}
+    allowed = sites[policy.keep_first : len(sites) - policy.keep_last]
+    return [s for s in allowed if s.id not in sparse and s.id in (only or {s.id})]
+
+
 class Search:
     """One search. ``exact`` are the edits in force; ``scratch`` is a folder for models and captured outputs, ``state``
     one for what is to be taken up after an interruption.
@@ -176,6 +193,7 @@ class Search:
         self._files = [scratch / "inputs" / f"{i}.npz" for i in range(len(feeds))]
         self._executor: executors.Executor | None = None
         self._state: State | None = None
+        self._language = next_token(found.model.proto) if settings.metric == "perplexity" else None
 
     def run(self, sites: Sequence[AttentionSite]) -> Result:
         """Searches among ``sites``."""
@@ -204,6 +222,7 @@ class Search:
         key = key_of(
             self._found.model.hash, self.feeds,
             {**self._settings.to_json(), "version": __version__, "sites": [*self._heads, *self._whole],
+             "whole": [dict(e.decision.parameters) for edits in self._whole.values() for e in edits],
              "policy": repr(self._policy), "exact": [(e.site.id, e.decision.mechanism) for e in self._exact],
              "gpu": self._gpu.said if self._gpu else ""},
         )  # fmt: skip
@@ -279,7 +298,8 @@ class Search:
             return
         assert self._slim is not None
         provider = self._settings.provider
-        model = self._slim.with_outputs([n for p in self._heads.values() for n in p.spec.read], "capture.onnx")
+        read = [n for p in self._heads.values() for n in p.spec.read]
+        model = self._slim.with_outputs(read, "capture.onnx", self._exact)  # the same but for rounding, and faster
         sizes = {n: 4 * int(np.prod(s)) for n, s in self._worlds[0].shapes.items()}
         groups = tasks.groups([p.spec for p in self._heads.values()], sizes, whole_sites.CAPTURE_BYTES)
         self._progress.stage("read attention maps", len(groups) * len(self._known))
@@ -436,15 +456,31 @@ class Search:
             provider = self._settings.provider
             path = self._slim.write(self.edits(choice, spaces))
             work = [
-                tasks.Error(path, stamp, self._files[inputs[k]], self._outputs(inputs[k]), metric, provider)
+                tasks.Error(path, stamp, self._files[inputs[k]], self._outputs(inputs[k]), metric, provider,
+                            self._language)
                 for k in missing
-            ]
+            ]  # fmt: skip
             for k, error in zip(missing, self._executor.map(work), strict=True):
                 if not np.isfinite(error) and _BROKEN not in self._warnings:
                     self._warnings.append(_BROKEN)
                 known[k] = {"error": np.array(error)}
                 self._state.store(names[k], {"error": np.array(error)})
         return [float(found["error"]) for found in known if found is not None]
+
+    def measured(self, choice: Choice, spaces: Sequence[SiteSpace], limits: Limits) -> list[float]:
+        """Errors on the calibration inputs, or on the first of them that show the budget to be lost. How many that are
+        does not depend on the workers.
+        """
+        found: list[float] = []
+        seen = 0
+        while len(found) < len(self._known):
+            part = self._known[len(found) : len(found) + max(self._settings.jobs, _PART)]
+            found += self.errors(choice, spaces, part, self._settings.metric)
+            while seen < len(found):
+                seen = min(seen + _PART, len(self._known))
+                if seen <= len(found) and limits.lost(found[:seen], len(self._known)):
+                    return found[:seen]
+        return found
 
     def _outputs(self, number: int) -> Path:
         return self._scratch / f"outputs-{number}.npz"
@@ -453,13 +489,17 @@ class Search:
         missing = [i for i in inputs if not self._outputs(i).is_file()]
         path = self._found.model.path.resolve()
         assert self._executor is not None
-        self._executor.map(
-            [tasks.Baseline(path, self._files[i], self._outputs(i), self._settings.provider) for i in missing]
-        )
+        probed = self._known[:PROBES]  # by another metric, of all outputs
+        self._executor.map([
+            tasks.Baseline(path, self._files[i], self._outputs(i), self._settings.provider, self._language,
+                           self._language is None or i in probed) for i in missing
+        ])  # fmt: skip
 
     def _weighed(self, spaces: Sequence[SiteSpace]) -> list[SiteSpace]:
         """Spaces with the share of a site's squared change that arrives at the outputs, by changing one site alone."""
         inputs = self._known[:PROBES]
+        metric = tasks.PROBE.get(self._settings.metric, "relative_l2")
+        power = 1 / tasks.POWER[metric]
         self._progress.stage("probe sites", len(spaces))
         found = []
         for space in spaces:
@@ -467,24 +507,30 @@ class Search:
             damage = sum(float(u.damage[k]) for u, k in zip(space.units, picks, strict=True))
             weight = 1.0
             if damage > 0 and any(picks):
-                errors = self.errors({space.site: picks}, spaces, inputs, "relative_l2")
-                weight = float(np.mean(np.square(np.minimum(errors, 1e6)))) / damage
+                errors = self.errors({space.site: picks}, spaces, inputs, metric)
+                weight = float(np.mean(np.minimum(errors, 1e6) ** power)) / damage
             found.append(replace(space, weight=max(weight, 1e-9)))
             self._progress.advance()
         return found
 
     # The choice.
 
+    def limits(self) -> Limits:
+        """What a choice is judged by."""
+        settings = self._settings
+        return Limits(
+            tasks.badness(settings.metric, settings.budget), len(self._held), settings.confidence,
+            tasks.POWER.get(settings.metric, 0.5), together=settings.metric in tasks.TOGETHER,
+        )  # fmt: skip
+
     def _by_budget(self, spaces: Sequence[SiteSpace]) -> Result:
         settings = self._settings
-        budget = tasks.badness(settings.metric, settings.budget)
-        limits = Limits(
-            budget, len(self._held), settings.confidence, tasks.POWER.get(settings.metric, 0.5),
-        )  # fmt: skip
+        limits = self.limits()
+        budget = limits.budget
         self._progress.stage("search", limits.evaluations)
 
         def measured(choice: Choice) -> list[float]:
-            return self.errors(choice, spaces, self._known, settings.metric)
+            return self.measured(choice, spaces, limits)
 
         best, points = choose.tune(spaces, limits, measured, self._progress.advance)
         held: tuple[float, ...] = ()
@@ -530,6 +576,24 @@ class Search:
     def kept(self, site: str) -> list[np.ndarray]:
         """Of each head of a site the share of attention weight that its candidates keep, in their order."""
         return self._heads[site].kept if site in self._heads else []
+
+    def exported(self, site: str) -> float | None:
+        """Predicted time of a site as it is in the file, where its heads are searched; ``SiteSpace.base`` is that of
+        its exact replacement.
+        """
+        return self._heads[site].dense if site in self._heads else None
+
+    def blocks(self, choice: Choice) -> dict[str, tuple[int, int]]:
+        """Of each site of ``choice`` with lists the edge of its blocks and how many of them all its heads have."""
+        found = {}
+        for site, picks in choice.items():
+            if site in self._heads:
+                plan = self._heads[site]
+                if self._as_a_whole(site, picks):
+                    continue
+                share = sum(float(s[k]) for s, k in zip(plan.shares, picks, strict=True))
+                found[site] = (plan.geometry.edge, round(share * int(plan.geometry.all.sum())))
+        return found
 
     def density(self, choice: Choice) -> float:
         """Blocks over dense blocks, of all sites that have heads to choose for."""

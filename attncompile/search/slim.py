@@ -53,10 +53,10 @@ class SlimModel:
         """The model with these edits; one that was written under this name is replaced."""
         return self._put(apply(self._model, [(e.site, e.lowering) for e in edits]), name)
 
-    def with_outputs(self, values: Sequence[str], name: str) -> Path:
-        """The model as it is, with these values as outputs too."""
+    def with_outputs(self, values: Sequence[str], name: str, edits: Sequence[Edit] = ()) -> Path:
+        """The model as it is, or with these edits, with these values as outputs too."""
         proto = ModelProto()
-        proto.CopyFrom(self._model.proto)
+        proto.CopyFrom(apply(self._model, [(e.site, e.lowering) for e in edits]) if edits else self._model.proto)
         present = {o.name for o in proto.graph.output} | {i.name for i in proto.graph.input}
         proto.graph.output.extend(ValueInfoProto(name=n) for n in values if n not in present)
         return self._put(proto, name)

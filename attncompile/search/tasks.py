@@ -21,6 +21,7 @@ from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.measure import Provider
 from attncompile.search import maps
 from attncompile.search.arrays import load, save
+from attncompile.verification.next_token import NextToken
 
 ROWS = 32
 """Rows of blocks of a head that are scored for one input; of longer sequences every second, third, ... row, beginning
@@ -161,6 +162,10 @@ class Seen:
         return found
 
 
+LOSS = "loss of the next token"
+"""Name of what is kept of logits where a perplexity is asked for: of 8,192 tokens they take 134 MB and more."""
+
+
 def chosen(
     operands: maps.Operands, geometry: BlockGeometry, head: int, texts: Sequence[str], which: Sequence[int]
 ) -> np.ndarray:
@@ -184,24 +189,34 @@ def chosen(
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Runs the original once and keeps its outputs in ``out`` (.npz)."""
+    """Runs the original once and keeps its outputs in ``out`` (.npz); with ``language`` the logits and the loss, or
+    without ``whole`` the loss alone.
+    """
 
     model: Path
     feed: Path
     out: Path
     provider: Provider = "cpu"
+    language: NextToken | None = None
+    whole: bool = True
 
     def __call__(self, threads: int) -> None:
         session = _session(self.model, "baseline", threads, self.provider)
         names = [o.name for o in session.get_outputs()]
-        values = measure.run_session(session, load(self.feed), names)
-        save(self.out, dict(zip(names, values, strict=True)))
+        feed = load(self.feed)
+        values = dict(zip(names, measure.run_session(session, feed, names), strict=True))
+        kept = dict(values)
+        if self.language is not None:
+            kept = {self.language.logits: values[self.language.logits]} if self.whole else {}
+            kept[LOSS] = np.array(self.language.loss(values, feed))
+        save(self.out, kept)
 
 
 @dataclass(frozen=True, slots=True)
 class Error:
     """How far the model's outputs are from those of ``baseline``, by ``metric``, the worst output's: see ``badness``.
-    Infinite where the model does not run, gives NaN, or changes whole numbers.
+    Infinite where the model does not run, gives NaN, or changes whole numbers. With ``language`` the logits alone
+    count; of perplexity it is the logarithm of the rise, which may be negative.
     """
 
     model: Path
@@ -210,17 +225,22 @@ class Error:
     baseline: Path
     metric: str
     provider: Provider = "cpu"
+    language: NextToken | None = None
 
     def __call__(self, threads: int) -> float:
+        feed = load(self.feed)
         try:
             session = _session(self.model, self.stamp, threads, self.provider)
-            names = [o.name for o in session.get_outputs()]
-            ours = dict(zip(names, measure.run_session(session, load(self.feed), names), strict=True))
+            names = [self.language.logits] if self.language else [o.name for o in session.get_outputs()]
+            ours = dict(zip(names, measure.run_session(session, feed, names), strict=True))
         except MissingDependency:
             raise
         except AttncompileError:
             return float("inf")
-        stored = load(self.baseline)
+        if self.language is not None and self.metric == "perplexity":
+            rise = self.language.loss(ours, feed) - float(load(self.baseline, [LOSS])[LOSS])
+            return rise if np.isfinite(rise) else float("inf")
+        stored = {n: v for n, v in load(self.baseline).items() if n in names or self.language is None}
         return max(distance(value, ours[name], self.metric) for name, value in stored.items())
 
 
@@ -238,10 +258,12 @@ def distance(reference: np.ndarray, ours: np.ndarray, metric: str) -> float:
 
 def badness(metric: str, value: float) -> float:
     """``value`` as a number that is 0 for equal outputs and grows with their distance: 1 - cosine, 1 - agreement, and
-    of PSNR the noise's amplitude relative to the peak.
+    of PSNR the noise's amplitude relative to the peak, of perplexity's rise the logarithm.
     """
     if np.isnan(value):
         return float("inf")
+    if metric == "perplexity":
+        return float(np.log1p(value))
     if metric in ("cosine", "top1_agreement"):
         return max(1.0 - value, 0.0)
     if metric == "psnr":
@@ -249,14 +271,23 @@ def badness(metric: str, value: float) -> float:
     return float(value)
 
 
-POWER = {"relative_l2": 0.5, "max_abs": 0.5, "psnr": 0.5, "cosine": 1.0, "kl": 1.0, "top1_agreement": 0.5}
+POWER = {
+    "relative_l2": 0.5, "max_abs": 0.5, "psnr": 0.5, "cosine": 1.0, "kl": 1.0, "top1_agreement": 0.5, "perplexity": 1.0,
+}  # fmt: skip
 """Badness grows like damage, a squared distance, to this power where both are small."""
+
+TOGETHER = frozenset({"perplexity"})
+"""Metrics of which the mean badness over inputs keeps the budget, not that of each input."""
+
+PROBE = {"perplexity": "kl", "kl": "kl"}
+"""What tells how much a site's change matters, by metric; others: relative L2. A rise of perplexity is the difference
+of two noisy numbers where little is changed; its mean is the divergence of the two distributions."""
 
 
 @lru_cache(maxsize=2)
 def _session(model: Path, stamp: str, threads: int, provider: Provider) -> Any:
     """``stamp`` tells models apart that were written to one path."""
-    return measure.open_session(model, threads, provider=provider)
+    return measure.open_session(model, threads, provider=provider, lean=True)
 
 
 def _captured(

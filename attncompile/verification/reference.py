@@ -122,7 +122,7 @@ class Reference:
             self._cuts.clear()
             model, placed = sample_rows(self.original, query, rows)
             double, kind, double_model = _double(model, self.threads)
-            own = open_session(model.SerializeToString(), self.threads)
+            own = open_session(model.SerializeToString(), self.threads, lean=True)
             self._cuts[key] = _Cut(placed, own, double, kind, double_model)
         return self._cuts[key]
 
@@ -173,7 +173,7 @@ def _double(model: ModelProto, threads: int | None) -> tuple[Session, str, Model
     """A runner for ``model`` in float64 and what it is called. AttncompileError if there is none."""
     double = retype(model, TO_DOUBLE)
     try:
-        return open_session(double.SerializeToString(), threads, "basic"), "float64 (ONNX Runtime)", double
+        return open_session(double.SerializeToString(), threads, "basic", lean=True), "float64 (ONNX Runtime)", double
     except AttncompileError as ort_error:
         try:
             return _Evaluator(double), "float64 (onnx.reference)", double

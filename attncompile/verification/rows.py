@@ -8,6 +8,7 @@ not understood are refused (``Unsupported``); the caller also checks the cut gra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,7 @@ class _Cutter:
         self.axis: dict[str, int] = {}
         self.nodes: list[NodeProto] = []
         self.gathered: dict[tuple[str, int], str] = {}
+        self.made = {out: node for node in model.graph.node for out in node.output}
 
     def cut(self, query: Operand) -> tuple[ModelProto, Rows]:
         graph = self.cut_model.graph
@@ -100,9 +102,9 @@ class _Cutter:
             if any(name in self.axis for name in node.input):
                 self._node(node)
             self.nodes.append(node)
-        del graph.node[:]
-        graph.node.extend(self.nodes)
         (output,) = graph.output
+        del graph.node[:]
+        graph.node.extend(_needed(self.nodes, output.name))
         if output.name not in self.axis:
             raise Unsupported("rows_lost", "the output does not depend on the query rows")
         out_axis = self.axis[output.name]
@@ -197,12 +199,28 @@ class _Cutter:
         self.axis[node.output[0]] = self.axis[node.input[0]]
 
     def _gather(self, name: str, axis: int) -> str:
+        """The sampled rows of a value that does not depend on the query. What is elementwise is done again on the rows
+        of its operands, so that a mask of all rows need not be held in float64 several times.
+        """
         if self._shape(name)[axis] != self.length:
             raise Unsupported("broadcast", f"{name} has {self._shape(name)[axis]} entries for {self.length} rows")
         key = (name, axis)
         if key not in self.gathered:
             out = f"{name}_{_ROWS}_{axis}"
-            self.nodes.append(helper.make_node("Gather", [name, _ROWS], [out], axis=axis))
+            source = self.made.get(name)
+            known = source is not None and all(n in self.shapes for n in source.input if n)
+            if source is not None and known and source.op_type in _ELEMENTWISE and source.domain in ("", "ai.onnx"):
+                from_end = axis - len(self._shape(name))
+                copy = NodeProto()
+                copy.CopyFrom(source)
+                copy.name, copy.output[0] = "", out
+                for i, operand in enumerate(source.input):
+                    shape = self._shape(operand) if operand else []
+                    if len(shape) >= -from_end and shape[from_end] != 1:
+                        copy.input[i] = self._gather(operand, len(shape) + from_end)
+                self.nodes.append(copy)
+            else:
+                self.nodes.append(helper.make_node("Gather", [name, _ROWS], [out], axis=axis))
             self.gathered[key] = out
         return self.gathered[key]
 
@@ -213,6 +231,16 @@ class _Cutter:
         if name not in self.shapes:
             raise Unsupported("shape_unknown", f"the shape of {name} is not known")
         return self.shapes[name]
+
+
+def _needed(nodes: Sequence[NodeProto], output: str) -> list[NodeProto]:
+    """``nodes`` without those that ``output`` does not depend on."""
+    wanted, found = {output}, []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            found.append(node)
+    return found[::-1]
 
 
 def _shapes(model: ModelProto) -> dict[str, list[int]]:

@@ -72,7 +72,7 @@ def _run_one(path: Path, name: str, feeds: list[dict[str, np.ndarray]]) -> Any:
     from polygraphy.comparator import Comparator
 
     # As SessionFromOnnx does, with our error mapping and a silent log.
-    session = None if path.suffix == ENGINE else open_session(path)
+    session = None if path.suffix == ENGINE else open_session(path, lean=True)
     try:
         with _quiet():
             runner = _engine_runner(path, name) if session is None else OnnxrtRunner(session, name=name)

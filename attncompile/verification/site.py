@@ -93,7 +93,7 @@ def check_site(
     sessions: list[Session] = []
     for model, code in ((original, "original_failed"), (replaced, "replaced_failed")):
         try:
-            sessions.append(open_session(model.SerializeToString(), threads))
+            sessions.append(open_session(model.SerializeToString(), threads, lean=True))
         except AttncompileError as error:
             return SiteCheck(Verdict.no(code, error.message), labels=tuple(labels))
     reference = Reference(original, query, memory_cap, threads, sessions[0], facts)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from attncompile.core.verdict import Verdict
 from attncompile.metrics import Metrics, compute
 from attncompile.verification.artifacts import save_results
 from attncompile.verification.inputs import check_feed
+from attncompile.verification.next_token import NextToken, next_token
 from attncompile.verification.retype import uses
 from attncompile.verification.runners import ORIGINAL, REWRITTEN, Baseline, polygraphy_verdict, run, run_twins
 
@@ -78,12 +79,8 @@ class ModelComparison:
 
     @property
     def worst(self) -> float:
-        """The worst value of ``metric``; NaN if nothing was compared."""
-        values = [getattr(o.metrics, self.metric) for o in self.outputs if o.metrics is not None]
-        found = [float(v) for v in values if v is not None]
-        if not found or any(math.isnan(v) for v in found):
-            return math.nan
-        return min(found) if self.metric in HIGHER_IS_BETTER else max(found)
+        """The worst value of ``metric``, of perplexity that of all inputs together; NaN if nothing was compared."""
+        return _worst(self.outputs, self.metric)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,7 +93,7 @@ class ModelComparison:
 
 
 HIGHER_IS_BETTER = {"cosine", "psnr", "top1_agreement"}
-METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement")
+METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement", "perplexity")
 
 
 def exact_budget(proto: ModelProto) -> float:
@@ -124,18 +121,21 @@ def compare_models(
     """Run both models on ``inputs`` with ONNX Runtime through Polygraphy and compare every output.
 
     ``budget`` bounds ``metric`` (a lower bound for cosine, psnr and top1_agreement); default: ``exact_budget`` of the
-    original for relative_l2. Integer and bool outputs must be equal. With ``folder`` the inputs, both results and a
-    data loader that `polygraphy run` accepts are written there, unless they exceed ``save_limit`` bytes.
+    original for relative_l2. Of perplexity it bounds the relative rise over all inputs together, each counted alike,
+    and says nothing of outputs other than the logits. Integer and bool outputs must be equal. With ``folder`` the
+    inputs, both results and a data loader that `polygraphy run` accepts are written there, unless they exceed
+    ``save_limit`` bytes.
 
     ``original`` may be a ``Baseline``, which remembers its results from call to call.
 
-    Raises BadArguments for inputs that do not fit, BadModel for a model that does not load. What is wrong with the
-    rewritten model's *results* is a verdict.
+    Raises BadArguments for inputs that do not fit or a metric that the model has no tokens for, BadModel for a model
+    that does not load. What is wrong with the rewritten model's *results* is a verdict.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}")
     baseline = original if isinstance(original, Baseline) else Baseline(original)
     proto = _read(baseline.path)
+    language = next_token(proto) if metric == "perplexity" else None
     for value in proto.graph.output:
         if value.type.tensor_type.elem_type == TensorProto.STRING:
             raise BadArguments(f"output {value.name} holds strings, which are not compared",
@@ -163,7 +163,8 @@ def compare_models(
                 verdict = Verdict.no("outputs_differ", f"output {name} exists on one side only")
                 outputs.append(OutputComparison(name, i, None, verdict))
             else:
-                outputs.append(_compare_output(name, i, a_values[name], b_values[name], metric, budget))
+                given = (language, feeds[i]) if language is not None and name == language.logits else None
+                outputs.append(_compare_output(name, i, a_values[name], b_values[name], metric, budget, given))
     order = {o.name: k for k, o in enumerate(proto.graph.output)}
     outputs.sort(key=lambda o: (o.iteration, order.get(o.name, len(order)), o.name))
     polygraphy = polygraphy_verdict(results, metric, budget)
@@ -178,12 +179,22 @@ def compare_models(
             judged = budget if metric == "relative_l2" else None
             files = save_results(folder, feeds, results, (ORIGINAL, REWRITTEN), judged)
     return ModelComparison(
-        _overall(outputs, polygraphy, metric), tuple(outputs), metric, budget, polygraphy, len(feeds), files,
+        _overall(outputs, polygraphy, metric, budget), tuple(outputs), metric, budget, polygraphy, len(feeds), files,
         tuple(notes),
     )  # fmt: skip
 
 
-def _overall(outputs: list[OutputComparison], polygraphy: Verdict, metric: str) -> Verdict:
+def _worst(outputs: Sequence[OutputComparison], metric: str) -> float:
+    values = [getattr(o.metrics, metric) for o in outputs if o.metrics is not None]
+    found = [float(v) for v in values if v is not None]
+    if not found or any(math.isnan(v) for v in found):
+        return math.nan
+    if metric == "perplexity":
+        return math.expm1(sum(map(math.log1p, found)) / len(found))
+    return min(found) if metric in HIGHER_IS_BETTER else max(found)
+
+
+def _overall(outputs: list[OutputComparison], polygraphy: Verdict, metric: str, budget: float) -> Verdict:
     if not outputs:
         return Verdict.no("nothing_compared", "the models have no outputs to compare")
     failed = [o for o in outputs if not o.verdict.ok]
@@ -192,15 +203,17 @@ def _overall(outputs: list[OutputComparison], polygraphy: Verdict, metric: str) 
         return Verdict.no(first.verdict.code, f"output {first.name}, inputs {first.iteration}: {first.verdict.reason}")
     if not polygraphy.ok:
         return Verdict.no(polygraphy.code, f"Polygraphy's comparison: {polygraphy.reason}")
-    values = [getattr(o.metrics, metric) for o in outputs if o.metrics is not None]
-    values = [v for v in values if v is not None]
-    worst = min(values) if metric in HIGHER_IS_BETTER else max(values)
+    worst = _worst(outputs, metric)
+    if metric == "perplexity" and not worst <= budget:
+        return Verdict.no("over_budget", f"perplexity rises by {worst:.3%}, the budget is {budget:.3%}")
     return Verdict.yes(f"{len(outputs)} outputs compared, worst {metric} {worst:.3g}")
 
 
 def _compare_output(
-    name: str, iteration: int, a: np.ndarray, b: np.ndarray, metric: str, budget: float
-) -> OutputComparison:
+    name: str, iteration: int, a: np.ndarray, b: np.ndarray, metric: str, budget: float,
+    language: tuple[NextToken, Feed] | None = None,
+) -> OutputComparison:  # fmt: skip
+    """``language``: the output holds logits, which are judged together later."""
     if a.shape != b.shape or a.dtype != b.dtype:
         reason = f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
         return OutputComparison(name, iteration, None, Verdict.no("shape_differs", reason))
@@ -217,6 +230,12 @@ def _compare_output(
             what = "NaN" if np.isnan(x).any() else "infinity"
             verdict = Verdict.no("not_finite", f"{side} gives {what} in {bad} of {x.size} entries")
             return OutputComparison(name, iteration, metrics, verdict)
+    if metric == "perplexity":
+        if language is not None:
+            told, feed = language
+            rise = math.expm1(told.loss({name: b}, feed) - told.loss({name: a}, feed))
+            metrics = replace(metrics, perplexity=rise)
+        return OutputComparison(name, iteration, metrics, Verdict.yes())
     value = getattr(metrics, metric)
     if value is None:
         verdict = Verdict.no("not_applicable", f"{metric} needs at least two entries on the last axis")

@@ -3,7 +3,8 @@
 
 One set goes into an ``.npz``, several into Polygraphy's ``.json``. ``--part calibration`` (the default) and ``--part
 held-out`` share no image and no window of text, and neither shares one with what ``evaluate`` scores: of the committed
-windows that takes the first four, calibration the next two, held-out the last two.
+windows that takes the first four, calibration the next two, held-out the last two. ``--part both`` gives ``--count``
+of each in turn: of many inputs ``attncompile`` chooses on every other one and holds the rest out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from attncompile.models.trained.recipe import DitRecipe, LmRecipe, Recipes, load
 
 _SEEDS = {"calibration": 30_011, "held-out": 40_013}
 _WINDOWS = {"calibration": slice(4, 6), "held-out": slice(6, 8)}
+_BOTH = "both"
 _CPU = torch.device("cpu")
 DATA = Path(__file__).with_name("data")
 
@@ -32,6 +34,9 @@ def samples(
     """``count`` different input sets of batch 1 for a trained model's file; ``dtype`` of its images, ``tokens`` of the
     decoder's, else its context. For ``lm`` there are six at most. Raises ``BadArguments`` for more.
     """
+    if part == _BOTH:
+        pair = [samples(name, count, p, recipes, dtype, tokens) for p in _SEEDS]
+        return [one for two in zip(*pair, strict=True) for one in two]
     generator = torch.Generator().manual_seed(_SEEDS[part])
     if name == "lm":
         windows = torch.from_numpy(corpus.held(DATA))[_WINDOWS[part], : (tokens or recipes.lm.context) + 1]
@@ -74,14 +79,14 @@ def main() -> int:
     parser.add_argument("model", choices=("lm", "vit", "dit"))
     parser.add_argument("--out", type=Path, required=True, help=".npz for one set, .json for several")
     parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--part", choices=tuple(_SEEDS), default="calibration")
+    parser.add_argument("--part", choices=(*_SEEDS, _BOTH), default="calibration")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="of images: the model's")
     parser.add_argument("--tokens", type=int, help="of the decoder; its context where not given")
     parser.add_argument("--recipe", type=Path)
     arguments = parser.parse_args()
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
     try:
-        check(arguments.out, arguments.count)
+        check(arguments.out, arguments.count * (1 + (arguments.part == _BOTH)))
         sets = samples(arguments.model, arguments.count, arguments.part, load(arguments.recipe), dtype,
                        arguments.tokens)  # fmt: skip
         save(sets, arguments.out)

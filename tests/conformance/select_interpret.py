@@ -51,6 +51,8 @@ def launcher(change: Change = lambda p: p, width: int = WIDTH) -> Callable[..., 
             **program.constants,
             **{a.name: value(a.expression, known) if a.kind == "int32" else tensors[a.name] for a in program.arguments},
         }
+        for name in function.arg_names:
+            named.setdefault(name, None)
         function[tuple(value(x, known) for x in program.grid)](**named)
 
     return launch

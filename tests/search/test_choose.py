@@ -21,7 +21,7 @@ from attncompile.search.choose import (
     within_damage,
     within_density,
 )
-from attncompile.search.confidence import student, upper_bound
+from attncompile.search.confidence import mean_bound, student, upper_bound
 from attncompile.search.state import State, key_of
 
 
@@ -70,6 +70,16 @@ def test_damage_and_density_are_kept() -> None:
 
     for limit in (0.4, 0.7, 1.0):
         assert density(within_density(spaces, limit, density)) <= limit
+
+
+def test_what_prices_leave_of_a_damage_is_used() -> None:
+    """Two sites that gain only as a whole: at one price both come in, with more damage than is allowed; one fits."""
+    heads = tuple(Unit(("dense", "half"), np.array([1.0, 0.5]), np.array([0.0, 0.1])) for _ in range(3))
+    spaces = [SiteSpace(n, 3.0, 0.0, heads, 1.0, 1.5) for n in "ab"]
+    assert set(choose(spaces, 4.9)) == {"a", "b"} and not choose(spaces, 5.1)
+    assert within_damage(spaces, 0.29) == {}
+    assert list(within_damage(spaces, 0.5).values()) == [(1, 1, 1)]
+    assert set(within_damage(spaces, 0.61)) == {"a", "b"}
 
 
 def errors_of(spaces: list[SiteSpace], spread: float, count: int, seed: int = 0):
@@ -142,6 +152,60 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
     assert upper_bound([0.1, np.inf], 5, 0.99) == np.inf and upper_bound([0.0, 0.0], 5, 0.99) == 0.0
     assert upper_bound([1.0, 1.0, 1.0], 5, 0.99) == pytest.approx(1.0)
     assert upper_bound([0.0, 1e-3, 1e-3, 1e-3], 1, 0.9) == upper_bound([2e-5, 1e-3, 1e-3, 1e-3], 1, 0.9) < 0.1
+
+
+def test_the_bound_on_a_mean_holds_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    for n, future, confidence in ((4, 4, 0.9), (6, 6, 0.95), (3, 1, 0.8)):
+        drawn = 0.01 + 0.02 * rng.standard_normal((2000, n + future))
+        exceeded = [np.mean(row[n:]) > mean_bound(list(row[:n]), future, confidence) for row in drawn]
+        assert (1 - confidence) * 0.7 < np.mean(exceeded) < (1 - confidence) * 1.3, (n, future)
+    assert mean_bound([], 5, 0.99) == mean_bound([0.1, np.inf], 5, 0.99) == np.inf
+    assert mean_bound([-0.3], 5, 0.99) == -0.3 and mean_bound([0.1, 0.3], 5, 0.5) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="no quantile"):
+        mean_bound([0.1, 0.3], 5, 0.3)
+
+
+def test_errors_that_count_together_may_be_negative_and_make_up_for_one_another() -> None:
+    """Perplexity: every second input gains by the change."""
+    spaces = [space(i, str(i)) for i in range(3)]
+    limits = Limits(0.05, 4, 0.9, 1.0, together=True)
+
+    def measure(choice) -> list[float]:
+        damage = damage_of(spaces, choice)
+        return [damage * f for f in (1.2, -0.3, 0.9, -0.1)]
+
+    best, points = tune(spaces, limits, measure)
+    assert best is not None and best.bound <= limits.budget < max(best.errors) * 1.7
+    assert all(p.time >= best.time for p in points if p.bound <= limits.budget)
+    assert best.bound == mean_bound(best.errors, 4, 0.9) > best.mean
+    # What was held out is judged together too, and refuses together.
+    kept, held, refused = corrected(spaces, best, limits, measure, lambda c: [0.09, -0.02, 0.07, 0.02])
+    assert kept is best and refused == 0 and held == (0.09, -0.02, 0.07, 0.02)
+    less, _, refused = corrected(
+        spaces, best, limits, measure, lambda c: [0.2, 0.1] if c is best.choice else [0.06, 0.01]
+    )
+    assert less is not None and refused == 1 and less.time > best.time
+
+
+def test_errors_that_say_nothing_do_not_lead_far() -> None:
+    """A first model that seems better than the original is no reason to leave everything out at once."""
+    spaces = [space(i, str(i)) for i in range(3)]
+    seen: list[float] = []
+
+    def measure(choice) -> list[float]:
+        seen.append(damage_of(spaces, choice))
+        return [-0.01, -0.02, -0.01]
+
+    tune(spaces, Limits(1e-4, 3, 0.9, 1.0, together=True), measure)
+    assert len(seen) > 1 and all(b / a < np.exp(3.01) for a, b in itertools.pairwise(seen))
+
+
+def test_when_a_budget_is_lost() -> None:
+    each, mean = Limits(0.1, 4, 0.9), Limits(0.1, 4, 0.9, together=True)
+    assert each.lost([0.05, 0.11], 4) and not each.lost([0.1, 0.1], 4)
+    assert mean.lost([0.4, 0.3], 4) and not mean.lost([0.4, 0.1], 4), "0.5 of 4 inputs is 0.125 each: others may gain"
+    assert each.judged([0.1, 0.3]) == 0.3 and mean.judged([0.1, 0.3]) == pytest.approx(0.2)
 
 
 def test_the_first_step_that_gains_is_found() -> None:

@@ -17,8 +17,9 @@ from attncompile import gate, pipeline, report, whole
 from attncompile.core import plan_toml
 from attncompile.core.errors import MissingDependency
 from attncompile.pipeline import Options
-from attncompile.search import executors, run, split, tasks
-from tests.search import constructed
+from attncompile.search import arrays, executors, run, split, tasks
+from attncompile.verification.next_token import next_token
+from tests.search import constructed, language
 
 TOKENS = 600
 CHECK = gate.SiteGate.check
@@ -304,3 +305,55 @@ def test_a_provider_that_is_not_there(full, tmp_path: Path) -> None:
     with pytest.raises(MissingDependency, match="no CUDA provider"):
         compiled(full, tmp_path, provider="cuda")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_of_perplexity(tmp_path: Path) -> None:
+    """What counts is all inputs together: the bound is on their mean, and so is the check of the whole model."""
+    model = language.build(1000)
+    made = constructed.write(tmp_path, model, language.feeds(model, 8, 1000))
+    found = compiled(made, tmp_path, metric="perplexity", max_error=0.01)
+    assert found.outcome == "replaced" and found.approximate and found.search is not None, found.warnings
+    assert found.search.density is not None and found.search.density < 0.8
+    chosen = next(p for p in found.search.points if p.chosen)
+    assert chosen.mean < chosen.bound <= np.log1p(0.01) and np.mean(found.search.held) <= np.log1p(0.01)
+    assert found.parity is not None and found.parity.passed and found.parity.metric == "perplexity"
+    assert 0 < found.parity.value <= 0.01
+    rises = [c.metrics.perplexity for c in found.parity.comparisons if c.metrics]
+    assert len(rises) == 8 and found.parity.value == pytest.approx(np.expm1(np.mean(np.log1p(rises))))
+    jsonschema.validate(found.to_json(), report.schema())
+    assert "of all together" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_logits_are_kept_of_probed_inputs_alone(tmp_path: Path) -> None:
+    model = language.build(300)
+    path, _ = constructed.write(tmp_path, model, [])
+    (feed,) = language.feeds(model, 1, 300)
+    given, out = tmp_path / "in.npz", tmp_path / "out.npz"
+    arrays.save(given, feed)
+    told = next_token(model)
+    tasks.Baseline(path, given, out, language=told, whole=False)(1)
+    assert list(arrays.load(out)) == [tasks.LOSS]
+    assert tasks.Error(path, "same", given, out, "perplexity", language=told)(1) == pytest.approx(0, abs=1e-6)
+    tasks.Baseline(path, given, out, language=told)(1)
+    assert list(arrays.load(out)) == ["logits", tasks.LOSS] and list(arrays.load(out, [tasks.LOSS])) == [tasks.LOSS]
+    assert tasks.Error(path, "same", given, out, "kl", language=told)(1) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_choice_that_lost_is_not_measured_to_the_end(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any number of workers the same inputs are looked at, and the budget is lost after the first two."""
+    counts: list[int] = []
+    errors = run.Search.errors
+
+    def counted(self, choice, spaces, inputs, metric):
+        found = errors(self, choice, spaces, inputs, metric)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(run.Search, "errors", counted)
+    one = compiled(full, tmp_path / "a", max_error=0.005)
+    assert counts[:2] == [2, 2] and 0 < counts.count(1) < counts.count(2) - 1, "two inputs; the third if it matters"
+    counts.clear()
+    three = compiled(full, tmp_path / "b", max_error=0.005, jobs=3)
+    assert 3 in counts
+    assert one.search is not None and three.search is not None
+    assert one.search.points == three.search.points

@@ -1,0 +1,115 @@
+"""tools/search_compare.py: the search against single mechanisms, on heads with known patterns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from attncompile.search import executors
+from attncompile.search.candidates import KEPT
+from attncompile.search.choose import Unit
+from tests.search import constructed
+
+_spec = importlib.util.spec_from_file_location(
+    "search_compare", Path(__file__).parents[2] / "tools" / "search_compare.py"
+)
+assert _spec is not None and _spec.loader is not None
+compare: Any = importlib.util.module_from_spec(_spec)
+sys.modules["search_compare"] = compare
+_spec.loader.exec_module(compare)
+
+
+@pytest.fixture(autouse=True)
+def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "make", lambda name, jobs, threads: executors.Inline(1))
+
+
+def compared(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
+    made = constructed.build(600, 2, causal=False, kinds=("local", "sink", "stripe", "local"))
+    model, inputs = constructed.write(folder, made, constructed.feeds(6, 600))
+    given = [str(model), "--inputs", str(inputs), "--max-error", "0.03", "--json", str(folder / "found.json"), *more]
+    monkeypatch.setattr(sys, "argv", ["search_compare.py", *given])
+    compare.main()
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def test_each_head_its_own_beats_what_is_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads that want different things: no single mechanism serves them."""
+    found = compared(tmp_path, monkeypatch, "--write", str(tmp_path / "models"))
+    rows = {r["name"]: r for r in found["rows"]}
+    exact, best, equal = (rows.pop(n) for n in (compare.EXACT, compare.EACH, compare.EQUAL))
+    assert exact["predicted"] == 1.0 and exact["density"] == 1.0 and exact["errors"] == [0.0] * 3
+    assert rows and all(r["bound"] <= 0.03 and best["predicted"] < r["predicted"] < 1 for r in rows.values())
+    fastest = min(rows.values(), key=lambda r: r["predicted"])
+    assert equal["mean"] <= fastest["mean"] and equal["predicted"] < fastest["predicted"]
+    assert (
+        len(best["held"]) == 3
+        and all(max(r["held"]) <= 0.03 for r in found["rows"])
+        and best["held_mean"] == np.mean(best["held"])
+    )
+    assert found["calibration"] == found["held_out"] == 3 and found["confidence"] == 0.99
+    out = capsys.readouterr().out
+    assert "times as fast as the best single mechanism" in out and "| each head its own |" in out
+    models = sorted(p.parent.name for p in (tmp_path / "models").rglob("model.onnx"))
+    assert models[:2] == ["0-exact-replacements-only", "1-each-head-its-own"] and len(models) == len(found["rows"])
+
+
+def test_at_one_density_errors_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compared(tmp_path, monkeypatch, "--density", "0.4", "--also", "onnxruntime-cuda")
+    rows = {r["name"]: r for r in found["rows"]}
+    assert found["budget"] is None and found["max_error"] is None and "sm_90" in found["also"]
+    exact, best = rows.pop(compare.EXACT), rows.pop(compare.EACH)
+    assert {"blocks", "slash", "sinks 1 + window"} <= set(rows) and exact["gpu_over_exact"] == 1.0
+    for row in rows.values():
+        assert row["density"] <= 0.4 and best["mean"] < row["mean"] and best["held_mean"] < row["held_mean"]
+        assert row["gpu"] > 0
+
+
+def test_a_policys_fields_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``confidence`` and the sites at the ends that stay dense."""
+    policy = tmp_path / "mine.toml"
+    policy.write_text(
+        '[exact]\nmechanisms = ["DenseAttention"]\n[approximate]\nmechanisms = ["BlockSparseAttention"]\n'
+        "confidence = 0.8\nkeep_first = 1\n"
+    )
+    found = compared(tmp_path, monkeypatch, "--policy", str(policy), "--write", str(tmp_path / "models"))
+    assert found["confidence"] == 0.8 and found["rows"][1]["name"] == compare.EACH
+    nodes = onnx.load(tmp_path / "models" / "1-each-head-its-own" / "model.onnx").graph.node
+    assert [n.op_type for n in nodes if n.domain == "attncompile" or n.op_type == "Softmax"] == [
+        "Softmax", "BlockSparseAttention"
+    ]  # fmt: skip
+
+
+def test_the_sparsest_candidate_of_a_kind_that_keeps_enough() -> None:
+    labels = ("dense", "sinks 0 window 1", "columns 0 diagonals 1", "columns 0,1 diagonals 1,2")
+    unit = Unit(labels, np.array([1.0, 0.1, 0.2, 0.4]), np.zeros(4))
+    kept = np.array([1.0, 0.99, 0.9, 0.97])
+    assert [compare.pick(unit, kept, "slash", s) for s in (0.5, 0.9, 0.95, 0.98)] == [2, 2, 3, 0]
+    assert (
+        compare.pick(unit, kept, "", "sinks 0 window 1") == 1 and compare.pick(unit, kept, "", "sinks 1 window 1") == 0
+    )
+    assert set(KEPT) == set(compare.KEPT)
+
+
+def test_bisection_takes_the_sparsest_strength_that_keeps_the_budget() -> None:
+    def judge(strength: float) -> Any:
+        return compare.Row("x", str(strength), 1 - strength, 1.0, 0.5, 0.1 / strength, [0.0], [], {"a": (1,)})
+
+    strengths = [0.1, 0.2, 0.3, 0.4, 0.5]
+    for budget, want in ((1.0, "0.1"), (0.34, "0.3"), (0.2, "0.5")):
+        found = compare.first_fitting(strengths, judge, budget, lambda row: True)
+        assert [r.strength for r in found] == [want]
+    assert compare.first_fitting(strengths, judge, 0.1, lambda row: True) == []
+    # What held-out inputs refuse is made denser.
+    (row,) = compare.first_fitting(strengths, judge, 0.34, lambda row: row.strength > "0.35")
+    assert row.strength == "0.4" and compare.first_fitting(strengths, judge, 0.34, lambda row: False) == []

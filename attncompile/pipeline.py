@@ -54,7 +54,8 @@ class Options:
     whether what lies between the sites is fused for ONNX Runtime's GPU provider, ``half_norms`` whether residual sums
     go into norms in fp16 too. ``density`` asks for so many of the blocks of full attention in place of an error budget;
     ``jobs`` (None: one a core) processes of ``executor`` do the search, in sessions of ``provider``.
-    ``fitted``: a file of feature maps for linear attention, which are fitted where it is None and the policy wants some.
+    ``fitted``: a file of feature maps for linear attention, which are fitted where there is none and the policy wants
+    some.
     """
 
     policy: str = "exact"

@@ -16,9 +16,9 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.site import AttentionSite, Need, Operand
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import float_type
+from attncompile.plugins.linear_attention.causal import CAUSAL_CHUNK
 from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.function import function, node
-from attncompile.plugins.linear_attention.mechanism import CAUSAL_CHUNK
 from attncompile.plugins.linear_attention.op import APPLY, OUTPUT, STATE, STATES, register
 from attncompile.plugins.linear_attention.reference import reference
 

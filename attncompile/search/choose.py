@@ -39,18 +39,29 @@ hardly there they say nothing of how far one may go."""
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
     """One head, or a whole site: its candidates by their texts, the first of which changes nothing, their predicted
-    times, and their squared changes of the site's output, relative to its size [K].
+    times, and their squared changes of the site's output, relative to its size [K]. ``mode`` [K], 0 if not given: all
+    units of a site take candidates of one mode.
     """
 
     labels: tuple[str, ...]
     time: np.ndarray
     damage: np.ndarray
+    mode: np.ndarray | None = None
+
+    @property
+    def of_modes(self) -> np.ndarray:
+        """``mode``, whether it is given or not."""
+        return np.zeros(len(self.time), int) if self.mode is None else self.mode
+
+    def of(self, mode: int) -> np.ndarray:
+        """Numbers of the candidates of one mode."""
+        return np.flatnonzero(self.of_modes == mode)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteSpace:
     """All that a site can become. ``base`` is the time of the site as it is, ``fixed`` that of a replacement beside its
-    units'; it has to gain ``least_gain``.
+    units', ``more`` the same of modes 1, 2, ...; it has to gain ``least_gain``.
     """
 
     site: str
@@ -59,10 +70,16 @@ class SiteSpace:
     units: tuple[Unit, ...]
     weight: float = 1.0
     least_gain: float = 1.0
+    more: tuple[float, ...] = ()
+
+    def mode(self, picks: Sequence[int]) -> int:
+        """That of these candidates."""
+        return int(self.units[0].of_modes[picks[0]])
 
     def time(self, picks: Sequence[int]) -> float:
         """Of a replacement with these candidates."""
-        return self.fixed + sum(float(u.time[k]) for u, k in zip(self.units, picks, strict=True))
+        fixed = (self.fixed, *self.more)[self.mode(picks)]
+        return fixed + sum(float(u.time[k]) for u, k in zip(self.units, picks, strict=True))
 
     def damage(self, picks: Sequence[int]) -> float:
         """Predicted squared change of the model's outputs."""
@@ -70,11 +87,26 @@ class SiteSpace:
 
     def best(self, price: float) -> tuple[int, ...] | None:
         """The cheapest candidates at this price, or None where the site had better stay as it is."""
-        picks = tuple(int(np.argmin(u.time + price * self.weight * u.damage)) for u in self.units)
-        time = self.time(picks)
-        if time * self.least_gain > self.base or time + price * self.damage(picks) >= self.base:
-            return None
+        found: tuple[int, ...] | None = None
+        least = self.base
+        for mode in range(1 + len(self.more)):
+            picks = self._least(mode, lambda u: u.time + price * self.weight * u.damage)
+            time = self.time(picks)
+            if time * self.least_gain <= self.base and time + price * self.damage(picks) < least:
+                found, least = picks, time + price * self.damage(picks)
+        return found
+
+    def near(self, damage: float) -> tuple[int, ...]:
+        """Candidates that change each unit by about so much, of the first mode that changes anything."""
+        for mode in range(1 + len(self.more)):
+            picks = self._least(mode, lambda u: np.abs(np.log(np.maximum(u.damage, 1e-12) / damage)))
+            if any(picks):
+                break
         return picks
+
+    def _least(self, mode: int, key: Callable[[Unit], np.ndarray]) -> tuple[int, ...]:
+        of = [u.of(mode) for u in self.units]
+        return tuple(int(k[np.argmin(key(u)[k])]) for u, k in zip(self.units, of, strict=True))
 
 
 def choose(spaces: Sequence[SiteSpace], price: float) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from onnx import NodeProto
 
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.core.errors import Unsupported
-from attncompile.core.mechanism import HeadMechanism, Mechanism, Shape, understood
+from attncompile.core.mechanism import ChoosingMechanism, HeadMechanism, Mechanism, Shape, understood
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
 from attncompile.cost import dense_cost, predicted_gain, shape_of
@@ -146,3 +146,38 @@ def _relative(
     """Time of the body with one pattern in every head, relative to the site as it is."""
     given = mechanism.head_parameters(geometry, [pattern] * site.heads)
     return 1 / predicted_gain(site, mechanism.cost(site, given, shape), shape)
+
+
+def choice_geometry(mechanism: Mechanism, site: AttentionSite, binding: Mapping[str, int]) -> BlockGeometry | Verdict:
+    """The blocks that heads of this site may choose among when the model runs, or why not."""
+    if not isinstance(mechanism, ChoosingMechanism):
+        return Verdict.no("heads", f"the heads of {mechanism.name} do not choose")
+    if site.scope:
+        return Verdict.no("scope", "operands in the body of an If, Loop or Scan cannot be captured")
+    known = understood(mechanism, site)
+    return mechanism.choice_geometry(site, shape_of(site, binding).query_length) if known.ok else known
+
+
+def choice_time(
+    site: AttentionSite, geometry: BlockGeometry, mechanism: ChoosingMechanism, binding: Mapping[str, int],
+    gpu: GpuCost | None, stride: int,
+) -> BlockTime:  # fmt: skip
+    """Of a site whose heads choose, what choosing takes included; a head that is dense among them costs all blocks.
+    Raises ``Unsupported`` where nothing is known of the GPU's time.
+    """
+    shape = shape_of(site, binding)
+    of_head = int(geometry.all.sum())
+    few, many = site.heads * geometry.count, site.heads * of_head
+    if gpu is not None:
+        picked = gpu.selection(site, shape, geometry.edge, stride, geometry.causal)
+        least, most = (picked + gpu.lists(site, shape, geometry.edge, n) for n in (few, many))
+        dense = gpu.before(site, shape)
+    else:
+        dense = dense_cost(site, shape).elements
+        least, most = (
+            dense
+            / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, stride, n * shape.batch, shape), shape)
+            for n in (few, many)
+        )
+    slope = (most - least) / max(many - few, 1)
+    return BlockTime(max(least - slope * few, 0.0), slope, slope * of_head, dense)

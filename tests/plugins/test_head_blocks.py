@@ -12,6 +12,7 @@ import pytest
 
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern, bitmap
 from attncompile.core.errors import Unsupported
+from attncompile.core.grid import TokenGrid
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import HeadMechanism, Shape
 from attncompile.core.verdict import Verdict
@@ -19,6 +20,7 @@ from attncompile.plugins import mechanism
 from attncompile.plugins.block_sparse import head_body, head_lists, per_head
 from attncompile.plugins.block_sparse.op import lists
 from attncompile.plugins.block_sparse.reference import counts_of, reference
+from attncompile.search.candidates import candidates
 from tests.plugins.conftest import relative_error
 
 SUBJECT = mechanism("BlockSparseAttention")
@@ -187,3 +189,22 @@ def test_parameters_that_are_refused(case) -> None:
         assert not SUBJECT.supports(at, {**good, **changes}).ok, changes
     with pytest.raises(Unsupported, match="masked_rows"):
         SUBJECT.lower(site, {**good, "masked_rows": "uniform"}, 18)
+
+
+def test_radial_heads_on_a_video(case) -> None:
+    """Candidates of a site whose tokens are frames, and lists of what radial attention touches."""
+    grid = TokenGrid((6, 16, 16))
+    site = case(queries=grid.tokens, static=True).site(grid=grid)
+    geometry = SUBJECT.head_geometry(site)
+    assert isinstance(geometry, BlockGeometry) and geometry.grid == grid and geometry.count == 24
+    offered = [p.text for p in candidates(np.full((24, 24), 1 / 24), geometry, False)]
+    assert {"radial", "radial 0.5", "radial 0.25"} <= set(offered)
+    given = {"masked_rows": "zero", "edge": 64, "heads": ["radial", "radial 0.25", "dense", "sinks 1 window 1"]}
+    assert SUBJECT.supports(site, given).ok
+    _, seen = per_head.seen_of(site, given)
+    frame = np.arange(24) // 4  # four blocks a frame
+    apart = np.abs(frame[:, None] - frame[None, :])
+    assert seen[0][apart <= 1].all() and seen[0][:, :4].all(), "neighbours in time, and the first frame"
+    assert not seen[0][apart == 4].all() and seen[1].sum() < seen[0].sum() < 24**2
+    refused = SUBJECT.supports(case(queries=grid.tokens, static=True).site(), given)
+    assert not refused.ok and refused.code == "grid"

@@ -36,6 +36,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, TensorShapeProto, TypeProto, defs, helper
 from onnx.defs import OpSchema
 
+from attncompile.plugins import schemas
 from attncompile.plugins.body import DOMAIN, overload_of
 
 SCORES, SELECT = "BlockScores", "BlockSelect"
@@ -70,7 +71,7 @@ def register() -> None:
     """Make the ops known to onnx (checker and shape inference); later calls do nothing."""
     for op, make in ((SCORES, _scores), (SELECT, _select)):
         if not defs.has(op, VERSION, DOMAIN):
-            defs.register_schema(make())
+            schemas.register(make())
 
 
 def _attribute(name: str, value: Any, doc: str) -> OpSchema.Attribute:

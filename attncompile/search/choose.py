@@ -248,11 +248,12 @@ def tune(
         return None, []
     best: Point | None = None
     most = damage_of(spaces, choose(spaces, 0.0))
+    room = math.log(max(most, 1e-300)) + 1e-9  # the exponential of a logarithm may be a little less
     low, high = -math.inf, math.inf  # logarithms of damage that is within the budget, and that is not
-    target = min(math.log(limits.budget) / limits.power, math.log(max(most, 1e-300)))
+    target = min(math.log(limits.budget) / limits.power, room)
     for _ in range(limits.evaluations):
         choice = within_damage(spaces, math.exp(target))
-        ceiling = math.log(max(most, 1e-300)) if high == math.inf else high
+        ceiling = room if high == math.inf else high
         while not choice and ceiling - target >= 0.1:  # so little damage gains nothing
             low = max(low, target)
             target = min(target + 0.7, ceiling) if high == math.inf else (target + ceiling) / 2
@@ -278,7 +279,7 @@ def tune(
                 break
             target = min(max(target, low + 0.15 * (high - low)), high - 0.15 * (high - low))
         elif math.isfinite(low):
-            target = min(max(target, low + 0.2), math.log(max(most, 1e-300)))
+            target = min(max(target, low + 0.2), room)
         else:
             target = min(target, high - 0.2)
     return best, points

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
-from attncompile import __version__, cli_kernels
+from attncompile import __version__, cli_fit, cli_kernels
 from attncompile import cli_options as opt
 from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EXECUTORS = ("local", "ray")
 PROVIDERS = ("cpu", "cuda")
-VERBS = ("compile", "inspect", "explain", "plan", "verify", "profile", "bench", "kernels", "env")
+VERBS = ("compile", "inspect", "explain", "plan", "verify", "profile", "bench", "fit", "kernels", "env")
 
 _UsageError = typer.BadParameter.__bases__[0]
 """Base of every complaint about a command line. Typer exports it under no name of its own in all its versions."""
@@ -84,6 +84,7 @@ def _compile(
     executor: opt.Executor = "local",
     provider: opt.Provider = "cpu",
     plan: opt.PlanFile = None,
+    fitted: opt.Fitted = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write plan.toml only, like `plan`.")] = False,
     require_sites: opt.RequireSites = None,
     strict: opt.Strict = False,
@@ -92,6 +93,7 @@ def _compile(
     bf16: opt.Bf16 = False,
     arch: opt.Arch = [],  # noqa: B006
     no_fusions: opt.NoFusions = False,
+    half_norms: opt.HalfNorms = False,
     engine_profile: opt.EngineProfiles = [],  # noqa: B006
     min_shapes: opt.MinShapes = [],  # noqa: B006
     opt_shapes: opt.OptShapes = [],  # noqa: B006
@@ -114,9 +116,10 @@ def _compile(
 
     options = _options(
         policy=policy, target=target, out=out, inputs=inputs, profile=profile, max_error=max_error, metric=metric,
-        plan=plan, dry_run=dry_run, require_sites=require_sites, strict=strict, keep_slower=keep_slower,
-        fp16=fp16, bf16=bf16, arch=arch, fusions=not no_fusions, grid=grid, sites=site, threads=threads,
-        hash_weights=hash_weights, seed=seed, density=density, jobs=jobs, executor=executor, provider=provider,
+        plan=plan, fitted=fitted, dry_run=dry_run, require_sites=require_sites, strict=strict,
+        keep_slower=keep_slower, fp16=fp16, bf16=bf16, arch=arch, fusions=not no_fusions, half_norms=half_norms,
+        grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed, density=density, jobs=jobs,
+        executor=executor, provider=provider,
         engine=engine_options.parse(workspace, timing_cache, weight_streaming, refit, engine_level, engine_profile),
         ranges=engine_options.ranges(model, min_shapes, opt_shapes, max_shapes),
     )  # fmt: skip
@@ -353,6 +356,7 @@ def _bench(
     return 0
 
 
+app.command("fit", short_help="Fit linear attention to the attention of a model.")(cli_fit.run)
 app.add_typer(cli_kernels.app, name="kernels")
 
 
@@ -437,6 +441,7 @@ def _options(**given: Any) -> Options:
         raise BadArguments("--plan and --dry-run exclude each other", "--dry-run writes a plan, --plan applies one")
     opt.existing(known.get("inputs"), "--inputs")
     opt.existing(known.get("plan"), "--plan")
+    opt.existing(known.get("fitted"), "--fitted")
     opt.check_grid(known.get("grid"))
     known["profile"] = opt.parse_profile(known.get("profile", ()))
     ranges = known.pop("ranges", {})  # in trtexec's spelling

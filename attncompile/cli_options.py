@@ -100,12 +100,23 @@ Provider = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", show_default=False, help="Apply this (edited) plan.toml.")
 ]
+Fitted = Annotated[
+    Path | None,
+    typer.Option(
+        "--fitted", metavar="FILE", show_default=False,
+        help="Feature maps that `fit` wrote, or the folder OUT of a run that used some. Default: policy linear fits.",
+    ),
+]  # fmt: skip
 RequireSites = Annotated[
     int | None,
     typer.Option("--require-sites", metavar="N", show_default=False, help="Fail unless N sites or more are found."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if any replacement had to be rolled back.")]
 KeepSlower = Annotated[bool, typer.Option("--keep-slower", help="Keep replacements that are measured to be slower.")]
+HalfNorms = Annotated[
+    bool,
+    typer.Option("--half-norms", help="Fuse residual sums into norms in fp16 too, for onnxruntime-gpu 1.27 or later."),
+]
 NoFusions = Annotated[
     bool,
     typer.Option("--no-fusions", help="Leave what lies between sites as it is, for onnxruntime-cuda."),

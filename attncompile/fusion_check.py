@@ -41,6 +41,7 @@ _TO_FLOAT: Mapping[int, int] = {TensorProto.FLOAT16: TensorProto.FLOAT, TensorPr
 def check(
     proto: ModelProto, model: Model, precision: Precision | None, feeds: Sequence[Mapping[str, np.ndarray]],
     counts: Mapping[str, int], lowered: ModelProto, unlaunched: ModelProto | None = None,
+    half_norms: bool = False,
 ) -> Verdict:  # fmt: skip
     """``proto``, made from ``model``, with fusions against itself without.
 
@@ -56,7 +57,7 @@ def check(
     plain.graph.value_info.extend(v for v in lowered.graph.value_info if v.name in launched - known)
     deployed = _with_bodies(proto, unlaunched) if unlaunched is not None and _in_float32(plain, precision) else None
     if deployed is None:
-        fused = fuse(plain, folder)
+        fused = fuse(plain, folder, half_norms=half_norms)
         for name, count in counts.items():
             if name not in AROUND_OURS and fused.counts.get(name, 0) < count:
                 return Verdict.no(

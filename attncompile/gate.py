@@ -90,6 +90,13 @@ class SiteGate:
         """Exactness at every shape of the profile and at the edges (exact sites only), then speed. A failure is a
         result.
         """
+        return self._checked(edit, timed=True)
+
+    def exact(self, edit: Edit) -> SiteResult:
+        """``check`` of an exact site without speed, which says nothing of what another machine will run."""
+        return self._checked(edit, timed=False)
+
+    def _checked(self, edit: Edit, timed: bool) -> SiteResult:
         models: _Models = []
         for label, binding in self._bindings:
             try:
@@ -106,19 +113,24 @@ class SiteGate:
                     reason = error.message
             beyond.append((edge.label, alternatives, reason))
         key = _digest([m for _, _, m in models] + [m for _, found, _ in beyond for m in found], edit.decision.exact)
+        key = key if timed else f"{key} untimed"
         if key not in self._results:
-            self._results[key] = self._check(edit, models, beyond)
+            self._results[key] = self._check(edit, models, beyond, timed)
         return self._results[key]
 
     def _extract(self, edit: Edit, binding: Mapping[str, int]) -> SiteModel:
         return extract_site(self._world_at(binding), edit.site, edit.twin or edit.lowering)
 
-    def _check(self, edit: Edit, models: _Models, beyond: Sequence[tuple[str, list[SiteModel], str]]) -> SiteResult:
+    def _check(
+        self, edit: Edit, models: _Models, beyond: Sequence[tuple[str, list[SiteModel], str]], timed: bool
+    ) -> SiteResult:  # fmt: skip
         exactness = None
         if edit.decision.exact:
             exactness = self._exactness(edit, models, beyond)
             if not exactness.passed:
                 return SiteResult(exactness, rolled_back=f"not exact: {exactness.reason}")
+        if not timed:
+            return SiteResult(exactness)
         try:
             timings = tuple(self._time(label, binding, model) for label, binding, model in models)
         except AttncompileError as error:

@@ -24,6 +24,8 @@ MEASURED = 90
 SCORE_BYTES = 8
 """Bytes that unfused attention moves a score element: written by the first product, read and written by the softmax,
 read by the second product, two bytes each. ONNX Runtime moves no less."""
+BESIDE = ("MatMul", "Exp")
+"""Standard ops that take time beside kernels of ours; others that a lowering holds move little or nothing."""
 MASK_BYTES = 4
 """What a mask or bias adds: scores are read and written once more."""
 
@@ -60,7 +62,12 @@ class GpuCost:
         return self.before(site, shape_of(site, binding)) / ours
 
     def milliseconds(self, site: AttentionSite, lowering: Lowering, binding: Mapping[str, int]) -> float:
-        """Predicted time of the launches of ``lowering``. Raises ``Unsupported`` as ``gain``."""
+        """Predicted time of the launches of ``lowering``. Raises ``Unsupported`` as ``gain``, and for arithmetic
+        in front of the ops, which is no launch of ours.
+        """
+        beside = [n.op_type for n in lowering.nodes if n.op_type in BESIDE and not n.domain]
+        if beside:
+            raise Unsupported("no-kernel", f"{beside[0]} in front of the ops is not in the cost model")
         model = extract_site(self.world_at(binding), site, lowering).replaced
         nodes = calls.find(model, self.kernels, self._dtype(site))
         if not nodes:

@@ -125,7 +125,8 @@ def build(
             target = target.equipped(Kit(architectures, progress, found.detection.sites))
         said: tuple[str, ...] = ()
         if isinstance(target, OnnxRuntimeCuda):
-            target, lowered, said = _fused(found, target.fusing(options.fusions), proto, precision, evidence)
+            fusing = target.fusing(options.fusions, options.half_norms)
+            target, lowered, said = _fused(found, fusing, proto, precision, evidence)
         else:
             lowered = target.lower(proto, found.model, precision)
         result = target.build(lowered, found.model, found.profile, folder, found.detection.sites)
@@ -151,7 +152,9 @@ def _fused(
     lowered = target.lower(proto, found.model, precision)
     if not target.fused:
         return target, lowered, ()
-    verdict = fusion_check.check(proto, found.model, precision, evidence(), target.fused, lowered, target.unlaunched)
+    verdict = fusion_check.check(
+        proto, found.model, precision, evidence(), target.fused, lowered, target.unlaunched, target.half_norms
+    )
     if verdict.ok:
         return target, lowered, (verdict.reason,)
     plain = target.fusing(False)

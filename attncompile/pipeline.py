@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from attncompile import outputs, verify, whole
+from attncompile import fit, outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
 from attncompile.core.errors import BadArguments, MissingDependency, Unsupported
-from attncompile.core.mechanism import Candidate, Mechanism, understood
+from attncompile.core.mechanism import Candidate, Mechanism, kernel_parameters, understood
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
 from attncompile.core.policy import Policy
@@ -51,9 +51,11 @@ class Options:
     """What the command line can say. ``profile`` holds only the ranges that the user gave; ``sites`` limits the run to
     these ids; ``precision`` is that of the engine (``fp16`` or ``bf16``), None for the model's own; ``architectures``
     those that kernels are compiled for, empty for the GPUs of this machine, or all where it has none; ``fusions``
-    whether what lies between the sites is fused for ONNX Runtime's GPU provider. ``density`` asks for so many of the
-    blocks of full attention in place of an error budget; ``jobs`` (None: one a core) processes of ``executor`` do the
-    search, in sessions of ``provider``.
+    whether what lies between the sites is fused for ONNX Runtime's GPU provider, ``half_norms`` whether residual sums
+    go into norms in fp16 too. ``density`` asks for so many of the blocks of full attention in place of an error budget;
+    ``jobs`` (None: one a core) processes of ``executor`` do the search, in sessions of ``provider``.
+    ``fitted``: a file of feature maps for linear attention, which are fitted where there is none and the policy wants
+    some.
     """
 
     policy: str = "exact"
@@ -65,6 +67,7 @@ class Options:
     metric: str | None = None
     dry_run: bool = False
     plan: Path | None = None
+    fitted: Path | None = None
     require_sites: int | None = None
     strict: bool = False
     keep_slower: bool = False
@@ -76,6 +79,7 @@ class Options:
     sites: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
     fusions: bool = True
+    half_norms: bool = False
     density: float | None = None
     jobs: int | None = None
     executor: str = "local"
@@ -176,12 +180,12 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     progress = progress or SilentProgress()
     clock = _Clock()
     out = options.out or Path(f"{path.stem}.attncompile")
-    registry = mechanisms()
     target = outputs.target(options.target, options.precision)
     outputs.check(out, path)
 
     progress.stage("detect")
     found = inspect(path, options)
+    registry = _registry(found, options)
     clock.lap("detect")
 
     progress.stage("plan")
@@ -220,6 +224,9 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
         if failures and built.missing:
             report = replace(report, exit_code=MissingDependency.exit_code)
         outputs.write(folder, report, outcome.plan)
+        used = {s.site.id: str(s.decision.parameters["fit"]) for s in report.sites if s.decision.mechanism == fit.NAME}
+        if used and run.fitted is not None:  # what plan.toml's digests stand for
+            fit.save(folder / fit.FILE, run.fitted.only(used))
     run.done()
     return report
 
@@ -233,6 +240,8 @@ def _plan(
     found: Inspection, options: Options, registry: Sequence[Mechanism], target: Target, worlds: Worlds
 ) -> Plan:  # fmt: skip
     policy = load_policy(options.policy, registry)
+    if options.density is not None and policy.approximate == (fit.NAME,):
+        raise BadArguments(f"--density counts blocks, and policy {policy.name} leaves none out", "give --max-error")
     if options.density is None and options.max_error is None and options.metric not in (None, policy.metric):
         raise BadArguments(f"--metric {options.metric} has no default budget", "give one with --max-error")
     unknown = [s for s in options.sites if s not in {site.id for site in found.detection.sites}]
@@ -283,7 +292,8 @@ def _decide(
 
     def gain_of(candidate: Candidate) -> float | Verdict:
         if gpu is not None:  # nothing will be measured: the replacement has to win at every shape
-            lowering = by_name[candidate.mechanism].lower(site, candidate.parameters, opset)
+            mechanism = by_name[candidate.mechanism]
+            lowering = mechanism.lower(site, kernel_parameters(mechanism, site, candidate.parameters), opset)
             try:
                 return min(gpu.gain(site, lowering, binding) for binding in bindings)
             except Unsupported as error:
@@ -350,9 +360,24 @@ def edits(found: Inspection, options: Options) -> list[Edit]:
     Raises:
         BadArguments: as ``compile``.
     """
-    registry = mechanisms()
+    registry = _registry(found, options)
     chosen = _read_plan(options.plan, found) if options.plan else plan(found, options)
     return _edits(found, chosen, registry)
+
+
+def _registry(found: Inspection, options: Options) -> tuple[Mechanism, ...]:
+    """All mechanisms, that for fitted maps with those of the options' file.
+
+    Raises:
+        BadArguments: the file is none, or was made for another model.
+    """
+    if options.fitted is None:
+        return mechanisms()
+    given = fit.load(options.fitted)
+    if given.model_hash != found.model.hash:
+        raise BadArguments(f"the maps in {options.fitted} were fitted to another model",
+                           "fit this one with attncompile fit MODEL --inputs FILE")  # fmt: skip
+    return fit.with_maps(mechanisms(), given.maps)
 
 
 def _report(
@@ -393,7 +418,7 @@ def _report(
         parity=outcome.parity, timings=outcome.timings, targets=tuple(targets),
         warnings=(*warnings, *outcome.warnings), failures=tuple(failures), seconds=clock.laps, out=str(out),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), exit_code=1 if failures else 0,
-        bisection=outcome.bisection, search=outcome.search,
+        bisection=outcome.bisection, search=outcome.search, fit=outcome.fit,
     )  # fmt: skip
 
 

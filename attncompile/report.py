@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attncompile.core.profile import Range
     from attncompile.core.site import AttentionSite, NearMiss
     from attncompile.env import Environment
+    from attncompile.fit.found import FitReport
     from attncompile.measure import Timing
     from attncompile.metrics import Metrics
     from attncompile.search.found import SearchReport
@@ -284,6 +285,7 @@ class Report:
     exit_code: int = 0
     bisection: Bisection | None = None
     search: SearchReport | None = None
+    fit: FitReport | None = None
 
     @property
     def replaced(self) -> tuple[SiteReport, ...]:
@@ -307,6 +309,7 @@ class Report:
             "timings": [t.to_json() for t in self.timings], "targets": [t.to_json() for t in self.targets],
             "seconds": dict(self.seconds), "bisection": self.bisection.to_json() if self.bisection else None,
             "search": self.search.to_json() if self.search else None,
+            "fit": self.fit.to_json() if self.fit else None,
         }  # fmt: skip
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from attncompile import report_search
+from attncompile.fit.found import COLUMNS as FIT_COLUMNS
+from attncompile.fit.found import lines as fit_lines
+from attncompile.fit.found import rows as fit_rows
 from attncompile.report import OutputComparison, Report
 from attncompile.report_proof import ASSUMPTION_COLUMNS, CASE_COLUMNS, assumption_rows, case_rows
 from attncompile.report_text import (
@@ -63,6 +66,7 @@ def render(report: Report) -> str:
         _table("Sites: every case that they were checked on", CASE_COLUMNS, case_rows(report.sites)),
         _table("What the replacements assume", ASSUMPTION_COLUMNS, assumption_rows(report.sites)),
         _table("Whole model: time", TIMING_COLUMNS, timing_rows(report.timings)),
+        *_fit(report),
         *report_search.sections(report.search, report.timings),
         _table("Whole model: outputs against the original", outputs, map(_comparison, comparisons)),
         _table("Targets", TARGET_COLUMNS, target_rows(report.targets)),
@@ -89,6 +93,13 @@ def _comparison(item: OutputComparison) -> tuple[str, ...]:
         item.output, item.label, f"{m.relative_l2:.2e}", f"{m.max_abs:.2e}", f"{m.cosine:.7f}", f"{m.psnr:.1f} dB",
         "" if m.kl is None else f"{m.kl:.2e}", "" if m.top1_agreement is None else f"{m.top1_agreement:.2%}",
     )  # fmt: skip
+
+
+def _fit(report: Report) -> Iterable[str]:
+    """How far fitted feature maps are."""
+    if report.fit is not None:
+        yield _table("Linear attention with fitted feature maps", FIT_COLUMNS, fit_rows(report.fit))
+        yield from (f"<p>{escape(line)}</p>" for line in fit_lines(report.fit))
 
 
 def _list(title: str, items: Sequence[str]) -> str:

@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
+from attncompile.fit.found import COLUMNS as FIT_COLUMNS
+from attncompile.fit.found import FitReport
+from attncompile.fit.found import lines as fit_lines
+from attncompile.fit.found import rows as fit_rows
 from attncompile.report import (
     Report,
     ShapeTiming,
@@ -151,6 +155,9 @@ def print_table(report: Report, console: Console) -> None:
         _print_with_reasons(SITE_COLUMNS[:-1], rows, console)
     for line in (*proof_lines(report.sites), *assumption_lines(report.sites)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if report.fit is not None:
+        print_fit(report.fit, console)
+        console.print()
     if report.timings:
         print_timings(report.timings, console)
         console.print()
@@ -161,6 +168,15 @@ def print_table(report: Report, console: Console) -> None:
                 console.print(f"{target.name}: {note}", markup=False, highlight=False)
         console.print()
     console.print(closing_line(report), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_fit(found: FitReport, console: Console) -> None:
+    """How far fitted feature maps are, one row a map, and what the columns are of."""
+    if found.sites:
+        console.print(_table(FIT_COLUMNS, fit_rows(found)))
+        console.print()
+    for line in fit_lines(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def closing_line(report: Report) -> str:

@@ -104,10 +104,14 @@ def _feed(proto: ModelProto, batch: int, tokens: int) -> Feed:
     rng = np.random.default_rng(0)
     sizes = {"batch": batch, "tokens": tokens}
     feed = {}
+    delta = bool({"beta", "solved"} & {v.name for v in proto.graph.input})
     for v in proto.graph.input:
         tensor = v.type.tensor_type
         drawn = rng.standard_normal([sizes.get(d.dim_param, d.dim_value) for d in tensor.shape.dim])
         drawn = -np.abs(drawn) / 4 if v.name == "log_decay" else drawn
+        if delta and v.name in ("key", "solved"):  # so that what is written does not grow from tile to tile
+            drawn = drawn / np.sqrt(DIM)
+        drawn = 1 / (1 + np.exp(-drawn)) if v.name == "beta" else drawn
         feed[v.name] = drawn.astype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     return feed
 
@@ -219,9 +223,39 @@ def _linear_output() -> ModelProto:
     return _linear(linear_op.OUTPUT, RETENTION, given, {"output": _of(160)}, 160)
 
 
+DELTA = Form(causal=True, delta=True, decay="token", chunk=64)
+
+
+def _linear_solve() -> ModelProto:
+    """160 tokens, in tiles of 64."""
+    numbers = TensorProto.FLOAT, ("batch", 160, HEADS)
+    given = {"key": _of(160), "log_decay": numbers, "beta": (TensorProto.FLOAT16, numbers[1])}
+    return _linear(linear_op.SOLVE, DELTA, given, {"solved": _tiles(3)}, 160)
+
+
+def _linear_delta() -> ModelProto:
+    """160 tokens, in tiles and chunks of 64."""
+    decay = TensorProto.FLOAT, ("batch", 160, HEADS)
+    given = {"key": _of(160), "value": _of(160), "solved": _tiles(3), "log_decay": decay}
+    return _linear(linear_op.DELTA, DELTA, given, {"written": _of(160), "state": _state(3)}, 160)
+
+
+def _tiles(count: int) -> Value:
+    return TensorProto.FLOAT, ("batch", HEADS, count, DELTA.tile, DELTA.tile)
+
+
+def _linear_step() -> ModelProto:
+    """One token for each of a batch, and the states before it."""
+    state = TensorProto.FLOAT, ("batch", HEADS, DIM, DIM)
+    given = {"query": _of(1), "key": _of(1), "value": _of(1),
+             "log_decay": (TensorProto.FLOAT, ("batch", 1, HEADS)), "initial_state": state}  # fmt: skip
+    return _linear(linear_op.STEP, RETENTION, given, {"output": _of(1), "final_state": state}, 1)
+
+
 MODELS: Mapping[str, Callable[[], ModelProto]] = {
     "Attention": _attention, "NeighborhoodAttention": _neighborhood, sparse_op.OP_TYPE: _lists,
     linear_op.STATE: _linear_state, linear_op.COMBINE: _linear_combine, linear_op.APPLY: _linear_apply,
     linear_op.STATES: _linear_states, linear_op.OUTPUT: _linear_output,
+    linear_op.STEP: _linear_step, linear_op.SOLVE: _linear_solve, linear_op.DELTA: _linear_delta,
 }  # fmt: skip
 """By op. The kernel of another op may have a method ``selftest`` that gives such a model."""

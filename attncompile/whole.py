@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from onnx import ModelProto
 
-from attncompile import __version__, branches, measure, search, verify
+from attncompile import __version__, branches, fit, measure, search, verify
 from attncompile.core.errors import BadModel, Unsupported
+from attncompile.core.mechanism import kernel_parameters
 from attncompile.core.plan import Plan
 from attncompile.culprits import find_culprits
 from attncompile.gate import Edit, SiteGate, SiteResult
@@ -32,6 +33,8 @@ from attncompile.verification.whole import HIGHER_IS_BETTER
 if TYPE_CHECKING:
     from attncompile.console import Progress
     from attncompile.core.mechanism import Mechanism
+    from attncompile.core.site import AttentionSite
+    from attncompile.passes.evaluate import World
     from attncompile.pipeline import Inspection, Options, Worlds
 
 Feed = Mapping[str, np.ndarray]
@@ -58,6 +61,7 @@ class Outcome:
     on_gpu_error: float | None = None
     """How far the outputs are from the original's with all of these, run through their bodies here."""
     search: search.SearchReport | None = None
+    fit: fit.FitReport | None = None
 
 
 class Run:
@@ -84,6 +88,8 @@ class Run:
         self._gpu = gpu
         self._search: search.Search | None = None
         self._searched: search.SearchReport | None = None
+        self.fitted = fit.load(options.fitted) if options.fitted is not None else None
+        self._fit_report: fit.FitReport | None = None
         self._folds = Folds(found.plain.proto, found.index.model.proto) if found.plain is not None else None
         self._baseline = verify.Baseline(found.model.path)
         self._bfloat16 = verify.uses_bfloat16(found.model.proto)
@@ -108,7 +114,7 @@ class Run:
             evidence = Parity(True, "relative_l2", self._budget(), 0.0, "none",
                               reason="nothing was replaced: the output is the input")  # fmt: skip
             return Outcome(plan, self._results, self._fidelity, evidence, (), tuple(self._warnings), failures,
-                           search=self._in_force())  # fmt: skip
+                           search=self._in_force(), fit=self._fit_report)  # fmt: skip
         self._progress.stage("verify the model")
         shaped = self._shaped()
         seen = [s.feed for s in self._evidence(shaped)]
@@ -116,7 +122,7 @@ class Run:
         self._undo([e for e in self._edits if e.site.scope and not branches.reached(usual, e.site, seen)],
                    "the body that holds it was not run by any inputs")  # fmt: skip
         parity = self._parity(shaped)
-        self._on_gpu = list(self._edits) if parity.passed else []
+        self._on_gpu = [self._for_kernels(e) for e in self._edits] if parity.passed else []
         error = parity.value
         timings: tuple[ShapeTiming, ...] = ()
         slow = [e for e in self._edits if self._results[e.site.id].slower]
@@ -137,7 +143,23 @@ class Run:
             self._warnings.append(self._bisection.text)
         on_gpu = tuple(e.site.id for e in self._on_gpu)
         return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures,
-                       self._bisection, on_gpu, error if on_gpu else None, self._in_force())  # fmt: skip
+                       self._bisection, on_gpu, error if on_gpu else None, self._in_force(),
+                       self._fit_report)  # fmt: skip
+
+    def _for_kernels(self, edit: Edit) -> Edit:
+        """With the parameters that kernels like, where the target runs them and what they give was shown to be as
+        exact.
+        """
+        mechanism = next(m for m in self._registry if m.name == edit.decision.mechanism)
+        parameters = kernel_parameters(mechanism, edit.site, edit.decision.parameters)
+        if self._gpu is None or not edit.decision.exact or parameters == edit.decision.parameters:
+            return edit
+        decision = replace(edit.decision, parameters=parameters)
+        changed = Edit.of(edit.site, decision, mechanism, self._found.index.model.opset)
+        refused = self._checker.exact(changed).rolled_back
+        if refused:
+            self._warnings.append(f"{edit.site.id}: kernels run with the parameters of model.onnx: {refused}")
+        return edit if refused else changed
 
     def _broken_assumptions(self) -> tuple[str, ...]:
         """What the user's inputs break; then nothing stays replaced, and the run fails."""
@@ -219,6 +241,8 @@ class Run:
         worlds = [self._worlds(binding_of(self._found, feed)) for feed in self._feeds]
         scratch = self._folder / _SCRATCH
         scratch.mkdir(exist_ok=True)
+        if fit.NAME in self._policy.approximate:
+            self._fit(chosen, worlds, scratch)
         self._search = search.Search(
             self._found, self._policy, self._registry, self._feeds, worlds, exact, scratch, settings, self._progress,
             self._gpu, self._state,
@@ -243,7 +267,24 @@ class Run:
         for site, reason in result.kept.items():
             if decisions[site].kept:
                 decisions[site] = replace(decisions[site], reason=reason)
+        for site, decision in decisions.items():
+            said = self._fit_report.why(site) if self._fit_report is not None and decision.kept else ""
+            if said:
+                before = "" if self._policy.approximate == (fit.NAME,) else f"{decision.reason}; "
+                decisions[site] = replace(decision, reason=before + said)
         return replace(plan, decisions=tuple(decisions[d.site] for d in plan.decisions))
+
+    def _fit(self, sites: Sequence[AttentionSite], worlds: Sequence[World], scratch: Path) -> None:
+        """Fits feature maps to these sites, or takes the given ones, for the search to choose from."""
+        options = self._options
+        settings = fit.Settings(
+            seed=options.seed, metric=self._metric(), jobs=options.jobs or measure.default_threads(),
+            threads=options.threads, executor=options.executor, provider=options.provider,
+            min_gain=self._policy.min_gain,
+        )  # fmt: skip
+        work = fit.Fit(self._found, self._feeds, worlds, scratch, settings, self._progress, self._gpu)
+        self.fitted, self._fit_report = work.run(sites, self.fitted)
+        self._registry = fit.with_maps(self._registry, self.fitted.maps)
 
     def _with_assumptions(self, edit: Edit) -> Edit:
         mechanism = next(m for m in self._registry if m.name == edit.decision.mechanism)

@@ -41,24 +41,24 @@ def set_attention(model: torch.nn.Module, options: Options) -> None:
             module.set_processor(AttnProcessor() if options.attention == "eager" else AttnProcessor2_0())
 
 
-def _dit(options: Options) -> Built:
+def denoiser(
+    options: Options, heads: int, head_dim: int, layers: int, side: int, labels: int
+) -> tuple[torch.nn.Module, Built]:  # fmt: skip
+    """The transformer, and a module around it that takes its inputs by position, with examples of them."""
     import torch
     from diffusers import DiTTransformer2DModel
 
-    size = _DIT[options.size]
-    latent_side = 2 * side_of(options.tokens, size.side)
+    latent_side = 2 * side
     model = DiTTransformer2DModel(
-        num_attention_heads=size.heads,
-        attention_head_dim=size.head_dim,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
         in_channels=4,
         out_channels=8,
-        num_layers=options.layers or size.layers,
+        num_layers=layers,
         sample_size=latent_side,
         patch_size=2,
-        num_embeds_ada_norm=size.labels,
+        num_embeds_ada_norm=labels,
     )
-    set_attention(model, options)
-    seed_weights(model, options.seed)
 
     class Denoiser(torch.nn.Module):
         def __init__(self) -> None:
@@ -71,9 +71,18 @@ def _dit(options: Options) -> Built:
     inputs = {
         "latent": torch.from_numpy(structured_images(options.batch, 4, latent_side, options.seed + 1)),
         "timestep": torch.full((options.batch,), 500, dtype=torch.int64),
-        "class_labels": torch.arange(options.batch, dtype=torch.int64) % size.labels,
+        "class_labels": torch.arange(options.batch, dtype=torch.int64) % labels,
     }
-    return Built(Denoiser(), inputs, ("sample",), {name: {0: "batch"} for name in inputs})
+    return model, Built(Denoiser(), inputs, ("sample",), {name: {0: "batch"} for name in inputs})
+
+
+def _dit(options: Options) -> Built:
+    size = _DIT[options.size]
+    side = side_of(options.tokens, size.side)
+    model, built = denoiser(options, size.heads, size.head_dim, options.layers or size.layers, side, size.labels)
+    set_attention(model, options)
+    seed_weights(model, options.seed)
+    return built
 
 
 DIT = Recipe(

@@ -12,6 +12,7 @@ _RECIPES: tuple[tuple[str, str], ...] = (
     ("dinov2", "attncompile.models.vit:DINOV2"),
     ("swin", "attncompile.models.swin:SWIN"),
     ("dit", "attncompile.models.dit:DIT"),
+    ("lit", "attncompile.models.lit:LIT"),
     ("pixart", "attncompile.models.pixart:PIXART"),
     ("flux", "attncompile.models.flux:FLUX"),
     ("mistral", "attncompile.models.llm:MISTRAL"),

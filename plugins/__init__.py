@@ -19,6 +19,7 @@ MECHANISMS = (
     "attncompile.plugins.neighborhood.mechanism:NeighborhoodAttention",
     "attncompile.plugins.block_sparse.mechanism:BlockSparseAttention",
     "attncompile.plugins.linear_attention.mechanism:LinearAttention",
+    "attncompile.plugins.linear_attention.fitted:FittedLinearAttention",
     "attncompile.plugins.attention.dense_mechanism:DenseAttention",
     "attncompile.plugins.attention.standard_mechanism:Attention",
 )
@@ -32,6 +33,9 @@ KERNELS = (
     "attncompile.plugins.linear_attention.kernel:ApplyKernel",
     "attncompile.plugins.linear_attention.kernel:StatesKernel",
     "attncompile.plugins.linear_attention.kernel:OutputKernel",
+    "attncompile.plugins.linear_attention.kernel:SolveKernel",
+    "attncompile.plugins.linear_attention.kernel:DeltaKernel",
+    "attncompile.plugins.linear_attention.kernel:StepKernel",
 )
 
 ENTRY_POINT_GROUP = "attncompile.extensions"

@@ -99,7 +99,19 @@ def _check(name: str, arguments: list[str], code: int, capfd: pytest.CaptureFixt
 @needs_typer
 @pytest.mark.parametrize(
     "verb",
-    ["", "compile", "inspect", "explain", "plan", "verify", "profile", "kernels", "kernels build", "kernels list"],
+    [
+        "",
+        "compile",
+        "inspect",
+        "explain",
+        "plan",
+        "verify",
+        "profile",
+        "fit",
+        "kernels",
+        "kernels build",
+        "kernels list",
+    ],  # fmt: skip,
 )
 def test_help(verb: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     _check("-".join(["help", *verb.split()]), [*verb.split(), "--help"], 0, capfd)

@@ -84,6 +84,51 @@ def not_slower(folder: Path, name: str, claim: str, **export_options: Any) -> Ro
     return Row(claim, "not slower, or the input file", gain_text(report), not slower)
 
 
+def linear(folder: Path) -> list[Row]:
+    """Models with linear attention by policy ``linear``: as exact as the bound says, and not slower than the export."""
+    from dataclasses import replace as changed
+
+    from attncompile.models.zoo import check
+    from attncompile.models.zoo.table import ENTRIES
+
+    entries = {e.slug: e for e in ENTRIES}
+    sana = {
+        "settings": {"in_channels": 4, "out_channels": 4, "num_attention_heads": 16, "attention_head_dim": 32,
+                     "num_layers": 1, "num_cross_attention_heads": 4, "cross_attention_head_dim": 128,
+                     "cross_attention_dim": 512, "caption_channels": 64, "sample_size": 32, "patch_size": 1},
+        "inputs": {"hidden_states": (1, 4, 32, 32), "encoder_hidden_states": (1, 77, 64), "timestep": (1,)},
+    }  # fmt: skip
+    rows: list[Row] = []
+    for claim, slug, options in (
+        ("EfficientViT-B0 (timm) at 224 px", "timm-efficientvit_b0-dynamo-18-sdpa", {"side": 224}),
+        ("SANA, one block, 1,024 tokens", "sana-dynamo-18-sdpa", sana),
+        ("LiT-S/2, 2 blocks, 256 tokens", "", {}),
+    ):
+        path = folder / f"linear-{len(rows)}.onnx"
+        if slug:
+            entry = entries[slug]
+            check.exported(changed(entry, options={**entry.options, **options}), path)
+        else:
+            export("lit", path, size="small", layers=2)
+        report = pipeline.compile(path, Options(policy="linear", target="onnx", out=folder / f"{path.stem}.out"))
+        found = [s for s in report.sites if s.site.kind == "linear"]
+        kept = [s for s in found if not s.decision.kept and not s.rolled_back]
+        sites = f"{len(kept)} of {len(found)} sites replaced"
+        error = report.parity.value if report.parity is not None and report.parity.value is not None else 1.0
+        rows.append(Row(f"{claim}: relative L2", "sites found, <= 1e-5", f"{error:.1e}, {sites}",
+                        bool(found) and report.exit_code == 0 and error <= 1e-5))  # fmt: skip
+        alone = ", ".join(f"{site_gain(s):.2f}x" for s in found)
+        if report.outcome != "replaced":
+            same = (Path(report.out) / "model.onnx").read_bytes() == path.read_bytes()
+            rows.append(Row(f"{claim}: speed", "not slower, or the input file",
+                            f"byte-identical: {same}; sites alone {alone}", same))  # fmt: skip
+            continue
+        slower = any(t.timing.slower for t in report.timings)
+        rows.append(Row(f"{claim}: speed", "not slower, or the input file",
+                        f"{gain_text(report)}; sites alone {alone}", not slower))  # fmt: skip
+    return rows
+
+
 def vit_b(folder: Path) -> Row:
     report, _, seconds = compiled(folder, "vit", {"target": "onnx"}, size="base")
     passed = report.parity is not None and report.parity.passed and len(report.sites) == 12
@@ -196,6 +241,7 @@ CLAIMS = {
     "vit-s": lambda f: [not_slower(f, "vit", "ViT-S/16 at 224 px", size="small")],
     "minilm": lambda f: [not_slower(f, "minilm", "MiniLM (trained) at 128 tokens", size="base", tokens=128)],
     "vit-b": lambda f: [vit_b(f)],
+    "linear": linear,
     "engines": lambda f: [
         engine(f, "vit", "TensorRT-RTX fp16: ViT-S/16", size="small"),
         engine(f, "dit", "TensorRT-RTX fp16: DiT-XL/2 blocks", size="xl"),

@@ -269,7 +269,7 @@ def of_linear(case: Linear, launches: Sequence[tuple[OpCall, OpCall, Program]], 
     whole, low, said = {**at}, {**at}, linear.attributes(case)
     for step, launch in zip(linear.steps(case), launches, strict=True):
         named = {formal: at[name] for formal, name in (*step.inputs.items(), *step.outputs.items())}
-        laid, layouts = linear.in_memory(case, named)
+        laid, layouts = linear.in_memory(case, step, named)
         on.launch(*launch, laid, layouts)
         if on.launch_only:
             continue
@@ -282,7 +282,7 @@ def of_linear(case: Linear, launches: Sequence[tuple[OpCall, OpCall, Program]], 
             if name == "output":
                 pairs.append(("of the case", results[""][formal], results["low"][formal]))
             for what, want, best in pairs:
-                kind = case.dtype if name == "output" else "sums"
+                kind = case.dtype if name in ("output", "written") else "sums"
                 problem = wrong(got, want.cpu().numpy(), best.cpu().numpy(), kind)
                 if problem:
                     return f"{step.op} {formal} {what}: {problem}"

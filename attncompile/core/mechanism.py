@@ -122,6 +122,20 @@ class HeadMechanism(Mechanism, Protocol):
         ...
 
 
+@runtime_checkable
+class KernelMechanism(Mechanism, Protocol):
+    """A mechanism whose kernels like other parameters than its bodies do."""
+
+    def for_kernels(self, site: AttentionSite, parameters: Parameters) -> Parameters:
+        """The same replacement, which is proved anew, for a target that runs the kernels of its ops."""
+        ...
+
+
+def kernel_parameters(mechanism: Mechanism, site: AttentionSite, parameters: Parameters) -> Parameters:
+    """What a target that runs kernels is given; a plan names ``parameters`` all the same."""
+    return mechanism.for_kernels(site, parameters) if isinstance(mechanism, KernelMechanism) else parameters
+
+
 def understood(mechanism: Mechanism, site: AttentionSite) -> Verdict:
     """Whether ``mechanism`` looks at everything that ``site`` has."""
     missing = sorted(site.needs - mechanism.understands)

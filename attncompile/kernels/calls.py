@@ -144,11 +144,12 @@ def _given(
     outputs = tuple(schema.outputs[i].name for i, value in enumerate(node.output) if value)
     keys = next(n for n in ("key", "state", "query") if n in dims)
     first = next(iter(dims))
+    valued = next((n, axis) for n, axis in (("value", "D"), ("state", "E"), (first, "D")) if n in dims)
     return (
         OpCall(
             op=node.op_type, dtype=kinds[main],
             heads=_known(dims, first, "H"), kv_heads=_known(dims, keys, "H"), head_dim=_known(dims, first, "D"),
-            value_dim=_known(dims, "value", "D") if "value" in dims else _known(dims, "state", "E"),
+            value_dim=_known(dims, *valued),
             attributes=attributes,
             inputs={name: kind for name, kind in kinds.items() if name not in OPERANDS},
             shapes={name: sizes for name, sizes in shapes.items() if name not in OPERANDS}, outputs=outputs,

@@ -25,7 +25,7 @@ _OF_BROADCAST = {"B": "B?", "H": "H?", "Q": "NQ?", "K": "NK?", "-": "1"}
 _OF_OTHERS: Mapping[str, tuple[str, ...]] = {
     "state": ("B", "HKV", "C", "D", "DV"), "total": ("B", "HKV", "C", "D"), "top": ("B", "HKV", "C", "D"),
     "mean": ("B", "HKV", "C", "DV"), "initial_state": ("B", "HKV", "D", "DV"), "initial_total": ("B", "HKV", "D"),
-    "key_weight": ("B", "NK", "HKV"),
+    "key_weight": ("B", "NK", "HKV"), "beta": ("B", "NK", "HKV?"),
 }  # fmt: skip
 _LOG_DECAY = {1: ("HKV",), 3: ("B", "NK", "HKV"), 4: ("B", "NK", "HKV", "D")}
 """By the number of its axes."""
@@ -58,8 +58,9 @@ def of_node(
     inputs = tuple(schema.inputs[i].name if value else "" for i, value in enumerate(node.input))
     outputs = tuple(schema.outputs[i].name if value else "" for i, value in enumerate(node.output))
     sizes = _inferred(node, inputs, outputs, types, shapes, opset)
-    block = next((a.i for a in node.attribute if a.name == "block"), 0)
-    return NodeTensors(inputs, outputs, sizes, _expected(shapes, layouts, block))
+    said = {a.name: a.i for a in node.attribute}
+    expected = _expected(shapes, layouts, said.get("block", 0), said.get("tile", 64))
+    return NodeTensors(inputs, outputs, sizes, expected)
 
 
 def _inferred(
@@ -112,8 +113,10 @@ def _parts(name: str, sizes: Sizes, chosen: tuple[int, int]) -> str:
     return str(count)
 
 
-def _expected(shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout], block: int) -> dict[str, tuple[str, ...]]:
-    """``block``: edge of the blocks that the input ``rows`` lists."""
+def _expected(
+    shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout], block: int, tile: int
+) -> dict[str, tuple[str, ...]]:  # fmt: skip
+    """``block``: edge of the blocks that the input ``rows`` lists; ``tile``: tokens of one that ``solved`` holds."""
     found = {}
     for name in OPERANDS[:3]:
         axes, chosen = dict(_OF_OPERANDS[name]), part(layouts[name])
@@ -126,9 +129,16 @@ def _expected(shapes: Mapping[str, Sizes], layouts: Mapping[str, Layout], block:
             found[name] = tuple(_OF_BROADCAST[axis] for axis in axes_of[len(axes_of) - len(shapes[name]) :])
     if "rows" in shapes:
         found["rows"] = ("B?", "H?", f"cdiv(NQ, {block})", "3")
+    if "solved" in shapes:
+        found["solved"] = ("B", "HKV", f"cdiv(NK, {tile})", str(tile), str(tile))
     found |= {name: sizes for name, sizes in _OF_OTHERS.items() if name in shapes}
     if "state" in shapes and "key" in shapes:
         found["state"] = ("B", "HKV", "cdiv(NK, chunk)", "D", "DV")
+    width = shapes["feature_weight"][2] if "feature_weight" in shapes else None
+    if width is not None:  # [heads, D, W]: twice as many features as it is wide
+        found["feature_weight"] = ("H" if "query" in shapes else "HKV", "D", str(width))
+        for name in {"state", "total"} & set(found):
+            found[name] = tuple(str(2 * width) if x == "D" else x for x in found[name])
     if "log_decay" in shapes and len(shapes["log_decay"]) in _LOG_DECAY:
         found["log_decay"] = _LOG_DECAY[len(shapes["log_decay"])]
     return found

@@ -185,6 +185,7 @@ class Search:
         key = key_of(
             self._found.model.hash, self.feeds,
             {**self._settings.to_json(), "version": __version__, "sites": [*self._heads, *self._whole],
+             "whole": [dict(e.decision.parameters) for edits in self._whole.values() for e in edits],
              "policy": repr(self._policy), "exact": [(e.site.id, e.decision.mechanism) for e in self._exact],
              "gpu": self._gpu.said if self._gpu else ""},
         )  # fmt: skip

@@ -47,9 +47,9 @@ class OnnxRuntimeCuda:
     least_gain = 0.0
     barrier = 0.0
 
-    def __init__(self, kit: KernelKit | None = None, fusions: bool = True) -> None:
+    def __init__(self, kit: KernelKit | None = None, fusions: bool = True, half_norms: bool = False) -> None:
         self._kit = kit
-        self._fusions = fusions
+        self._fusions, self.half_norms = fusions, half_norms
         self.fused: Mapping[str, int] = {}
         """Fusion -> how often, of what was lowered last."""
         self.unlaunched: ModelProto | None = None
@@ -58,11 +58,11 @@ class OnnxRuntimeCuda:
         self._seconds = 0.0
 
     def equipped(self, kit: KernelKit) -> OnnxRuntimeCuda:
-        return OnnxRuntimeCuda(kit, self._fusions)
+        return OnnxRuntimeCuda(kit, self._fusions, self.half_norms)
 
-    def fusing(self, fusions: bool) -> OnnxRuntimeCuda:
-        """The target with or without the fusions of ``ort_fusions``."""
-        return OnnxRuntimeCuda(self._kit, fusions)
+    def fusing(self, fusions: bool, half_norms: bool = False) -> OnnxRuntimeCuda:
+        """The target with or without the fusions of ``ort_fusions``; ``half_norms`` as there."""
+        return OnnxRuntimeCuda(self._kit, fusions, half_norms)
 
     def available(self) -> Verdict:
         """Judged without importing anything."""
@@ -126,14 +126,19 @@ class OnnxRuntimeCuda:
             lowered = conversion.convert(lowered, model.path.resolve().parent, precision)
         _refuse_float32(lowered)
         if self._fusions:
-            result = fuse(lowered, model.path.resolve().parent)
+            result = fuse(lowered, model.path.resolve().parent, half_norms=self.half_norms)
             lowered, self.fused = result.proto, result.counts
         return lowered
 
     def _said(self) -> list[str]:
-        return (
-            [f"fused for ONNX Runtime: {', '.join(f'{n} ({c})' for n, c in self.fused.items())}"] if self.fused else []
-        )
+        fused = ", ".join(f"{n} ({c})" for n, c in self.fused.items())
+        said = [f"fused for ONNX Runtime: {fused}"] if fused else []
+        if self.half_norms and "residual and norm" in self.fused:
+            said.append(
+                "norms of sums in fp16: onnxruntime-gpu before 1.27 adds up their squares in fp16 unless its provider "
+                "is given enable_skip_layer_norm_strict_mode=1, as attncompile.runtime does"
+            )
+        return said
 
     def build(
         self, lowered: ModelProto, model: Model, profile: ShapeProfile, folder: Path,
@@ -170,8 +175,8 @@ def _ours(proto: ModelProto) -> list[NodeProto]:
 
 
 def set_aside(proto: ModelProto) -> ModelProto:
-    """``proto`` with all functions inlined but ours: their nodes carry an overload that no function has, ``ASIDE`` before
-    their own, and names that stay.
+    """``proto`` with all functions inlined but ours: their nodes carry an overload that no function has, which is their
+    own behind ``ASIDE``, and names that stay.
     """
     copy = ModelProto()
     copy.CopyFrom(proto)

@@ -1,7 +1,7 @@
 """The op ``attncompile::Attention`` (version 1), exact dense attention: its schema and what a node of it says.
 
 Inputs: ``query`` [B, Nq, H, D], ``key`` [B, Nk, Hkv, D], ``value`` [B, Nk, Hkv, Dv], each in the axis order that its
-layout attribute says, and optionally
+layout attribute says (a part of a packed tensor too: ``core/layout.py``), and optionally
 
 - ``key_mask``: bool, broadcastable to [B, 1, 1, Nk], True = visible;
 - ``bias``: broadcastable to [B, H, Nq, Nk], added to the scores (relative positions, ALiBi). -inf hides a key;

@@ -6,7 +6,7 @@ Shapes in comments: B batch, G key heads, C chunks, L tokens of a chunk, F featu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import ValueInfoProto, helper
@@ -14,6 +14,19 @@ from onnx import ValueInfoProto, helper
 from attncompile.plugins.body import Body, float_type
 from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.pieces import column, divided, ended, laid, mapped, number, widened
+
+CAUSAL_CHUNK = 64
+CHANNEL_CHUNK = 16
+"""Tokens whose scores a body writes out, and under gates of every channel, where they are products of channels. Longer
+chunks, which kernels like, are gone through in such pieces.
+"""
+
+
+def closed(wide: str) -> float:
+    """The logarithm of a decay that leaves nothing in this type: of lower ones, minus infinity too, sums have no
+    difference.
+    """
+    return -800.0 if wide == "double" else -128.0
 
 
 def padded(body: Body, value: str, chunk: int, tokens: int | None, fill: float, kind: str, axis: int = 2) -> str:
@@ -43,12 +56,14 @@ class _Decays:
     sums: str = ""
 
 
-def _decays(body: Body, form: Form, sizes: Sizes, by_token: bool = False) -> _Decays:
-    """``by_token``: one number a head is said for each token, so that tokens which fill up a chunk have none."""
+def decays_of(body: Body, form: Form, sizes: Sizes, by_token: bool = False, fill: int = 0) -> _Decays:
+    """``by_token``: one number a head is said for each token, so that tokens which fill up a chunk have none. ``fill``:
+    tokens of what is filled up, where that is not a chunk.
+    """
     if form.decay == "none":
         return _Decays()
     wide, groups, chunk = sizes.state_type, sizes.kv_heads, form.chunk
-    steps = body.op("Cast", "log_decay", to=float_type(wide)[0])
+    steps = body.op("Max", body.op("Cast", "log_decay", to=float_type(wide)[0]), number(body, sizes, closed(wide)))
     if form.decay == "head" and by_token:
         axis = sizes.layouts[1].index("N")
         ends = (body.op("Shape", "key", start=a, end=a + 1) for a in (0, axis))
@@ -71,7 +86,7 @@ def _decays(body: Body, form: Form, sizes: Sizes, by_token: bool = False) -> _De
         width = 1
     else:
         laid_out, width = body.op("Transpose", steps, perm=[0, 2, 1, 3]), sizes.head_dim
-    laid_out = padded(body, laid_out, chunk, sizes.keys, 0.0, wide)
+    laid_out = padded(body, laid_out, fill or chunk, sizes.keys, 0.0, wide)
     laid_out = body.op("Reshape", laid_out, body.ints(0, groups, -1, chunk, width))
     sums = body.op("CumSum", laid_out, body.scalar(3))
     last = body.op("Slice", sums, body.ints(chunk - 1), body.ints(chunk), body.ints(3))
@@ -90,43 +105,59 @@ def _triangle(body: Body, sizes: Sizes, chunk: int) -> str:
     return body.constant(np.triu(np.full((chunk, chunk), -np.inf), 1).astype(kind))
 
 
-def _chunks(body: Body, form: Form, sizes: Sizes, value: str, heads: int, width: int) -> str:
+def _chunks(body: Body, form: Form, sizes: Sizes, value: str, heads: int, width: int, fill: int = 0) -> str:
     """[B, heads, N, width] -> [B, heads, C, L, width]"""
-    value = padded(body, value, form.chunk, sizes.keys, 0.0, sizes.state_type)
+    value = padded(body, value, fill or form.chunk, sizes.keys, 0.0, sizes.state_type)
     return body.op("Reshape", value, body.ints(0, heads, -1, form.chunk, width))
 
 
-def _keys(body: Body, form: Form, sizes: Sizes) -> str:
+def keys_of(body: Body, form: Form, sizes: Sizes, fill: int = 0) -> str:
     """Features [B, G, C, L, F]; those of tokens beyond the last are 0."""
     key = laid(body, widened(body, "key", sizes.dtype, sizes.state_type), sizes.layouts[1], "BHND")
-    return _chunks(body, form, sizes, mapped(body, sizes, key, form.key_map, -1), sizes.kv_heads, sizes.head_dim)
+    return _chunks(body, form, sizes, mapped(body, sizes, key, form.key_map, -1), sizes.kv_heads, sizes.head_dim, fill)
 
 
-def _values(body: Body, form: Form, sizes: Sizes) -> str:
+def values_of(body: Body, form: Form, sizes: Sizes, fill: int = 0) -> str:
     value = laid(body, widened(body, "value", sizes.dtype, sizes.state_type), sizes.layouts[2], "BHND")
-    return _chunks(body, form, sizes, value, sizes.kv_heads, sizes.value_dim)
+    return _chunks(body, form, sizes, value, sizes.kv_heads, sizes.value_dim, fill)
+
+
+def _pieces(form: Form) -> int:
+    """In how many pieces a body goes through a chunk: scores of pairs, and sums of logarithms, are of a piece."""
+    most = CHANNEL_CHUNK if form.decay == "channel" else CAUSAL_CHUNK
+    return form.chunk // most if form.chunk > most and form.chunk % most == 0 else 1
 
 
 def states(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[str, str]:
+    pieces = _pieces(form)
+    form = replace(form, chunk=form.chunk // pieces)
     over = sizes.keys is None or sizes.keys % form.chunk > 0
     by_token = form.decay == "head" and over and "final_state" in names
-    decays = _decays(body, form, sizes, by_token)
-    keys, values = _keys(body, form, sizes), _values(body, form, sizes)
+    decays = decays_of(body, form, sizes, by_token)
+    keys, values = keys_of(body, form, sizes), values_of(body, form, sizes)
     if decays.until:
         keys = body.op("Mul", keys, decays.until)
     added = [body.op("MatMul", body.op("Transpose", keys, perm=[0, 1, 2, 4, 3]), values)]  # [B, G, C, F, E]
     if "total" in names:
         added.append(body.op("ReduceSum", keys, body.ints(3), keepdims=0))  # [B, G, C, F]
     batch = body.op("Shape", "key", start=0, end=1)
+    tails = ((sizes.kv_heads, sizes.head_dim, sizes.value_dim), (sizes.kv_heads, sizes.head_dim))
+    firsts = [
+        first(body, sizes, batch, n if n in names else "", tail)
+        for n, tail, _ in zip(("initial_state", "initial_total"), tails, added, strict=False)
+    ]
     fixed = form.decay == "head" and not by_token
-    before, after = _scanned(body, sizes, added, decays, batch, names, fixed)
+    before, after = _scanned(body, sizes, firsts, added, decays.whole, fixed, 2)
+    if pieces > 1:
+        end = body.ints(2**62)
+        before = [body.op("Slice", x, body.ints(0), end, body.ints(2), body.ints(pieces)) for x in before]
     made = {"state": before[0], "final_state": after[0]}
     if "total" in names:
         made |= {"total": before[1], "final_total": after[1]}
     return made
 
 
-def _first(body: Body, sizes: Sizes, batch: str, given: str, tail: tuple[int, ...]) -> str:
+def first(body: Body, sizes: Sizes, batch: str, given: str, tail: tuple[int, ...]) -> str:
     """The state before the first token."""
     if given:
         return given
@@ -137,34 +168,26 @@ def _first(body: Body, sizes: Sizes, batch: str, given: str, tail: tuple[int, ..
 
 
 def _scanned(
-    body: Body, sizes: Sizes, added: list[str], decays: _Decays, batch: str, names: frozenset[str], fixed: bool
+    body: Body, sizes: Sizes, carried: list[str], added: list[str], whole: str, fixed: bool, axis: int
 ) -> tuple[list[str], list[str]]:  # fmt: skip
-    """What stands before every chunk, and after the last one; ``fixed``: all chunks decay alike."""
-    firsts = ("initial_state", "initial_total")
-    tails = ((sizes.kv_heads, sizes.head_dim, sizes.value_dim), (sizes.kv_heads, sizes.head_dim))
-    carried = [
-        _first(body, sizes, batch, n if n in names else "", tail)
-        for n, tail, _ in zip(firsts, tails, added, strict=False)
-    ]
+    """What stands before every chunk, and after the last one. ``carried`` stands before the first, ``added`` is what
+    each adds on ``axis``, and ``whole`` what is left of a state after one; ``fixed``: all chunks decay alike.
+    """
     element = float_type(sizes.state_type)[0]
     inner = body.branch()
-    scanned = list(added)
-    whole = ""
-    if decays.whole and not fixed:
-        whole = "scan_whole"
-        scanned.append(decays.whole)
+    scanned = [*added, whole] if whole and not fixed else list(added)
     results, outputs = [], []
     for i in range(len(added)):
         kept, new = f"scan_state_{i}", f"scan_added_{i}"
         outputs.append(inner.op("Identity", kept))
-        if decays.whole:
-            factor = whole or decays.whole
+        if whole:
+            factor = whole if fixed else "scan_whole"
             if i:
                 factor = inner.op("Squeeze", factor, body.ints(-1))
             kept = inner.op("Mul", kept, factor)
         results.append(inner.op("Add", kept, new))
     every = [f"scan_state_{i}" for i in range(len(added))]
-    every += [f"scan_added_{i}" for i in range(len(added))] + ([whole] if whole else [])
+    every += [f"scan_added_{i}" for i in range(len(added))] + (["scan_whole"] if len(scanned) > len(added) else [])
 
     def info(name: str) -> ValueInfoProto:
         made: ValueInfoProto = helper.make_tensor_value_info(name, element, None)
@@ -174,21 +197,50 @@ def _scanned(
                               [info(n) for n in (*results, *outputs)])  # fmt: skip
     made = body.ops(
         "Scan", [*carried, *scanned], 2 * len(added), body=graph, num_scan_inputs=len(scanned),
-        scan_input_axes=[2] * len(scanned), scan_output_axes=[2] * len(added),
+        scan_input_axes=[axis] * len(scanned), scan_output_axes=[axis] * len(added),
     )  # fmt: skip
     return made[len(added) :], made[: len(added)]
 
 
+def _inside(
+    body: Body, form: Form, sizes: Sizes, decays: _Decays, keys: str, values: str, pieces: int
+) -> tuple[str, str]:  # fmt: skip
+    """``state`` and ``total`` before every piece of a chunk. What else is given is of pieces, in one row."""
+    left = body.op("Mul", keys, decays.until) if decays.until else keys
+    added = [body.op("MatMul", body.op("Transpose", left, perm=[0, 1, 2, 4, 3]), values)]
+    if form.sums:
+        added.append(body.op("ReduceSum", left, body.ints(3), keepdims=0))
+    shapes = ((sizes.head_dim, sizes.value_dim), (sizes.head_dim,))
+    groups, whole, fixed = sizes.kv_heads, decays.whole, form.decay == "head"
+    cut = [
+        body.op("Reshape", x, body.ints(0, groups, -1, pieces, *shape)) for x, shape in zip(added, shapes, strict=False)
+    ]
+    if fixed:
+        whole = body.op("Unsqueeze", whole, body.ints(-1))
+    elif whole:
+        width = sizes.head_dim if form.decay == "channel" else 1
+        whole = body.op("Reshape", whole, body.ints(0, groups, -1, pieces, width, 1))
+    before, _ = _scanned(body, sizes, ["state", "total"][: len(cut)], cut, whole, fixed, 3)
+    made = [body.op("Reshape", x, body.ints(0, groups, -1, *n)) for x, n in zip(before, shapes, strict=False)]
+    return made[0], made[-1]
+
+
 def output(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[str, str]:
-    """Scores inside of chunks [.., L, L], and what queries read of the state before theirs."""
-    decays = _decays(body, form, sizes)
-    keys, values = _keys(body, form, sizes), _values(body, form, sizes)
+    """Scores inside of chunks [.., L, L], and what queries read of the state before theirs. A long chunk is a row of
+    shorter ones, whose states are made again.
+    """
+    fill, pieces = form.chunk, _pieces(form)
+    form = replace(form, chunk=fill // pieces)
+    decays = decays_of(body, form, sizes, fill=fill)
+    keys, values = keys_of(body, form, sizes, fill), values_of(body, form, sizes, fill)
     query = laid(body, widened(body, "query", sizes.dtype, sizes.state_type), sizes.layouts[0], "BHND")
     query = mapped(body, sizes, query, form.query_map, -1)
-    query = _chunks(body, form, sizes, query, sizes.heads, sizes.head_dim)
+    query = _chunks(body, form, sizes, query, sizes.heads, sizes.head_dim, fill)
     if form.scale != 1.0 and form.normaliser == "none":
         query = body.op("Mul", query, number(body, sizes, form.scale))
     group, state, total = sizes.group, "state", "total"
+    if pieces > 1:
+        state, total = _inside(body, form, sizes, decays, keys, values, pieces)
     since, between, sums = decays.since, decays.between, decays.sums
     rank = 5
     if group > 1:  # an axis for the query heads of a key head
@@ -220,7 +272,7 @@ def output(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[
         if form.scale != 1.0:
             found = body.op("Mul", found, number(body, sizes, form.scale))
     found = body.op("Reshape", found, body.ints(0, sizes.heads, -1, sizes.value_dim))
-    if sizes.keys is None or sizes.keys % form.chunk:
+    if sizes.keys is None or sizes.keys % fill:
         axis_of = sizes.layouts[0].index("N")
         end = body.ints(sizes.keys) if sizes.keys is not None else body.op(
             "Shape", "query", start=axis_of, end=axis_of + 1
@@ -255,7 +307,7 @@ def step(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[st
     batch = body.op("Shape", "query", start=0, end=1)
     tails = {"state": (groups, dim, sizes.value_dim), "total": (groups, dim)}
     kept = [n for n in tails if n == "state" or form.sums]
-    carried = [_first(body, sizes, batch, f"initial_{n}" if f"initial_{n}" in names else "", tails[n]) for n in kept]
+    carried = [first(body, sizes, batch, f"initial_{n}" if f"initial_{n}" in names else "", tails[n]) for n in kept]
     at = body.branch()
     state, total = "step_state", "step_total"
     if "g" in scanned:

@@ -13,6 +13,8 @@ from attncompile.plugins.linear_attention.op import LAYOUTS, MAPS, NORMALISERS, 
 Decay = Literal["none", "head", "token", "channel"]
 """``head``: [G]; ``token``: [B, N, G]; ``channel``: [B, N, G, F]."""
 
+TILE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -44,6 +46,8 @@ class Form:
             raise bad("MALA, InLine and key weights have no causal form")
         if not self.causal and (self.decay != "none" or self.delta or self.initial):
             raise bad("decays, the delta rule and a first state need a triangle")
+        if self.delta and (self.decay == "channel" or self.normaliser != "none") and self.chunk > 1:
+            raise bad("the delta rule in chunks has neither gates for every channel nor a normaliser")
         if self.key_map == "softmax" and (self.normaliser != "none" or self.key_weight):
             raise bad("a softmax over the keys is normalised already")
 
@@ -65,6 +69,11 @@ class Form:
     def combined(self) -> bool:
         """Whether the chunks are made one by an op of its own: always where that is not a plain sum."""
         return not self.causal and (self.tops or self.chunk > 0)
+
+    @property
+    def tile(self) -> int:
+        """Tokens whose dependence on one another the delta rule solves at once."""
+        return min(self.chunk, TILE)
 
     def parameters(self) -> dict[str, Any]:
         """What plan.toml holds: the mathematics is the site's own, so it is not repeated there."""

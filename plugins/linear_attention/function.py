@@ -10,9 +10,20 @@ from onnx import FunctionProto, NodeProto, helper
 
 from attncompile.core.site import Layout
 from attncompile.plugins.body import DOMAIN, Body, attribute_names, float_type, overload_of
-from attncompile.plugins.linear_attention import causal, op
+from attncompile.plugins.linear_attention import causal, delta, op
 from attncompile.plugins.linear_attention.form import Form, Sizes
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, OUTPUTS, STATE, STATES, STEP
+from attncompile.plugins.linear_attention.op import (
+    APPLY,
+    COMBINE,
+    DELTA,
+    INPUTS,
+    OUTPUT,
+    OUTPUTS,
+    SOLVE,
+    STATE,
+    STATES,
+    STEP,
+)
 from attncompile.plugins.linear_attention.pieces import column, divided, ended, laid, mapped, number, widened
 
 Given = Mapping[str, str]
@@ -48,8 +59,10 @@ def attributes(op_type: str, form: Form, sizes: Sizes) -> dict[str, Any]:
     if "query" in formal:
         said |= {"query_map": form.query_map, "normaliser": form.normaliser, "epsilon": form.epsilon,
                  "floor": form.floor, "scale": form.scale}  # fmt: skip
-    if op_type in (STATE, STATES, OUTPUT):
+    if op_type in (STATE, STATES, OUTPUT, DELTA):
         said["chunk"] = form.chunk
+    if op_type in (SOLVE, DELTA):
+        said["tile"] = form.tile
     return said | {f"{n[0]}_layout": layout for n, layout in layouts.items() if n in formal}
 
 
@@ -197,6 +210,7 @@ def _apply(body: Body, form: Form, sizes: Sizes, names: frozenset[str]) -> dict[
 
 _BODIES: Mapping[str, Callable[[Body, Form, Sizes, frozenset[str]], dict[str, str]]] = {
     STATE: _state, COMBINE: _combine, APPLY: _apply, STATES: causal.states, OUTPUT: causal.output, STEP: causal.step,
+    SOLVE: delta.solve, DELTA: delta.delta,
 }  # fmt: skip
 
 register = op.register

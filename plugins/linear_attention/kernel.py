@@ -14,12 +14,15 @@ from attncompile.plugins.kernel_arguments import HALF, int32, offsets
 from attncompile.plugins.linear_attention.op import (
     APPLY,
     COMBINE,
+    DELTA,
     INPUTS,
     NORMALISERS,
     OUTPUT,
     OUTPUTS,
+    SOLVE,
     STATE,
     STATES,
+    STEP,
     register,
 )
 
@@ -28,14 +31,21 @@ MAPS = {"none": 0, "relu": 1, "elu+1": 2, "exp": 3, "softmax": 4}
 CHUNKS = tuple(1 << n for n in range(4, 13))
 """Tokens of a chunk under a triangle: whole tiles of them."""
 
+HEDGEHOG = "hedgehog"
+
 CHANNEL_CHUNKS = (16, 32, 64, 128)
 """Under gates of every channel, whose sums run over the chunk."""
 
 DECAYS = {1: 1, 3: 2, 4: 3}
 """Axes of ``log_decay`` -> the kernels' constant."""
 
+CAUSAL = (STATES, OUTPUT, STEP, SOLVE, DELTA)
+CHUNKED = (STATES, OUTPUT, DELTA)
+TILES = (16, 32, 64)
+"""Tokens of a tile of the delta rule."""
+
 OPERANDS = ("query", "key", "value", "output")
-WIDE = ("state", "total", "mean", "top", "initial_state", "initial_total")
+WIDE = ("state", "total", "mean", "top", "initial_state", "initial_total", "solved")
 """Inputs in float32."""
 
 
@@ -60,12 +70,16 @@ class _LinearKernel:
             columns[name] = STRIDE_UNIT if tokens is not None and tokens % STRIDE_UNIT == 0 else 1
         given["columns"] = columns
         given["decay"] = DECAYS.get(len(node.shapes.get("log_decay", ())), 0)
+        if "beta" in node.shapes:  # one number a token, or one a token and head
+            given["beta"] = 1 if node.shapes["beta"][-1] == 1 else 2
+        if "feature_weight" in node.shapes:
+            given["width"] = node.shapes["feature_weight"][-1]
         return replace(node, attributes=given)
 
     def general(self, call: OpCall) -> OpCall:
         given = {k: v for k, v in call.attributes.items() if k not in ("scale", "epsilon")}
         given["floor"] = _bounded(call)
-        if self.op != STATES and self.op != OUTPUT:
+        if self.op not in CHUNKED:
             given.pop("chunk", None)
         return replace(
             call, heads=1, kv_heads=1, batch=None, query_length=None, key_length=None, shapes={}, attributes=given,
@@ -91,18 +105,45 @@ class _LinearKernel:
         for name, dim in (("head", call.head_dim), ("value", call.value_dim)):
             if not 16 <= dim <= 256 or dim % 8:
                 raise Unsupported("head-dim", f"{name} dim {dim}: kernels take multiples of 8 from 16 to 256")
-        for name in ("query_map", "key_map"):
-            if call.attributes.get(name, "none") not in MAPS:
+        if is_hedgehog(call):
+            self._check_hedgehog(call)
+        for name in ("query_map", "key_map") if self.op != COMBINE else ():
+            if call.attributes.get(name, "none") not in (*MAPS, *([HEDGEHOG] if self.op in (STATE, APPLY) else [])):
                 raise Unsupported("feature-map", f"there is no kernel of the map {call.attributes[name]}")
+        if self.op in CAUSAL and call.attributes.get("key_map") == "softmax":
+            raise Unsupported("feature-map", "a softmax over all keys has no causal form", "map the keys before")
+        if self.op in CAUSAL and call.attributes.get("normaliser", "none") not in ("none", "sum"):
+            raise Unsupported("normaliser", f"{call.attributes['normaliser']} has no causal form")
         chunks = CHANNEL_CHUNKS if call.attributes.get("decay") == DECAYS[4] else CHUNKS
-        if call.attributes.get("chunk", 0) not in chunks and self.op in (STATES, OUTPUT):
+        if call.attributes.get("chunk", 0) not in chunks and self.op in CHUNKED:
             raise Unsupported(
                 "chunk", f"chunk {call.attributes.get('chunk')}: kernels take {', '.join(map(str, chunks))}"
             )
+        if self.op in (SOLVE, DELTA):
+            self._check_delta(call)
         for name, kind in call.inputs.items():
             wide = name in WIDE
             if kind not in (("float32",) if wide else (*HALF, "float32")):
                 raise Unsupported("dtype", f"{name} is {kind}: kernels take {'float32' if wide else 'halves, float32'}")
+
+    def _check_hedgehog(self, call: OpCall) -> None:
+        width = call.attributes.get("width")
+        if "feature_weight" not in call.inputs or not isinstance(width, int) or not 8 <= width <= 128 or width % 8:
+            raise Unsupported("feature-map", f"weights of width {width}: kernels of Hedgehog's map take multiples of 8 "
+                              "from 8 to 128")  # fmt: skip
+        if call.attributes.get("normaliser", "none") not in ("none", "sum") or {"mean", "top"} & set(call.outputs):
+            raise Unsupported("normaliser", "Hedgehog's map has kernels without a normaliser, and with a sum")
+        if "key_weight" in call.inputs:
+            raise Unsupported("feature-map", "there is no kernel of weighted keys with Hedgehog's map")
+
+    def _check_delta(self, call: OpCall) -> None:
+        tile = call.attributes.get("tile", 0)
+        if tile not in TILES or (self.op == DELTA and call.attributes["chunk"] % tile):
+            raise Unsupported(
+                "chunk", f"tile {tile}: kernels take {', '.join(map(str, TILES))}, and whole ones a chunk"
+            )
+        if call.attributes.get("decay") == DECAYS[4]:
+            raise Unsupported("decay", "there is no kernel of the delta rule with gates for every channel")
 
     def programs(self, call: OpCall, architecture: int) -> Sequence[Program]:
         self._check(call)
@@ -114,8 +155,9 @@ class _LinearKernel:
 
     def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
         constants = {**self._constants(call), **widths(call), **tactic.constants}
+        module = "kernel_hedgehog" if "W" in constants else self.module
         return Program(
-            op=self.op, tactic=tactic.name, language="triton", function=f"{PACKAGE}.{self.module}:{self.function}",
+            op=self.op, tactic=tactic.name, language="triton", function=f"{PACKAGE}.{module}:{self.function}",
             arguments=tuple(self._arguments(call)), constants=constants, grid=self._grid(constants),
             warps=tactic.warps, stages=tactic.stages, registers=tactic.registers, dtype=call.dtype,
             head_dim=call.head_dim, value_dim=call.value_dim, rank=rank,
@@ -150,7 +192,7 @@ class _LinearKernel:
         found += offsets(call, [name for name in OPERANDS if name in INPUTS[self.op]])
         found += [int32(name, expression) for name, expression in self._extras(call)]
         for name in OUTPUTS[self.op]:
-            if name == "output":
+            if name in ("output", "written"):
                 found.append(Argument(name, "output", call.dtype, align=POINTER_ALIGN))
             elif name in call.outputs:
                 found.append(Argument(name, "output", "float32", align=POINTER_ALIGN))
@@ -167,8 +209,20 @@ class _LinearKernel:
         chunk = call.attributes.get("chunk", 0) or keys or 1
         chunks = -(-(keys or queries) // chunk)
         constants = program.constants
+        if self.op == SOLVE:
+            tile = int(call.attributes["tile"])
+            tiles = groups * -(-keys // tile)
+            size = 2.0 * groups * keys * call.head_dim + 4.0 * tiles * tile * tile
+            return Work(2.0 * tiles * tile * tile * (call.head_dim + 4 * tile), 0.0, 0.0, size, tiles)
         values = -(-call.value_dim // int(constants["BV"] or 1))
         k1 = int(constants["K1"] or 0)
+        if is_hedgehog(call):  # the projection, and twice as many features as it gives
+            state = 2 * call.attributes["width"] * call.value_dim
+            k1 = 2 * int(constants["W1"] or 0) + int(constants["W1"] or 0) * call.head_dim // call.value_dim
+        if self.op == DELTA:
+            tile = int(call.attributes["tile"])
+            size = 2.0 * groups * keys * (both + call.value_dim) + 4.0 * groups * (chunks * state + keys * tile)
+            return Work(2.0 * groups * keys * call.value_dim * (2 * k1 + tile), 0.0, 0.0, size, groups * values)
         if self.op in (STATE, STATES):
             size = 2.0 * groups * keys * both + 4.0 * groups * chunks * state
             parts = values * (-(-call.head_dim // int(constants.get("BK") or k1)))
@@ -181,9 +235,12 @@ class _LinearKernel:
             return Work(0.0, 0.0, 0.0, 4.0 * groups * state * (count + 1), groups * values)
         flops = 2.0 * heads * queries * k1 * call.value_dim
         size = 2.0 * heads * queries * both
+        if self.op == STEP:
+            size += 2.0 * groups * keys * both + 8.0 * groups * state
+            return Work(flops + 2.0 * groups * keys * k1 * call.value_dim, 0.0, 0.0, size, groups * values)
         if self.op == APPLY:
             tiles = -(-queries // int(constants["BM"] or 1))
-            blocks = call.batch * -(-call.heads // int(constants["HB"] or 1)) * values * tiles
+            blocks = heads * values * tiles
             return Work(flops, 0.0, 0.0, size + 4.0 * heads * state, blocks)
         size += 2.0 * groups * keys * both + 4.0 * groups * chunks * state
         if "BM" in constants:  # gates of every channel: a block is a tile, which goes through the chunk up to it
@@ -198,7 +255,15 @@ class _LinearKernel:
 
 
 def widths(call: OpCall) -> dict[str, Constant]:
-    return {"DK": call.head_dim, "K1": power(call.head_dim), "DV": call.value_dim}
+    found: dict[str, Constant] = {"DK": call.head_dim, "K1": power(call.head_dim), "DV": call.value_dim}
+    if is_hedgehog(call):
+        found |= {"W": call.attributes["width"], "W1": power(call.attributes["width"])}
+    return found
+
+
+def is_hedgehog(call: OpCall) -> bool:
+    """Whether features are those of learned weights: the op's own kernel reads none."""
+    return call.op in (STATE, APPLY) and HEDGEHOG in (call.attributes.get("query_map"), call.attributes.get("key_map"))
 
 
 def power(dim: int) -> int:
@@ -223,14 +288,35 @@ def tactic(warps: int, stages: int, registers: int | None = None, **constants: i
     return Tactic(f"{name}-w{warps}-s{stages}{limit}", constants, warps, stages, registers)
 
 
+LONGEST = 1024
+"""Tokens of a chunk: on an H200, 32 heads of 128 and 8,192 tokens took 0.180 ms in chunks of 1,024, 0.186 of 512, 0.200
+of 256, 0.235 of 128, 0.284 of 64 (docs/bench/linear-h200.json, the best tactics of both ops)."""
+
+LONGEST_GATED = 128
+"""Under gates of every channel, whose kernels take no longer ones. Not measured."""
+
+FILLS = 264
+"""Blocks of ``LinearAttentionOutput`` that a large GPU has twice a multiprocessor."""
+
+
+def preferred_chunk(decay: str, heads: int, tokens: int, value_dim: int) -> int:
+    """Tokens of a chunk under a triangle: the longest one that leaves as many blocks as fill a GPU; at least 64.
+    ``heads`` of all batch entries; ``decay`` as forms have it.
+    """
+    blocks = heads * -(-value_dim // 64)
+    chunk = LONGEST_GATED if decay == "channel" else LONGEST
+    while chunk > 64 and (blocks * -(-tokens // chunk) < FILLS or chunk >= 2 * tokens):
+        chunk //= 2
+    return chunk
+
+
 def side_by_side(call: OpCall) -> int:
     """Heads that may share a block, so that 128 channels are read together; 1 where a head's tile has other columns
     than its channels, or does not stand alone.
     """
     dim = max(call.head_dim, call.value_dim)
     alike = call.head_dim == call.value_dim == power(dim)
-    maps = (call.attributes.get("query_map"), call.attributes.get("key_map"))
-    plain = "softmax" not in maps and not {"key_weight", "mean"} & {*call.inputs, *call.outputs}
+    plain = call.attributes.get("key_map") != "softmax" and not {"key_weight", "mean"} & {*call.inputs, *call.outputs}
     return max(1, 128 // dim) if alike and plain else 1
 
 
@@ -240,6 +326,11 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
     wide = max(k1, v1)
     if op == COMBINE:
         return [tactic(4, 1, BK=8, BV=min(v1, 128), AHEAD=8)]
+    if is_hedgehog(call):
+        across = max(k1, power(call.attributes["width"]))
+        tile, blocks = ("BN", {}) if op == STATE else ("BM", {"BLOCKS": 4})
+        best = tactic(8, 2, BV=min(v1, 32), **{tile: 64 if across <= 64 else 32}, FAST=1, **blocks)
+        return [best, tactic(4 if across <= 64 else 8, 1, BV=16, **{tile: 32}, FAST=0, **blocks)]
     if op == STATE:
         heads = min(side_by_side(call), 4)
         across = wide * heads
@@ -249,8 +340,15 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         return [best, small]
     if op == APPLY:
         values = min(v1, 128 if k1 <= 128 else 64)
-        best = tactic(8 if wide >= 128 else 4, 2, BV=values, BM=128 if wide <= 128 else 64, HB=1, FAST=1, BLOCKS=4)
-        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, HB=1, FAST=0, BLOCKS=4)]
+        best = tactic(8 if wide >= 128 else 4, 2, BV=values, BM=128 if wide <= 128 else 64, FAST=1, BLOCKS=4)
+        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4)]
+    if op == SOLVE:
+        return [tactic(4, 1), tactic(2, 1)]
+    if op == DELTA:
+        values = min(v1, 32 if k1 <= 128 else 16)
+        return [tactic(4, 2, BV=values), tactic(4, 1, BV=16)]
+    if op == STEP:
+        return [tactic(4, 1, BV=16), tactic(2, 1, BV=16)]
     chunk = int(call.attributes["chunk"])
     gated = call.attributes.get("decay") == DECAYS[4]
     if op == STATES:
@@ -268,11 +366,14 @@ class StateKernel(_LinearKernel):
 
     def _usual(self, dtype: str) -> Sequence[OpCall]:
         return [
-            OpCall(STATE, dtype, 1, 1, d, d, {"key_map": "relu"}, outputs=("state", "total")) for d in (32, 64, 128)
-        ]
+            *(OpCall(STATE, dtype, 1, 1, d, d, {"key_map": "relu"}, outputs=("state", "total")) for d in (32, 64, 128)),
+            *(OpCall(STATE, dtype, 1, 1, d, d, {"key_map": HEDGEHOG}, {"feature_weight": dtype},
+                     {"feature_weight": (1, d, d)}, ("state", "total")) for d in (64, 128)),
+        ]  # fmt: skip
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
-        return {"MAP": MAPS[call.attributes["key_map"]], **units(call, {"key": "K", "value": "V"})}
+        read = units(call, {"key": "K", "value": "V"})
+        return read if is_hedgehog(call) else {"MAP": MAPS[call.attributes["key_map"]], **read}
 
     def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
         return (("NK", "NK"), ("chunk", "chunk"), ("C", "cdiv(NK, chunk)"), ("groups", "HKV"))
@@ -306,11 +407,16 @@ class ApplyKernel(_LinearKernel):
     def _usual(self, dtype: str) -> Sequence[OpCall]:
         said = {"query_map": "relu", "normaliser": "sum", "floor": -inf}
         given = {"state": "float32", "total": "float32"}
-        return [OpCall(APPLY, dtype, 1, 1, d, d, said, given, outputs=("output",)) for d in (32, 64, 128)]
+        learned, weights = {**said, "query_map": HEDGEHOG}, {**given, "feature_weight": dtype}
+        return [
+            *(OpCall(APPLY, dtype, 1, 1, d, d, said, given, outputs=("output",)) for d in (32, 64, 128)),
+            *(OpCall(APPLY, dtype, 1, 1, d, d, learned, weights, {"feature_weight": (1, d, d)}, ("output",))
+              for d in (64, 128)),
+        ]  # fmt: skip
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
-        return {"MAP": MAPS[call.attributes["query_map"]], **_normaliser(call),
-                **units(call, {"query": "Q", "output": "O"})}  # fmt: skip
+        read = {**_normaliser(call), **units(call, {"query": "Q", "output": "O"})}
+        return read if is_hedgehog(call) else {"MAP": MAPS[call.attributes["query_map"]], **read}
 
     def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
         return (("NQ", "NQ"), ("C", "C"), ("group", "H // HKV"), ("groups", "HKV"), *_numbers(call))
@@ -318,8 +424,7 @@ class ApplyKernel(_LinearKernel):
     def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
         # Blocks for each multiprocessor; each reads the state once and then tile after tile.
         values = _values(constants)
-        heads = f"cdiv(H, {constants['HB']})" if constants["HB"] != 1 else "H"
-        tiles = f"min(cdiv(NQ, {constants['BM']}), cdiv(SMS * {constants['BLOCKS']}, {heads} * B))"
+        tiles = f"min(cdiv(NQ, {constants['BM']}), cdiv(SMS * {constants['BLOCKS']}, H * B))"
         return _turned(f"{tiles} * {values}" if values > 1 else tiles, "H", constants)
 
 
@@ -375,6 +480,85 @@ class OutputKernel(_LinearKernel):
         return (f"{tiles} * {values}" if values > 1 else tiles, "H", "B")
 
 
+class SolveKernel(_LinearKernel):
+    op, function, module = SOLVE, "solve", "kernel_delta"
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        return [_delta(SOLVE, dtype, d, axes) for d in (64, 128) for axes in (0, 3)]
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        said = call.attributes
+        return {"MAP": MAPS[said["key_map"]], "DECAY": said["decay"], "BETA": said["beta"], "BT": said["tile"],
+                **units(call, {"key": "K"})}  # fmt: skip
+
+    def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
+        made = super()._program(call, tactic, rank)
+        return replace(made, constants={k: v for k, v in made.constants.items() if k != "DV"})
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        return (("NK", "NK"),)
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        return (f"cdiv(NK, {constants['BT']})", "HKV", "B")
+
+
+class DeltaKernel(_LinearKernel):
+    op, function, module = DELTA, "delta", "kernel_delta"
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        return [_delta(DELTA, dtype, d, axes) for d in (64, 128) for axes in (0, 3)]
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        said = call.attributes
+        return {"MAP": MAPS[said["key_map"]], "DECAY": said["decay"], "CHUNK": said["chunk"], "BT": said["tile"],
+                **units(call, {"key": "K", "value": "V"})}  # fmt: skip
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        return (("NK", "NK"), ("C", "cdiv(NK, chunk)"))
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        return (str(_values(constants)), "HKV", "B")
+
+
+def _delta(op: str, dtype: str, dim: int, axes: int) -> OpCall:
+    """A call of the delta rule, gated where there are ``axes``, in tiles and chunks of 64."""
+    said: dict[str, Any] = {"key_map": "none", "tile": 64}
+    given, shapes = {"beta": dtype}, {"beta": (2, 2, 2)}
+    if op == DELTA:
+        said, given, shapes = said | {"chunk": 64}, {"solved": "float32"}, {}
+    if axes:
+        given, shapes = given | {"log_decay": "float32"}, shapes | {"log_decay": (2, 2, 2)}
+    outputs = ("solved",) if op == SOLVE else ("written", "state")
+    return OpCall(op, dtype, 1, 1, dim, dim, said, given, shapes, outputs)
+
+
+class StepKernel(_LinearKernel):
+    op, function, module = STEP, "step", "kernel_step"
+
+    def _usual(self, dtype: str) -> Sequence[OpCall]:
+        """Decoding with a state: Mamba-2 and Lightning attention, GLA, the gated delta rule."""
+        said: dict[str, Any] = {"key_map": "none", "query_map": "none", "normaliser": "none", "floor": -inf}
+        found = []
+        for d in (64, 128):
+            for axes, delta in ((1, False), (3, False), (4, False), (3, True)):
+                given = {"log_decay": "float32", **({"beta": dtype} if delta else {}), "initial_state": "float32"}
+                shapes = {"log_decay": (2,) * axes, **({"beta": (2,) * 3} if delta else {})}
+                found.append(OpCall(STEP, dtype, 1, 1, d, d, said, given, shapes, ("output", "final_state")))
+        return found
+
+    def _constants(self, call: OpCall) -> dict[str, Constant]:
+        said = call.attributes
+        letters = {"query": "Q", "key": "K", "value": "V", "output": "O"}
+        return {"Q_MAP": MAPS[said["query_map"]], "K_MAP": MAPS[said["key_map"]], "DECAY": said["decay"],
+                "BETA": said.get("beta", 0), **_normaliser(call), **units(call, letters)}  # fmt: skip
+
+    def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
+        return (("NK", "NK"), ("group", "H // HKV"), *_numbers(call))
+
+    def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
+        return (str(_values(constants)), "HKV", "B")
+
+
 def _causal(op: str, dtype: str, dim: int, axes: int, outputs: tuple[str, ...]) -> OpCall:
     """A call with a decay of ``axes`` axes in chunks of 64."""
     said: dict[str, Any] = {"key_map": "none", "chunk": 64}
@@ -387,7 +571,7 @@ def _causal(op: str, dtype: str, dim: int, axes: int, outputs: tuple[str, ...]) 
 
 def _turned(places: str, heads: str, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
     """The grid of blocks by place and head; with ``FAST`` neighbours in memory, which are heads, run together."""
-    heads = f"cdiv({heads}, {constants['HB']})" if constants["HB"] != 1 else heads
+    heads = f"cdiv({heads}, {constants['HB']})" if constants.get("HB", 1) != 1 else heads
     return (heads, places, "B") if constants["FAST"] else (places, heads, "B")
 
 

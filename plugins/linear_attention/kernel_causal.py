@@ -21,19 +21,25 @@ from attncompile.plugins.linear_attention.kernel_triton import (
 )
 from attncompile.plugins.tile_softmax import moved
 
+CLOSED = tl.constexpr(-185.0)
+"""A gate in units of log2 of which a float32 keeps nothing: lower ones, minus infinity too, are taken for it, so that
+no difference of their sums is a NaN.
+"""
+
 
 @triton.jit
 def gates(log_decay, b, rows, g, groups, tokens, end):
     """Of [B, N, G] at ``rows``, in units of log2; 0 from ``end`` on."""
     at = log_decay + (b.to(tl.int64) * tokens + rows) * groups + g
-    return tl.load(at, mask=rows < end, other=0.0).to(tl.float32) * LOG2E
+    return tl.maximum(tl.load(at, mask=rows < end, other=0.0).to(tl.float32) * LOG2E, CLOSED)
 
 
 @triton.jit
 def channel_gates(log_decay, b, rows, g, groups, tokens, end, cols, DK: tl.constexpr):
     """Of [B, N, G, D] at ``rows`` and ``cols``, in units of log2; 0 from ``end`` on and past ``DK``."""
     at = log_decay + ((b.to(tl.int64) * tokens + rows) * groups + g)[:, None] * DK + cols[None, :]
-    return tl.load(at, mask=(rows < end)[:, None] & (cols < DK)[None, :], other=0.0).to(tl.float32) * LOG2E
+    x = tl.load(at, mask=(rows < end)[:, None] & (cols < DK)[None, :], other=0.0).to(tl.float32)
+    return tl.maximum(x * LOG2E, CLOSED)
 
 
 @triton.jit
@@ -80,7 +86,7 @@ def states(
         sums += tl.load(initial_total + head.to(tl.int64) * DK + cols, mask=cols < DK, other=0.0)
     rate = 0.0
     if DECAY == 1:
-        rate = tl.load(log_decay + g).to(tl.float32) * LOG2E
+        rate = tl.maximum(tl.load(log_decay + g).to(tl.float32) * LOG2E, CLOSED)
     for step in range(0, tl.cdiv(NK, BT)):
         first = step * BT
         end = tl.minimum(first + BT, NK)
@@ -158,7 +164,7 @@ def output(
     apart = place[:, None] - place[None, :]
     between = 1.0
     if DECAY == 1:
-        rate = tl.load(log_decay + g).to(tl.float32) * LOG2E
+        rate = tl.maximum(tl.load(log_decay + g).to(tl.float32) * LOG2E, CLOSED)
         between = tl.exp2(rate * tl.maximum(apart, 0).to(tl.float32))
     begin = c * CHUNK
     for first in range(begin, tl.minimum(begin + CHUNK, NQ), BT):
@@ -171,7 +177,7 @@ def output(
         v = tl.load(v_base + places(rows, out_cols, v_n * V_UNIT, V_COLUMNS), mask=v_seen, other=0.0)
         fq, fk = low(q, seen, Q_MAP), low(k, seen, K_MAP)
         p = tl.dot(fq, tl.trans(fk))
-        held, largest = scaled(s, False)
+        held, largest = scaled(s)
         acc = tl.dot(fq, held.to(half))
         below = tl.zeros((BT,), tl.float32)
         if NORM != 0:
@@ -275,7 +281,7 @@ def gated_output(
         acc = tl.dot(tl.dot(reading, tl.trans(near.to(half))).to(half), v, acc)
         between += whole
     index = (b * groups + g) * C + c
-    s, largest = scaled(read_state(state, index, 0, V, DK, K1, DV, BV), False)
+    s, largest = scaled(read_state(state, index, 0, V, DK, K1, DV, BV))
     reading = (f * tl.exp2(own + between[None, :])).to(half)
     acc += tl.dot(reading, s.to(half)) * largest
     keep = (rows < NQ)[:, None] & (out_cols < DV)[None, :]

@@ -3,8 +3,8 @@
 Tiles are rows of tokens whatever the layout is: an operand whose tokens are its last axis (``COLUMNS``) is addressed by
 another stride, and the compiler loads along the tokens. Head dims are filled up to a power of two with zero features.
 Features are multiplied in the operands' type (``low``); sums are float32. ``HB`` heads that lie side by side may share
-a block, so that rows of short heads are read in longer pieces: of the product of all their channels, what is between
-two heads is left out.
+a block of ``state``, so that rows of short heads are read in longer pieces: of the product of all their channels, what
+is between two heads is left out.
 """
 
 from __future__ import annotations
@@ -57,14 +57,9 @@ def low(x, seen, MAP: tl.constexpr):
 
 
 @triton.jit
-def scaled(state, BY_COLUMN: tl.constexpr):
-    """A state [K, V] in float32 as numbers of at most 1, which every type holds, and what to multiply them by: one
-    number, or [V].
-    """
-    if BY_COLUMN:
-        largest = tl.max(tl.abs(state), 0)
-    else:
-        largest = tl.max(tl.max(tl.abs(state), 1), 0)
+def scaled(state):
+    """A state [K, V] in float32 as numbers of at most 1, which every type holds, and what to multiply them by."""
+    largest = tl.max(tl.max(tl.abs(state), 1), 0)
     return state * tl.where(largest > 0.0, 1.0 / largest, 0.0), largest
 
 
@@ -245,46 +240,33 @@ def apply(
     q_b, q_n, q_h, o_b, o_n, o_h, q_o, NQ, C, group, groups, scale, epsilon, floor,
     output,
     MAP: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr,
-    BV: tl.constexpr, BM: tl.constexpr, HB: tl.constexpr, FAST: tl.constexpr, BLOCKS: tl.constexpr,
+    BV: tl.constexpr, BM: tl.constexpr, FAST: tl.constexpr, BLOCKS: tl.constexpr,
     Q_COLUMNS: tl.constexpr, O_COLUMNS: tl.constexpr, Q_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A block: every so many-th tile of ``BM`` queries of ``HB`` heads, ``BV`` channels of each.
-    Grid (tiles * cdiv(DV, BV), cdiv(H, HB), B), with ``FAST`` heads the first axis; about ``BLOCKS`` blocks a
-    multiprocessor. ``HB`` above 1: ``NORM`` at most 1.
+    """A block: every so many-th tile of ``BM`` queries of one head, ``BV`` channels. Grid (tiles * cdiv(DV, BV), H, B),
+    with ``FAST`` heads the first axis; about ``BLOCKS`` blocks a multiprocessor.
     """
     TILES: tl.constexpr = (DV + BV - 1) // BV
-    WK: tl.constexpr = K1 * HB
-    WV: tl.constexpr = BV * HB
     if FAST:
-        place, h, b, places_of = tl.program_id(1), tl.program_id(0) * HB, tl.program_id(2), tl.num_programs(1)
+        place, h, b, places_of = tl.program_id(1), tl.program_id(0), tl.program_id(2), tl.num_programs(1)
     else:
-        place, h, b, places_of = tl.program_id(0), tl.program_id(1) * HB, tl.program_id(2), tl.num_programs(0)
+        place, h, b, places_of = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0)
     part = place % TILES
     step = places_of // TILES
     V = part * BV
-    wide, wide_v = tl.arange(0, WK), V + tl.arange(0, WV)
-    cols, q_more = spread(wide, q_h.to(tl.int64) * 8, DK, HB)
-    out_cols, o_more = spread(wide_v, o_h.to(tl.int64) * 8, DV, HB)
+    cols, out_cols = tl.arange(0, K1), V + tl.arange(0, BV)
     k_there, v_there = cols < DK, out_cols < DV
     head = (b * groups + h // group) * C
-    if HB > 1:
-        k_there, v_there = k_there & (h + wide // DK < groups * group), v_there & (h + wide_v // DV < groups * group)
-        head = (b * groups + (h + wide // DK) // group) * C
-    s = tl.zeros((WK, WV), tl.float32)
-    z, means = tl.zeros((WK,), tl.float32), tl.zeros((WV,), tl.float32)
-    s_seen = k_there[:, None] & v_there[None, :]
-    if HB > 1:
-        s_seen = s_seen & ((wide // DK)[:, None] == (wide_v // DV)[None, :])
+    s = tl.zeros((K1, BV), tl.float32)
+    z, means = tl.zeros((K1,), tl.float32), tl.zeros((BV,), tl.float32)
     for c in range(0, C):
+        s += read_state(state, head + c, 0, V, DK, K1, DV, BV)
         at = (head + c).to(tl.int64)
-        of_row = at * (DK * DV) + cols * DV
-        s += tl.load(state + of_row[:, None] + out_cols[None, :], mask=s_seen, other=0.0)
         if NORM != 0:
             z += tl.load(total + at * DK + cols, mask=k_there, other=0.0)
         if NORM >= 2:
-            one = ((b * groups + h // group) * C + c).to(tl.int64)
-            means += tl.load(mean + one * DV + out_cols, mask=v_there, other=0.0)
-    s, largest = scaled(s, HB > 1)
+            means += tl.load(mean + at * DV + out_cols, mask=v_there, other=0.0)
+    s, largest = scaled(s)
     s = s.to(query.dtype.element_ty)
     query = moved(query, q_o)
     q_base = query + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
@@ -295,18 +277,10 @@ def apply(
     for tile in range(place // TILES, tl.cdiv(NQ, BM), step):
         rows = tile * BM + tl.arange(0, BM)
         seen = (rows < NQ)[:, None] & k_there[None, :]
-        q = tl.load(q_base + places(rows, cols, q_n * Q_UNIT, Q_COLUMNS) + q_more[None, :], mask=seen, other=0.0)
+        q = tl.load(q_base + places(rows, cols, q_n * Q_UNIT, Q_COLUMNS), mask=seen, other=0.0)
         f = low(q, seen, MAP)
         out = tl.dot(f, s)
-        if HB > 1:
-            out = out * factor[None, :]
-            if NORM == 1:
-                below = tl.sum(tl.reshape(f.to(tl.float32) * z[None, :], (BM, HB, K1)), 2)
-                below += epsilon.to(tl.float32, bitcast=True)
-                if FLOOR:
-                    below = tl.maximum(below, floor.to(tl.float32, bitcast=True))
-                out = tl.reshape(tl.reshape(out, (BM, HB, BV)) * (1.0 / below)[:, :, None], (BM, WV))
-        elif NORM == 0:
+        if NORM == 0:
             out = out * factor
         else:
             exact = f.to(tl.float32) if MAP <= 1 else features(q, seen, MAP)
@@ -321,5 +295,5 @@ def apply(
             else:
                 out = out * factor + (1.0 - below)[:, None] * means[None, :]
         keep = (rows < NQ)[:, None] & v_there[None, :]
-        at = o_base + places(rows, out_cols, o_n * O_UNIT, O_COLUMNS) + o_more[None, :]
+        at = o_base + places(rows, out_cols, o_n * O_UNIT, O_COLUMNS)
         tl.store(at, out.to(output.dtype.element_ty), mask=keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,13 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import float_type
+from attncompile.plugins.linear_attention.causal import CAUSAL_CHUNK, CHANNEL_CHUNK
 from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.function import function, node
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES, register
+from attncompile.plugins.linear_attention.kernel import preferred_chunk
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, register
 from attncompile.plugins.linear_attention.reference import reference
 from attncompile.plugins.linear_attention.site import facts_of, form_of, head_decays, sizes_of
-
-CAUSAL_CHUNK = 64
-CHANNEL_CHUNK = 16
-"""Under gates of every channel, whose products of pairs of tokens are written out."""
 
 BLOCKS = 264
 """Batch entries times heads times chunks that fill a large GPU twice."""
@@ -86,6 +85,8 @@ class LinearAttention:
         chunks = -(-shape.key_length // form.chunk)
         states = float(shape.batch * site.kv_heads * chunks * site.head_dim * site.value_dim)
         wide = site.head_dim if form.decay == "channel" else 1
+        if form.delta:  # pairs of keys once more, their inverse by halves, and what it multiplies
+            flops += 2.0 * scores * (site.head_dim + site.value_dim + 12 * form.tile)
         return Cost(flops + 2.0 * scores * (site.head_dim + site.value_dim), form.chunk, wide * scores + states)
 
     def reference(
@@ -95,6 +96,17 @@ class LinearAttention:
 
     def without_branches(self, parameters: Parameters) -> Parameters:
         return parameters
+
+    def for_kernels(self, site: AttentionSite, parameters: Parameters) -> Parameters:
+        """Chunks as long as the kernels like them, under a triangle: how many tokens lie between two states says
+        nothing about the result. Where the batch is not known it is taken for 1.
+        """
+        facts = facts_of(site)
+        if not facts.causal or not isinstance(site.key_length, int):
+            return parameters
+        batch = site.batch if isinstance(site.batch, int) else 1
+        chunk = preferred_chunk(facts.decay, batch * site.heads, site.key_length, site.value_dim)
+        return {**parameters, "chunk": max(chunk, parameters.get("chunk", 0))}
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` where ``supports`` says no, or for an opset without a body."""
@@ -153,10 +165,10 @@ class _Writer:
     def value(self, name: str) -> str:
         return f"{self.prefix}/{name}"
 
-    def op(self, op_type: str, inputs: dict[str, str], outputs: dict[str, str]) -> None:
-        name = f"{op_type}/{self.site.id or self.site.output.value}"
-        self.nodes.append(node(op_type, self.form, self.sizes, inputs, outputs, name))
-        self.functions.append(function(op_type, self.form, self.sizes, inputs, outputs))
+    def op(self, op_type: str, inputs: dict[str, str], outputs: dict[str, str], sizes: Sizes | None = None) -> None:
+        name, sizes = f"{op_type}/{self.site.id or self.site.output.value}", sizes or self.sizes
+        self.nodes.append(node(op_type, self.form, sizes, inputs, outputs, name))
+        self.functions.append(function(op_type, self.form, sizes, inputs, outputs))
 
     def lowering(self) -> Lowering:
         return Lowering(tuple(self.nodes), tuple(self.functions), tuple(self.stored))
@@ -181,9 +193,22 @@ class _Writer:
         decay = self._decay()
         facts = facts_of(self.site)
         first = {"initial_state": facts.past_state} if facts.past_state else {}
+        if facts.update == "delta":
+            return self._delta(decay, first)
         made = {n: self.value(n) for n in ("state", *(["total"] if self.form.sums else []))}
         self.op(STATES, {n: self.operands[n] for n in ("key", "value")} | decay | first, made)
         self.op(OUTPUT, {**self.operands, **made, **decay}, {"output": self.site.output.value})
+        return self.lowering()
+
+    def _delta(self, decay: dict[str, str], initial: dict[str, str]) -> Lowering:
+        """What the keys write is the value of the op that reads, in a layout of its own."""
+        made = {n: self.value(n) for n in ("written", "state")}
+        solved = {"solved": self.value("solved")}
+        self.op(SOLVE, {"key": self.operands["key"], "beta": facts_of(self.site).update_source} | decay, solved)
+        self.op(DELTA, {n: self.operands[n] for n in ("key", "value")} | solved | decay | initial, made)
+        q, k, _, o = self.sizes.layouts
+        given = {**self.operands, "value": made["written"], "state": made["state"], **decay}
+        self.op(OUTPUT, given, {"output": self.site.output.value}, replace(self.sizes, layouts=(q, k, "BNHD", o)))
         return self.lowering()
 
     def _decay(self) -> dict[str, str]:

@@ -22,10 +22,13 @@ With a triangle, S[t] = exp(g[t]) S[t - 1] + phi(k[t])^T v[t] and out[t] = phi(q
   last token ``final_state`` [B, G, F, E] and ``final_total`` [B, G, F].
 - ``LinearAttentionOutput``: ``output`` of each chunk: what its queries read from the state before it, and from the keys
   of the chunk up to their own.
+- ``LinearAttentionSolve`` and ``LinearAttentionDelta``: the delta rule in chunks. ``solved`` [B, G, C, L, L] of every
+  ``tile`` of L tokens is (I + A)^-1 diag(beta), A below the diagonal beta[i] phi(k[i]) . phi(k[j]) times the decay
+  between the two; ``written`` [B, N, G, E] is what each key writes, ``value`` of the ``LinearAttentionOutput`` after.
 - ``LinearAttentionStep``: both at once for few tokens (decoding): ``output``, ``final_state`` and ``final_total``.
 
 ``log_decay`` is g: [G] (one number a head), [B, N, G], or [B, N, G, F]; at most 0. With ``beta`` [B, N, G] or [B, N, 1]
-(the delta rule, in ``LinearAttentionStep`` alone) v[t] - (exp(g[t]) S[t - 1])^T phi(k[t]) times beta[t] is written
+(the delta rule) v[t] - (exp(g[t]) S[t - 1])^T phi(k[t]) times beta[t] is written
 instead of v[t].
 
 Feature maps: ``none``, ``relu``, ``elu+1``, ``exp``, ``softmax`` (queries: over D; keys: over the tokens),
@@ -51,6 +54,7 @@ from attncompile.plugins.body import DOMAIN
 VERSION = 1
 STATE, COMBINE, APPLY = "LinearAttentionState", "LinearAttentionCombine", "LinearAttentionApply"
 STATES, OUTPUT, STEP = "LinearAttentionStates", "LinearAttentionOutput", "LinearAttentionStep"
+SOLVE, DELTA = "LinearAttentionSolve", "LinearAttentionDelta"
 
 MAPS = ("none", "relu", "elu+1", "exp", "softmax", "hedgehog")
 NORMALISERS = ("none", "sum", "mala", "inline")
@@ -63,6 +67,8 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     STATES: ("key", "value", "log_decay", "initial_state", "initial_total"),
     OUTPUT: ("query", "key", "value", "state", "total", "log_decay"),
     STEP: ("query", "key", "value", "log_decay", "beta", "initial_state", "initial_total"),
+    SOLVE: ("key", "log_decay", "beta"),
+    DELTA: ("key", "value", "solved", "log_decay", "initial_state"),
 }
 """Formal inputs of each op, in order."""
 
@@ -73,13 +79,17 @@ OUTPUTS: Mapping[str, tuple[str, ...]] = {
     STATES: ("state", "total", "final_state", "final_total"),
     OUTPUT: ("output",),
     STEP: ("output", "final_state", "final_total"),
+    SOLVE: ("solved",),
+    DELTA: ("written", "state", "final_state"),
 }
 
-_REQUIRED = {"query", "key", "value", "state", "output", "whole_state"}
+_REQUIRED = {"query", "key", "value", "state", "output", "whole_state", "solved", "written"}
 _OPERANDS = ("query", "key", "value", "output")
 _FLOATS = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")]
 _WIDE = ["tensor(float)", "tensor(double)"]
-_KEYS = (STATE, STATES, OUTPUT, STEP)
+_KEYS = (STATE, STATES, OUTPUT, STEP, SOLVE, DELTA)
+_CHUNKED = (STATE, STATES, OUTPUT, DELTA)
+_TILED = (SOLVE, DELTA)
 _QUERIES = (APPLY, OUTPUT, STEP)
 
 
@@ -94,8 +104,9 @@ def _schema(op: str) -> OpSchema:
     parameter, kinds = OpSchema.FormalParameter, OpSchema.FormalParameterOption
 
     def formal(name: str) -> OpSchema.FormalParameter:
-        kind = "T" if name in _OPERANDS else "TX" if name in _TYPES else "TState"
-        option = kinds.Single if name in _REQUIRED else kinds.Optional
+        kind = "T" if name in (*_OPERANDS, "written") else "TX" if name in _TYPES else "TState"
+        required = name in _REQUIRED or (op == SOLVE and name == "beta")
+        option = kinds.Single if required else kinds.Optional
         return parameter(name, kind if kind != "TX" else _TYPES[name], param_option=option)
 
     inputs, outputs = [formal(n) for n in INPUTS[op]], [formal(n) for n in OUTPUTS[op]]
@@ -128,8 +139,10 @@ def _attributes(op: str) -> list[OpSchema.Attribute]:
         add("epsilon", 0.0, "added to the sum")
         add("floor", -inf, "least value of the sum")
         add("scale", 1.0, "factor of the result")
-    if op in (STATE, STATES, OUTPUT):
+    if op in _CHUNKED:
         add("chunk", 0, "tokens of a chunk; 0: all of them")
+    if op in _TILED:
+        add("tile", 64, "tokens whose dependence on one another is solved at once")
     for name in _OPERANDS:
         if name in (*INPUTS[op], *OUTPUTS[op]):
             packed = "" if name == "output" else ", or such a one with a digit: that part of a packed tensor"
@@ -208,9 +221,9 @@ class _Shapes:
         dims: Sequence[Any] = width.tensor_type.shape.dim if width is not None else []
         return 2 * dims[2].dim_value if len(dims) == 3 and dims[2].HasField("dim_value") else None
 
-    def chunks(self) -> Any:
+    def chunks(self, attribute: str = "chunk") -> Any:
         """Of tokens whose number has a name, an expression over it, as launch arguments are written."""
-        chunk, tokens = int(self.attribute("chunk", 0)), self.known("M")
+        chunk, tokens = int(self.attribute(attribute, 0)), self.known("M")
         if not chunk:
             return 1
         if tokens is not None:
@@ -264,8 +277,22 @@ def _of_step(context: Any) -> None:
     s.give(2, ("B", "G", "K"), s.wide)
 
 
+def _of_solve(context: Any) -> None:
+    s = _Shapes(context, SOLVE)
+    tile = int(s.attribute("tile", 64))
+    s.give(0, ("B", "G", s.chunks("tile"), tile, tile), s.wide)
+
+
+def _of_delta(context: Any) -> None:
+    s = _Shapes(context, DELTA)
+    s.give(0, ("B", "M", "G", "E"), s.element)
+    s.give(1, ("B", "G", s.chunks(), "K", "E"), s.wide)
+    s.give(2, ("B", "G", "K", "E"), s.wide)
+
+
 _INFER: Mapping[str, Callable[[Any], None]] = {
     STATE: _of_state, COMBINE: _of_combine, APPLY: _of_apply, STATES: _of_states, OUTPUT: _of_output, STEP: _of_step,
+    SOLVE: _of_solve, DELTA: _of_delta,
 }  # fmt: skip
 
 

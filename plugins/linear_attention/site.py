@@ -28,8 +28,9 @@ def form_of(site: AttentionSite, chunk: int) -> Form:
     """
     facts = facts_of(site)
     float_type(site.dtype)
-    if facts.update == "delta":
-        raise Unsupported("update-rule", "the delta rule in chunks is not there: one token after the other is no gain")
+    delta = facts.update == "delta"
+    if delta and facts.decay == "channel":
+        raise Unsupported("update-rule", "the delta rule with gates for every channel is not there")
     if facts.present_state:
         raise Unsupported(
             "state-used", "the state after the last key is an output: two values cannot be replaced at once"
@@ -44,6 +45,7 @@ def form_of(site: AttentionSite, chunk: int) -> Form:
         query_map=_MAPS[facts.query_map], key_map=_MAPS[facts.key_map], normaliser=facts.normaliser,
         epsilon=facts.epsilon, floor=-inf if facts.floor is None else facts.floor, scale=site.scale,
         causal=facts.causal, decay=facts.decay, initial=bool(facts.past_state), chunk=chunk,
+        delta=delta,
     )  # fmt: skip
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from onnx import FunctionProto, NodeProto, helper
 
 from attncompile.core.errors import Unsupported
-from attncompile.plugins.body import Body, attribute_names, overload_of
+from attncompile.plugins.body import DOMAIN, Body, attribute_names, overload_of
 from attncompile.plugins.neighborhood.cached import cached_body, cuts
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.gridded import gridded_body
-from attncompile.plugins.neighborhood.op import DOMAIN, OP_TYPE, Neighborhood
+from attncompile.plugins.neighborhood.op import OP_TYPE, Neighborhood
 from attncompile.plugins.neighborhood.rings import ring_body
 from attncompile.plugins.neighborhood.sliding import sliding_body
 

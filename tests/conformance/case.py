@@ -27,7 +27,7 @@ ORDER = ("key_mask", "bias", "sinks", "mask", "key_lengths")
 @dataclass(frozen=True, slots=True)
 class Case:
     """``call`` has batch, lengths and the shapes of all optional inputs. ``layouts``: of query, key, value and output,
-    as they are to lie in memory; ``BN1HD``: part 1 of ``PARTS``, the others NaN. What is packed is said in ``call`` too.
+    as they are to lie in memory; ``BN1HD``: part 1 of ``PARTS``, the others NaN. ``call`` says whether any is.
 
     ``values``: standard normal operands; ``large``: scores of some hundreds; ``dominant``: one key a query scores far
     above the rest; ``equal``: all keys are the same. ``hiding``: what boolean inputs hide: single keys, the first half

@@ -15,7 +15,7 @@ from attncompile.kernels import symbols
 from attncompile.kernels.symbols import Strided
 from attncompile.plugins import kernels
 from attncompile.plugins.linear_attention.form import Form
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, STEP
 from attncompile.plugins.linear_attention.reference import with_state
 from tests.conformance.case import laid, rounded
 from tests.conformance.launch import of_part_0, whole
@@ -28,7 +28,9 @@ Launch = Callable[[Program, Tensors, Mapping[str, int]], None]
 
 @dataclass(frozen=True)
 class Linear:
-    """``layouts`` of query, key, value, output. ``sizes``: B, queries, keys, heads, key heads, head dim, value dim."""
+    """``layouts`` of query, key, value, output. ``sizes``: B, queries, keys, heads, key heads, head dim, value dim.
+    ``step``: a token at a time.
+    """
 
     name: str
     form: Form
@@ -38,6 +40,13 @@ class Linear:
     decay_type: str = "float32"
     seed: int = 1
     size: float = 1.0
+    step: bool = False
+    width: int = 0
+    """Of the weights of Hedgehog's map: half as many as there are features."""
+    closed: bool = False
+    """Whether some gates are minus infinity."""
+    beta: str = "a head"
+    """With the delta rule: whether its rate is one ``a head`` or one ``a token``."""
 
     def __str__(self) -> str:
         return self.name
@@ -55,8 +64,18 @@ class Linear:
         shape = {"head": (groups,), "token": (batch, keys, groups), "channel": (batch, keys, groups, dim)}
         if self.form.decay != "none":
             found["log_decay"] = -np.abs(normal(*shape[self.form.decay], kind=self.decay_type)) / 4
+        if self.closed:
+            found["log_decay"][(0,) if self.form.decay == "head" else (slice(None), slice(5, None, 23))] = -np.inf
+        if self.form.delta:  # of keys of length one, as the models have them
+            length = np.linalg.norm(found["key"], axis=-1, keepdims=True)
+            found["key"] = rounded(found["key"] / length, self.dtype)
+            rates = rng.random((batch, keys, groups if self.beta == "a head" else 1)).astype(np.float32)
+            found["beta"] = rounded(rates, self.dtype)
         if self.form.key_weight:
             found["key_weight"] = np.abs(normal(batch, keys, groups))
+        if self.width:
+            for name, count in (("feature_weight", groups), ("query_weight", heads)):
+                found[name] = rounded(normal(count, dim, self.width) / np.float32(dim**0.5), self.dtype)
         if self.form.initial:
             found["initial_state"] = normal(batch, groups, dim, value_dim, kind="float32")
             found["initial_total"] = np.abs(normal(batch, groups, dim, kind="float32"))
@@ -65,11 +84,13 @@ class Linear:
 
 HEADS_FIRST = ("BHND",) * 4
 COLUMNS = ("BHDN",) * 4
+COLUMNS_OF_KEYS = ("BHND", "BHDN", "BNHD", "BHND")
 MIXED = ("BNHD", "BHDN", "BHND", "BHDN")
 PACKED = ("BN0HD", "BN1HD", "BN2HD", "BNHD")
 IN_COLUMNS = ("B0HDN", "BNH1D", "B2HDN", "BHDN")
 RELU = Form("relu", "relu", "sum", 1e-3)
 RETENTION = Form(causal=True, decay="head", scale=0.25, chunk=16)
+DELTA_RULE = Form(causal=True, delta=True, chunk=64, scale=0.25)
 
 CASES = (
     Linear("relu", RELU, (2, 37, 50, 4, 2, 32, 32)),
@@ -91,6 +112,12 @@ CASES = (
     Linear("inline", Form("exp", "exp", "inline"), (1, 37, 50, 2, 2, 16, 32)),
     Linear("rala", Form("elu+1", "elu+1", "sum", key_weight=True, chunk=25), (1, 37, 50, 4, 2, 32, 16)),
     Linear("wide", replace(RELU, chunk=64), (1, 40, 70, 1, 1, 256, 136)),
+    Linear("hedgehog", Form("hedgehog", "hedgehog", "sum"), (2, 37, 50, 4, 2, 32, 48), width=32),
+    Linear("hedgehog, chunks, bfloat16", Form("hedgehog", "hedgehog", "sum", 1e-3, chunk=23),
+           (1, 40, 70, 2, 2, 40, 24), MIXED, "bfloat16", width=24),
+    Linear("hedgehog, no sum", Form("hedgehog", "hedgehog", scale=0.1, chunk=16), (1, 33, 45, 2, 1, 64, 16),
+           HEADS_FIRST, width=72),
+    Linear("hedgehog, large", Form("hedgehog", "hedgehog", "sum"), (1, 37, 50, 1, 1, 16, 16), width=16, size=3.0),
     Linear("short heads side by side", replace(RELU, chunk=64), (2, 75, 90, 6, 6, 32, 32)),
     Linear("shorter ones, shared keys", Form("elu+1", "elu+1", "sum", 1e-3, 30.0, 0.7), (1, 70, 50, 10, 5, 16, 16),
            MIXED, "bfloat16"),
@@ -111,6 +138,39 @@ CASES = (
            (1, 300, 300, 2, 1, 40, 32), MIXED),
     Linear("simple GLA, sums, long chunks", Form("exp", "relu", "sum", 1e-3, 0.1, causal=True, decay="token", chunk=128,
            initial=True), (1, 290, 290, 2, 1, 16, 24), dtype="bfloat16"),
+    Linear("closed gates, a head", replace(RETENTION, chunk=64, initial=True), (1, 90, 90, 2, 2, 16, 16), closed=True),
+    Linear("closed gates, a token", replace(RETENTION, decay="token", chunk=64, initial=True),
+           (1, 90, 90, 2, 2, 16, 16), closed=True),
+    Linear("closed gates, a channel", replace(RETENTION, decay="channel", chunk=64, initial=True),
+           (1, 90, 90, 2, 2, 16, 16), closed=True),
+    Linear("retention, a chunk of 1,024", replace(RETENTION, chunk=1024, initial=True), (1, 1100, 1100, 1, 1, 16, 16)),
+    Linear("delta rule", replace(DELTA_RULE, chunk=16), (2, 45, 45, 4, 2, 32, 48), beta="a token"),
+    Linear("gated delta rule", replace(DELTA_RULE, decay="token"), (1, 150, 150, 4, 2, 40, 32), MIXED, "bfloat16"),
+    Linear("gated delta rule, first state", replace(DELTA_RULE, decay="token", initial=True, chunk=128),
+           (1, 200, 200, 1, 1, 32, 24), HEADS_FIRST),
+    Linear("delta rule, retention", replace(DELTA_RULE, decay="head", chunk=32, initial=True),
+           (1, 75, 75, 2, 2, 16, 40), COLUMNS_OF_KEYS),
+    Linear("gated delta rule, closed gates", replace(DELTA_RULE, decay="token"), (1, 90, 90, 1, 1, 16, 16),
+           closed=True),
+    Linear("delta rule, packed", replace(DELTA_RULE, decay="token"), (1, 70, 70, 4, 2, 16, 16), PACKED),
+    Linear("delta rule, channels first", DELTA_RULE, (1, 37, 37, 1, 1, 24, 16), COLUMNS, "bfloat16", beta="a token"),
+    Linear("delta rule, few tokens", replace(DELTA_RULE, chunk=16, initial=True), (2, 5, 5, 2, 1, 16, 32)),
+    Linear("delta rule, wide", replace(DELTA_RULE, decay="head", chunk=32), (1, 40, 40, 1, 1, 72, 136), HEADS_FIRST),
+    Linear("a step, packed", replace(RETENTION, initial=True), (2, 1, 1, 4, 2, 16, 16), PACKED, step=True),
+    Linear("steps, channels first", replace(RETENTION, decay="token"), (1, 3, 3, 2, 2, 16, 24), COLUMNS, step=True),
+    Linear("a step", replace(RETENTION, decay="token", initial=True), (2, 1, 1, 4, 2, 32, 48), step=True),
+    Linear("steps, sums", Form("elu+1", "relu", "sum", 1e-3, 0.5, 0.7, causal=True, chunk=1), (2, 5, 5, 3, 1, 40, 72),
+           MIXED, "bfloat16", step=True),
+    Linear("steps, retention, first state and sums", Form("exp", "exp", "sum", 1e-3, causal=True, decay="head", chunk=1,
+           initial=True), (1, 7, 7, 2, 2, 16, 24), HEADS_FIRST, step=True),
+    Linear("steps, GLA", Form(causal=True, decay="channel", chunk=1, initial=True, scale=0.25), (2, 6, 6, 4, 2, 72, 32),
+           COLUMNS_OF_KEYS, decay_type="bfloat16", step=True),
+    Linear("steps, delta rule", Form(causal=True, delta=True, chunk=1, scale=0.25), (2, 9, 9, 4, 2, 24, 40), step=True,
+           beta="a token"),
+    Linear("steps, gated delta rule", Form(causal=True, delta=True, decay="token", chunk=1, initial=True),
+           (1, 19, 19, 4, 2, 128, 64), dtype="bfloat16", step=True),
+    Linear("steps, 256 features", replace(DELTA_RULE, decay="token", chunk=1, initial=True, query_map="softmax"),
+           (1, 3, 3, 1, 1, 256, 136), step=True),
     Linear("simple GLA, half gates", replace(RETENTION, decay="token", chunk=32, initial=True),
            (1, 75, 75, 2, 2, 48, 32), COLUMNS, decay_type="float16"),
 )  # fmt: skip
@@ -127,7 +187,11 @@ def expected(case: Linear) -> dict[str, np.ndarray]:
 
 
 def low(case: Linear) -> np.ndarray:
-    """What the type makes of the output at best: features, weights, state and result are rounded to it."""
+    """What the type makes of the output at best: features, weights, state and result are rounded to it. Of single
+    steps the result alone.
+    """
+    if case.step:
+        return rounded(expected(case)["output"].astype(np.float32), case.dtype)
     form, given = case.form, case.values()
     batch, _, keys, heads, groups, _, _ = case.sizes
     half = case.dtype
@@ -135,15 +199,24 @@ def low(case: Linear) -> np.ndarray:
     for b in range(batch):
         for h in range(heads):
             g = h * groups // heads
+            if form.delta:
+                out.append(rounded(_delta(case, given, b, h, g), half))
+                continue
             q, k, v = given["query"][b, :, h], given["key"][b, :, g], given["value"][b, :, g]
-            fq, fk = (rounded(_map(x, m, a), half) for x, m, a in ((q, form.query_map, 1), (k, form.key_map, 0)))
+            wq, wk = (given[n][x] if case.width else None for n, x in (("query_weight", h), ("feature_weight", g)))
+            both = ((q, form.query_map, 1, wq), (k, form.key_map, 0, wk))
+            fq, fk = (_map(x, m, a, w) for x, m, a, w in both)
+            if case.width:
+                out.append(rounded(_learned(case, fq, fk, v), half))
+                continue
+            fq, fk = rounded(fq, half), rounded(fk, half)
             if form.causal:
                 if form.decay == "channel":
                     out.append(rounded(_gated(case, given, b, g, fq, fk, v), half))
                     continue
                 logs = np.broadcast_to(given["log_decay"][g] if form.decay == "head" else given["log_decay"][b, :, g]
                                        if form.decay == "token" else np.float32(0), (keys,))  # fmt: skip
-                sums = np.cumsum(logs)
+                sums = np.cumsum(np.maximum(logs, -128))
                 apart = np.tril(np.exp(np.minimum(sums[:, None] - sums[None], 0)))
                 p = (fq @ fk.T) * apart
                 found = rounded(p, half) @ v
@@ -175,7 +248,7 @@ def _gated(
     case: Linear, given: Mapping[str, np.ndarray], b: int, g: int, fq: np.ndarray, fk: np.ndarray, v: np.ndarray
 ) -> np.ndarray:  # fmt: skip
     """With a gate for every channel: all pairs, channel by channel."""
-    sums = np.cumsum(given["log_decay"][b, :, g], 0)
+    sums = np.cumsum(np.maximum(given["log_decay"][b, :, g], -128), 0)
     p = np.zeros((len(fq), len(fk)), np.float32)
     for d in range(fq.shape[1]):
         p += fq[:, d, None] * fk[None, :, d] * np.exp(np.minimum(sums[:, None, d] - sums[None, :, d], 0))
@@ -185,7 +258,43 @@ def _gated(
     return np.asarray(found * np.float32(case.form.scale))
 
 
-def _map(x: np.ndarray, kind: str, axis: int) -> np.ndarray:
+def _learned(case: Linear, fq: np.ndarray, fk: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """With Hedgehog's features, which are rounded over their sizes: those of keys, of the state, of a query."""
+    fq, fk, form = fq.astype(np.float64), fk.astype(np.float64), case.form
+    size = fk.max(0)
+    state = rounded((fk / size).astype(np.float32), case.dtype).astype(np.float64).T @ v * size[:, None]
+    most = np.abs(state).max(1)
+    read = fq * most
+    largest = read.max(1, keepdims=True)
+    found = rounded((read / largest).astype(np.float32), case.dtype) @ rounded(
+        (state / most[:, None]).astype(np.float32), case.dtype
+    )
+    found = found * largest * form.scale
+    if form.normaliser == "sum":
+        found = found / np.maximum(fq @ fk.sum(0) + form.epsilon, form.floor)[:, None]
+    return np.asarray(found, np.float32)
+
+
+def _delta(case: Linear, given: Mapping[str, np.ndarray], b: int, h: int, g: int) -> np.ndarray:
+    """By the delta rule: a key reads a state that is rounded, and what it writes is rounded."""
+    q, k, v = given["query"][b, :, h], given["key"][b, :, g], given["value"][b, :, g]
+    keys, half = len(k), case.dtype
+    logs = given.get("log_decay", np.zeros(case.sizes[4], np.float32))
+    left = np.exp(np.broadcast_to(logs[g] if logs.ndim == 1 else logs[b, :, g], (keys,)))
+    rates = given["beta"][b, :, g if given["beta"].shape[2] > 1 else 0]
+    shape = (k.shape[1], v.shape[1])
+    state = given["initial_state"][b, g] if case.form.initial else np.zeros(shape, np.float32)
+    found = np.zeros((keys, shape[1]), np.float32)
+    for n in range(keys):
+        state = state * left[n]
+        state = state + np.outer(k[n], rounded(rates[n] * (v[n] - k[n] @ rounded(state, half)), half))
+        found[n] = case.form.scale * (q[n] @ rounded(state, half))
+    return found
+
+
+def _map(x: np.ndarray, kind: str, axis: int, weight: np.ndarray | None = None) -> np.ndarray:
+    if weight is not None:
+        return np.concatenate([np.exp(x @ weight), np.exp(-x @ weight)], 1)
     if kind == "softmax":
         e = np.exp(x - x.max(axis, keepdims=True))
         return np.asarray(e / e.sum(axis, keepdims=True))
@@ -206,7 +315,8 @@ def attributes(case: Linear) -> dict[str, Any]:
     """Of all nodes of the case."""
     form = case.form
     return {"key_map": form.key_map, "query_map": form.query_map, "normaliser": form.normaliser,
-            "epsilon": form.epsilon, "floor": form.floor, "scale": form.scale, "chunk": form.chunk}  # fmt: skip
+            "epsilon": form.epsilon, "floor": form.floor, "scale": form.scale, "chunk": form.chunk,
+            "tile": form.tile}  # fmt: skip
 
 
 def steps(case: Linear) -> list[Step]:
@@ -219,25 +329,40 @@ def steps(case: Linear) -> list[Step]:
     if form.causal:
         decay = ("log_decay",) if form.decay != "none" else ()
         first = ("initial_state", "initial_total") if form.initial else ()
+        if form.delta and not case.step:
+            first = first[:1]
+            return [step(SOLVE, ("key", *decay, "beta"), ("solved",)),
+                    step(DELTA, (*keyed, "solved", *decay, *first), ("written", "state", "final_state")),
+                    step(OUTPUT, ("query", *keyed, "state", *decay), ("output",), value="written")]  # fmt: skip
+        if case.step:
+            beta = ("beta",) if form.delta else ()
+            return [step(STEP, ("query", *keyed, *decay, *beta, *first), ("output", "final_state", "final_total"))]
         read = ("state", "total") if form.sums else ("state",)
         return [step(STATES, (*keyed, *decay, *first), ("state", "total", "final_state", "final_total")),
                 step(OUTPUT, ("query", *keyed, *read, *decay), ("output",))]  # fmt: skip
     made = ("state", "total", "mean", *(("top",) if form.tops else ()))
-    found = [step(STATE, (*keyed, *(("key_weight",) if form.key_weight else ())), made)]
+    learned = ("feature_weight",) if case.width else ()
+    if case.width:
+        made = ("state", "total")
+    found = [step(STATE, (*keyed, *(("key_weight",) if form.key_weight else ()), *learned), made)]
     read = ("state", *(("total",) if form.sums else ()), *(("mean",) if form.means else ()))
     if form.tops or case.seed % 2 == 0:  # else the chunks are summed where they are read
-        found.append(step(COMBINE, made, ("whole_state", "whole_total", "whole_mean")))
-        return [*found, step(APPLY, ("query", *read), ("output",), **{n: f"whole_{n}" for n in read})]
-    return [*found, step(APPLY, ("query", *read), ("output",))]
+        whole = tuple(f"whole_{n}" for n in made if n != "top")
+        found.append(step(COMBINE, made, whole))
+        named = {n: f"whole_{n}" for n in read} | {"feature_weight": "query_weight"}
+        return [*found, step(APPLY, ("query", *read, *learned), ("output",), **named)]
+    return [*found, step(APPLY, ("query", *read, *learned), ("output",), feature_weight="query_weight")]
 
 
 def _shapes(case: Linear) -> dict[str, tuple[int, ...]]:
     """Of what ops give to others, and of last states."""
     batch, _, keys, _, groups, dim, value_dim = case.sizes
+    dim = 2 * case.width or dim
     count = -(-keys // case.form.chunk) if case.form.chunk else 1
     found: dict[str, tuple[int, ...]] = {
         "state": (count, dim, value_dim), "total": (count, dim), "mean": (count, value_dim), "top": (count, dim),
         "final_state": (dim, value_dim), "final_total": (dim,),
+        "solved": (-(-keys // case.form.tile), case.form.tile, case.form.tile) if case.form.tile else (),
     }  # fmt: skip
     whole = {f"whole_{n}": (1, *found[n][1:]) for n in ("state", "total", "mean")}
     return {name: (batch, groups, *shape) for name, shape in (found | whole).items()}
@@ -246,21 +371,26 @@ def _shapes(case: Linear) -> dict[str, tuple[int, ...]]:
 def nodes(case: Linear) -> list[OpCall]:
     """The call of every step, with all its sizes."""
     batch, queries, keys, heads, groups, dim, value_dim = case.sizes
-    orders = dict(zip(OPERANDS, case.layouts, strict=True))
     decays = {"head": (groups,), "token": (batch, keys, groups), "channel": (batch, keys, groups, dim)}
+    rates = groups if case.beta == "a head" else 1
     sizes = {**_shapes(case), "log_decay": decays.get(case.form.decay, ()), "key_weight": (batch, keys, groups),
+             "beta": (batch, keys, rates),
+             "feature_weight": (groups, dim, case.width), "query_weight": (heads, dim, case.width),
              "initial_state": (batch, groups, dim, value_dim), "initial_total": (batch, groups, dim)}  # fmt: skip
-    types = {"log_decay": case.decay_type, "key_weight": case.dtype}
+    types = {"log_decay": case.decay_type, "key_weight": case.dtype, "beta": case.dtype, "feature_weight": case.dtype}
     found = []
     for step in steps(case):
-        formal = (*step.inputs, *step.outputs)
+        formal, orders = (*step.inputs, *step.outputs), layouts_of(case, step)
         said = {**attributes(case), "columns": [n for n in orders if n in formal and unpacked(orders[n]) == "BHDN"]}
-        if step.op not in (STATE, STATES, OUTPUT):
+        if step.op not in (STATE, STATES, OUTPUT, DELTA):
             del said["chunk"]
+        if step.op not in (SOLVE, DELTA):
+            del said["tile"]
         more = {n: name for n, name in step.inputs.items() if n not in orders}
         found.append(OpCall(
-            step.op, case.dtype if step.op != COMBINE else "float32", heads if step.op in (APPLY, OUTPUT) else groups,
-            groups, dim, value_dim, said, {n: types.get(n, "float32") for n in more},
+            step.op, case.dtype if step.op != COMBINE else "float32", heads if "query" in formal else groups,
+            groups, (2 * case.width or dim) if step.op == COMBINE else dim, value_dim, said,
+            {n: types.get(n, "float32") for n in more},
             {n: sizes[name] for n, name in more.items()}, tuple(step.outputs), batch,
             queries if "query" in formal else None, keys if "key" in formal else None,
             any(part(orders[n]) for n in formal if n in orders),
@@ -268,24 +398,33 @@ def nodes(case: Linear) -> list[OpCall]:
     return [kernels()[c.op].call(c) for c in found]
 
 
+def layouts_of(case: Linear, step: Step) -> dict[str, str]:
+    """Of the operands by formal names: what keys write has a layout of its own."""
+    found = dict(zip(OPERANDS, case.layouts, strict=True))
+    return found | ({"value": "BNHD"} if step.inputs.get("value") == "written" else {})
+
+
 def tensors(case: Linear, device: str = "cpu") -> Tensors:
     """All values by name: what is given, with axes BNHD and lying as the layouts say, and poisoned outputs."""
-    batch, queries, _, heads, _, _, value_dim = case.sizes
+    batch, queries, keys, heads, groups, _, value_dim = case.sizes
     half, orders = getattr(torch, case.dtype), dict(zip(OPERANDS, case.layouts, strict=True))
-    kinds = {"log_decay": getattr(torch, case.decay_type), "key_weight": half}
+    kinds = {"log_decay": getattr(torch, case.decay_type), "key_weight": half, "beta": half,
+             "feature_weight": half, "query_weight": half}  # fmt: skip
     at: Tensors = {}
     for name, array in case.values().items():
         x = torch.from_numpy(array).to(device)
         at[name] = _laid(x.to(half), orders[name]) if name in orders else x.to(kinds.get(name, torch.float32))
     for name, shape in _shapes(case).items():
         at[name] = torch.full(shape, torch.nan, device=device)
+    if case.form.delta:
+        at["written"] = torch.full((batch, keys, groups, value_dim), torch.nan, dtype=half, device=device)
     out = torch.full((batch, queries, heads, value_dim), torch.nan, dtype=half, device=device)
     return {**at, "output": _laid(out, orders["output"])}
 
 
-def in_memory(case: Linear, named: Tensors) -> tuple[Tensors, dict[str, str]]:
+def in_memory(case: Linear, step: Step, named: Tensors) -> tuple[Tensors, dict[str, str]]:
     """Operands with the axes of their layouts, and those layouts."""
-    orders = dict(zip(OPERANDS, case.layouts, strict=True))
+    orders = layouts_of(case, step)
     return {n: whole(x, orders[n]) if n in orders else x for n, x in named.items()}, orders
 
 
@@ -297,7 +436,7 @@ def run(case: Linear, launch: Launch, small: bool = False, device: str = "cpu",
         kernel = kernels()[step.op]
         made = kernel.programs(kernel.general(call), 80)[-1 if small else 0]
         named = {formal: at[name] for formal, name in (*step.inputs.items(), *step.outputs.items())}
-        laid, orders = in_memory(case, named)
+        laid, orders = in_memory(case, step, named)
         strided = {n: Strided(tuple(x.shape), tuple(x.stride())) for n, x in laid.items()}
         launch(change(made), named, {**symbols.of_tensors(strided, call.attributes, orders), "SMS": 2})
     names = ("output", "final_state") if case.form.causal else ("output",)

@@ -22,13 +22,15 @@ import triton.language as tl
 
 from attncompile.core.kernel import Program
 from attncompile.plugins.linear_attention.form import Form
-from attncompile.plugins.linear_attention.op import OUTPUT
+from attncompile.plugins.linear_attention.op import APPLY, DELTA, OUTPUT
 from tests.conformance import launch, linear
 from tests.conformance.budget import wrong
 from tests.conformance.interpret import mend
 from tests.conformance.linear import CASES, Linear, Tensors
 
 KERNELS = "attncompile.plugins.linear_attention.kernel_triton"
+KERNELS_OF_DELTA = "attncompile.plugins.linear_attention.kernel_delta"
+HEDGEHOG = "attncompile.plugins.linear_attention.kernel_hedgehog"
 CAUSAL = "attncompile.plugins.linear_attention.kernel_causal"
 
 
@@ -70,7 +72,7 @@ def relu_of_one_too_many(x, seen, MAP: tl.constexpr):
 
 
 @triton.jit
-def not_scaled_back(state, BY_COLUMN: tl.constexpr):
+def not_scaled_back(state):
     """``scaled`` that forgets the size of the state."""
     largest = tl.max(tl.max(tl.abs(state), 1), 0)
     return state * tl.where(largest > 0.0, 1.0 / largest, 0.0), largest * 0.0 + 1.0
@@ -89,6 +91,21 @@ def all_is_left(log_decay, rate, b, rows, g, first, end, groups, tokens, DECAY: 
     return tl.exp2(rate * tl.maximum(end - 1 - rows, 0).to(tl.float32)), 1.0
 
 
+@triton.jit
+def not_kept(acc, sums, m, x, v, seen):
+    """``added`` that does not shrink what stood over a smaller maximum."""
+    x = tl.where(seen, x, -1.0e30)
+    new = tl.maximum(m, tl.max(x, 0))
+    f = tl.where(seen, tl.exp2((x - new[None, :]) * 1.4426950408889634), 0.0)
+    return tl.dot(tl.trans(f.to(v.dtype)), v, acc), sums + tl.sum(f, 0), new
+
+
+@triton.jit
+def nothing_elapsed(log_decay, rate, b, rows, place, g, groups, tokens, DECAY: tl.constexpr):
+    """``elapsed`` for which nothing decays inside of a tile."""
+    return place.to(tl.float32) * 0.0
+
+
 def _expressions(**changed: str) -> Callable[[Program], Program]:
     def change(made: Program) -> Program:
         return replace(made, arguments=tuple(
@@ -103,9 +120,9 @@ def _constants(**changed: Any) -> Callable[[Program], Program]:
     )
 
 
-def _output_constants(**changed: Any) -> Callable[[Program], Program]:
-    """Not of *States*, which would write past its output."""
-    return lambda made: _constants(**changed)(made) if made.op == OUTPUT else made
+def _of(op: str, change: Callable[[Program], Program]) -> Callable[[Program], Program]:
+    """Of one op's programs: another's would write past its output."""
+    return lambda made: change(made) if made.op == op else made
 
 
 PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -125,11 +142,23 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "plain for MALA": ("mala", {"change": _constants(NORM=1)}),
     "no decay": ("retention", {"change": _constants(DECAY=0)}),
     "a decay a head": ("simple GLA", {"change": _constants(DECAY=1)}),
-    "gates of the tile before": ("GLA", {"change": _output_constants(CHUNK=16)}),
+    "gates of the tile before": ("GLA", {"change": _of(OUTPUT, _constants(CHUNK=16))}),
     "gates of other channels": ("GLA", {"attribute": "channel_gates", "device": gates_of_the_first_channel}),
     "features that nobody sees": ("elu", {"attribute": "features", "device": relu_of_one_too_many}),
     "heads in one another's place": ("short heads side by side", {"change": _expressions(groups="HKV - 1")}),
     "a state that stays": ("retention, long chunks", {"attribute": "left_over", "device": all_is_left}),
+    "a step less": ("steps, sums", {"change": _expressions(NK="NK - 1")}),
+    "steps without decay": ("steps, GLA", {"change": _constants(DECAY=0)}),
+    "steps without the delta rule": ("steps, delta rule", {"change": _constants(BETA=0)}),
+    "rates of other heads": ("steps, gated delta rule", {"change": _constants(BETA=1)}),
+    "steps without a bound": ("steps, sums", {"change": _constants(FLOOR=False)}),
+    "a tile less": ("delta rule", {"change": _expressions(NK="NK - 1")}),
+    "tiles that do not decay": ("gated delta rule", {"attribute": "elapsed", "device": nothing_elapsed}),
+    "rates a token for rates a head": ("gated delta rule", {"change": _constants(BETA=1)}),
+    "states too often": ("gated delta rule, first state", {"change": _of(DELTA, _constants(CHUNK=64))}),
+    "features of one sign": ("hedgehog", {"change": _of(APPLY, _constants(W=16))}),
+    "weights of another head": ("hedgehog", {"change": _of(APPLY, _expressions(group="H // HKV + 1"))}),
+    "more than it has": ("hedgehog, large", {"attribute": "added", "device": not_kept}),
     "size of the state": ("relu", {"attribute": "scaled", "device": not_scaled_back}),
 }  # fmt: skip
 
@@ -139,7 +168,8 @@ def planted(name: str) -> str:
     case = next(c for c in CASES if c.name == of)
     if "attribute" not in options:
         return verdict(case, **options)
-    module = import_module(CAUSAL if options["attribute"] in ("channel_gates", "left_over") else KERNELS)
+    modules = {"channel_gates": CAUSAL, "left_over": CAUSAL, "elapsed": KERNELS_OF_DELTA, "added": HEDGEHOG}
+    module = import_module(modules.get(options["attribute"], KERNELS))
     with patch.object(module, options["attribute"], options["device"]):
         return verdict(case)
 

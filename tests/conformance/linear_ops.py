@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, STEP
 
 Tensors = Mapping[str, torch.Tensor]
 Round = Callable[[torch.Tensor], torch.Tensor]
+CLOSED = -800.0
+"""A logarithm of which float64 keeps nothing: the difference of two infinite sums is none."""
 
 
 def expected(op: str, said: Mapping[str, Any], given: Tensors, half: str = "") -> dict[str, torch.Tensor]:
@@ -27,12 +29,16 @@ def expected(op: str, said: Mapping[str, Any], given: Tensors, half: str = "") -
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x.to(getattr(torch, half)).double() if half else x
 
-    made = {STATE: _state, COMBINE: _combine, APPLY: _apply, STATES: _states, OUTPUT: _output}[op]
+    made = {STATE: _state, COMBINE: _combine, APPLY: _apply, STATES: _states, OUTPUT: _output, STEP: _step,
+            SOLVE: _solve, DELTA: _delta}[op]  # fmt: skip
     return made(said, inputs, rounded)
 
 
-def _map(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Features of rows [.., D]."""
+def _map(x: torch.Tensor, kind: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Features of rows [.., D]; ``weight`` [heads, D, W] is Hedgehog's, of rows [.., heads, D]."""
+    if weight is not None:
+        inner = torch.einsum("...hd,hdw->...hw", x, weight)
+        return torch.cat([torch.exp(inner), torch.exp(-inner)], -1)
     if kind == "softmax":
         return torch.softmax(x, -1)
     if kind == "elu+1":
@@ -59,11 +65,13 @@ def _state(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str,
         made["top"] = cut.amax(3)
         f = torch.exp(cut - made["top"][:, :, :, None])
     else:
-        f = _chunks(_map(key, said["key_map"]), chunk)
+        weight = given.get("feature_weight")
+        f = _chunks(_map(key, said["key_map"], weight if weight is None else rounded(weight)), chunk)
     made |= {"total": f.sum(3), "mean": value.sum(3) / tokens}
     if "key_weight" in given:
         f = f * _chunks(given["key_weight"], chunk)[..., None]
-    return {"state": rounded(f).transpose(-1, -2) @ value, **made}
+    size = f.amax(3, keepdim=True) if "feature_weight" in given else f.new_ones(())  # what is learned is large
+    return {"state": (rounded(f / size) * size).transpose(-1, -2) @ value, **made}
 
 
 def _combine(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
@@ -80,13 +88,20 @@ def _combine(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[st
 def _apply(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
     query = given["query"].transpose(1, 2)  # [B, H, N, D]
     group = query.shape[1] // given["state"].shape[1]
-    f = _map(query, said["query_map"])
+    weight = given.get("feature_weight")
+    f = _map(query.transpose(1, 2), said["query_map"], weight if weight is None else rounded(weight)).transpose(1, 2)
     state, total, mean = (
         given[name].sum(2).repeat_interleave(group, 1) if name in given else None for name in ("state", "total", "mean")
     )
     assert state is not None
-    size = state.abs().amax((-1, -2), keepdim=True).clamp(min=1e-300)
-    found = rounded(f) @ rounded(state / size) * size
+    axes = (-1, -2) if weight is None else (-1,)  # learned features differ by orders of magnitude
+    size = state.abs().amax(axes, keepdim=True).clamp(min=1e-300)
+    if weight is not None:
+        read = f * size.transpose(-1, -2)
+        largest = read.amax(-1, keepdim=True)
+        found = rounded(read / largest) @ rounded(state / size) * largest
+    else:
+        found = rounded(f) @ rounded(state / size) * size
     below = f @ total[..., None] if total is not None else None
     return {"output": rounded(_normalised(said, found, below, mean)).transpose(1, 2)}
 
@@ -113,7 +128,7 @@ def _sums(said: Mapping[str, Any], given: Tensors) -> torch.Tensor:
     if decay is None:
         decay = torch.zeros(groups, dtype=key.dtype, device=key.device)
     every = decay.reshape(decay.shape if decay.ndim > 1 else (1, 1, -1)).expand(batch, tokens, groups, *decay.shape[3:])
-    cut = _chunks(every, said["chunk"])
+    cut = _chunks(every.clamp(min=CLOSED), said["chunk"])
     return (cut if decay.ndim == 4 else cut[..., None]).cumsum(3)
 
 
@@ -164,3 +179,61 @@ def _output(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str
             out = _normalised(said, found, below, None)
             made[b, h] = out.reshape(-1, out.shape[-1])[:tokens]
     return {"output": rounded(made).transpose(1, 2)}
+
+
+def _step(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
+    """Token by token; nothing but the result is rounded."""
+    fk, value = _map(given["key"], said["key_map"]), given["value"]
+    batch, tokens, groups, features = fk.shape
+    group = given["query"].shape[2] // groups
+    fq = _map(given["query"], said["query_map"]).unflatten(2, (groups, group))  # [B, N, G, r, F]
+    state, total = (
+        given.get(name, torch.zeros(batch, groups, *sizes, dtype=fk.dtype, device=fk.device))
+        for name, sizes in (("initial_state", (features, value.shape[3])), ("initial_total", (features,)))
+    )
+    kept = torch.exp(_sums({"chunk": 1}, given)[:, :, :, 0])  # [B, G, N, F or 1]
+    found = []
+    for t in range(tokens):
+        state, total = kept[:, :, t, :, None] * state, kept[:, :, t] * total
+        written = value[:, t]
+        if "beta" in given:
+            written = given["beta"][:, t, :, None] * (written - torch.einsum("bgf,bgfe->bge", fk[:, t], state))
+        state = state + fk[:, t, :, :, None] * written[:, :, None]
+        total = total + fk[:, t]
+        read = torch.einsum("bgrf,bgfe->bgre", fq[:, t], state)
+        below = torch.einsum("bgrf,bgf->bgr", fq[:, t], total)[..., None]
+        found.append(_normalised(said, read, below, None).flatten(1, 2))
+    return {"output": rounded(torch.stack(found, 1)), "final_state": state, "final_total": total}
+
+
+def _solve(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
+    """By a triangular solver."""
+    tile, groups = said["tile"], given["key"].shape[2]
+    f = rounded(_chunks(_map(given["key"], said["key_map"]), tile))
+    rates = _chunks(given["beta"].expand(-1, -1, groups), tile)  # [B, G, C, L]
+    s = _sums({"chunk": tile}, given)
+    apart = torch.exp((s - s.transpose(-1, -2)).clamp(max=0))
+    system = (f @ f.transpose(-1, -2) * apart * rates[..., None]).tril(-1)
+    system = system + torch.eye(tile, dtype=f.dtype, device=f.device)
+    return {"solved": torch.linalg.solve_triangular(system, torch.diag_embed(rates), upper=False)}
+
+
+def _delta(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str, torch.Tensor]:
+    """From tile to tile."""
+    tile, pieces = said["tile"], said["chunk"] // said["tile"]
+    f, value = _chunks(_map(given["key"], said["key_map"]), tile), _chunks(given["value"], tile)
+    s = _sums({"chunk": tile}, given)
+    state = given.get("initial_state", torch.zeros(*f.shape[:2], f.shape[-1], value.shape[-1], dtype=f.dtype,
+                                                   device=f.device))  # fmt: skip
+    states, rows = [], []
+    for c in range(f.shape[2]):
+        if c % pieces == 0:
+            states.append(state)
+        size = state.abs().amax((-1, -2), keepdim=True).clamp(min=1e-300)
+        read = rounded(f[:, :, c]) @ rounded(state / size) * size * torch.exp(s[:, :, c])
+        rows.append(rounded(rounded(given["solved"][:, :, c]) @ rounded(value[:, :, c] - read)))
+        last = s[:, :, c, -1:]
+        left = rounded(rows[-1] * torch.exp(last - s[:, :, c]))
+        state = state * torch.exp(last) + rounded(f[:, :, c]).transpose(-1, -2) @ left
+    written = torch.cat(rows, 2)[:, :, : given["key"].shape[1]].transpose(1, 2)
+    return {"written": written, "state": torch.stack(states, 2), "final_state": state}

@@ -156,13 +156,20 @@ MOST_STATE = 1 << 22
 
 
 def random_linear(seed: int, count: int, most_tokens: int = 1370) -> Iterator[Linear]:
-    """``count`` cases of linear attention, every second one under a triangle."""
+    """``count`` cases of linear attention, every second one under a triangle; of those some a token at a time, some by
+    the delta rule, of the others some with learned features.
+    """
     lengths = [n for n in LENGTHS if n <= most_tokens]
     dims = [d for d in LINEAR_DIMS if most_tokens > 100 or d <= 40]
     for n in range(count):
         rng = np.random.default_rng([seed, n, 77])
         while True:
             case = _linear(f"LinearAttention {seed}.{n}", rng, bool(n % 2), lengths, dims)
+            drawn = int(rng.integers(8))
+            if n % 2:
+                case = _steps(case, rng) if drawn < 3 else _delta(case, rng) if drawn < 6 else case
+            elif drawn < 2:
+                case = _hedgehog(case, rng)
             batch, _, keys, _, groups, dim, value_dim = case.sizes
             chunks = -(-keys // case.form.chunk) if case.form.chunk else 1
             if batch * groups * chunks * dim * value_dim <= MOST_STATE:
@@ -201,3 +208,28 @@ def _linear(name: str, rng: np.random.Generator, causal: bool, lengths: Sequence
         layouts, _pick(rng, "float16", "bfloat16"), _pick(rng, "float32", "float16", "bfloat16"),  # type: ignore[arg-type]
         int(rng.integers(1 << 31)),
     )  # fmt: skip
+
+
+def _hedgehog(case: Linear, rng: np.random.Generator) -> Linear:
+    """The same with learned features."""
+    normaliser = _pick(rng, "none", "sum")
+    form = replace(case.form, query_map="hedgehog", key_map="hedgehog", normaliser=normaliser, key_weight=False,
+                   epsilon=0.0, floor=-inf)  # fmt: skip
+    return replace(case, form=form, width=_pick(rng, 8, 16, 24, 32, 64, 72, 128))
+
+
+def _delta(case: Linear, rng: np.random.Generator) -> Linear:
+    """The same by the delta rule."""
+    form = replace(case.form, query_map="none", key_map="none", normaliser="none", epsilon=0.0, floor=-inf, delta=True,
+                   decay="token" if case.form.decay == "channel" else case.form.decay)  # fmt: skip
+    return replace(case, form=form, beta=_pick(rng, "a head", "a token"))
+
+
+def _steps(case: Linear, rng: np.random.Generator) -> Linear:
+    """The same for few tokens, one at a time; some by the delta rule."""
+    tokens = _pick(rng, 1, 1, 1, 2, 5, 17)
+    form = replace(case.form, chunk=1)
+    beta = _pick(rng, "a head", "a token")
+    if form.decay != "channel" and rng.random() < 0.5:
+        form = replace(form, query_map="none", key_map="none", normaliser="none", epsilon=0.0, floor=-inf, delta=True)
+    return replace(case, form=form, sizes=(case.sizes[0], tokens, tokens, *case.sizes[3:]), step=True, beta=beta)

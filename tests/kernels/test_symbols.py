@@ -119,16 +119,16 @@ def test_an_axis_of_one_may_have_any_stride() -> None:
     assert not Strided((2, 4, 3), (0, 3, 1)).gapless and not Strided((4, 3), (6, 1)).gapless
 
 
-@pytest.mark.parametrize("orders", [("BN0HD", "BN1HD", "BN2HD"), ("2BHND", "BNH1D", "BNHD"), ("B0NHD", "BHND", "B1HND")])
+@pytest.mark.parametrize(
+    "orders", [("BN0HD", "BN1HD", "BN2HD"), ("2BHND", "BNH1D", "BNHD"), ("B0NHD", "BHND", "B1HND")]
+)
 @pytest.mark.parametrize("known", [False, True])
 def test_parts_of_packed_tensors(orders: tuple[str, str, str], known: bool) -> None:
     """An operand lies where NumPy's view of the part lies."""
     sizes = {"B": 2, "N": 5, "H": 6, "D": 64, **dict.fromkeys("012", 3)}
     layouts = dict(zip(symbols.OPERANDS, (*orders, "BNHD"), strict=True))
     arrays = {n: operand(layouts[n], sizes) for n in symbols.OPERANDS}
-    shapes = {
-        n: tuple(sizes[a] if known or a in "HD012" else None for a in layouts[n]) for n in symbols.OPERANDS[:3]
-    }
+    shapes = {n: tuple(sizes[a] if known or a in "HD012" else None for a in layouts[n]) for n in symbols.OPERANDS[:3]}
     made = OpCall("Attention", "float16", 6, 6, 64, 64, packed=True)
     node = symbols.table(made, shapes, layouts)
     ours = symbols.values(node, {n: arrays[n].shape for n in symbols.OPERANDS[:3]})

@@ -99,8 +99,9 @@ def prepared(case: Any, name: str, parameters: dict[str, Any], **changes: Any) -
     return replace(at, static=True, visible=stored_mask(parameters["pattern"], at.queries, at.key_length))
 
 
-OF_SOFTMAX = tuple(m for m in mechanisms() if "linear" not in m.understands)
-"""Linear attention has other parameters and a conformance suite of its own (``test_linear_bodies.py``)."""
+_OWN = ("LinearAttention", "FittedLinearAttention")
+OF_SOFTMAX = tuple(m for m in mechanisms() if m.name not in _OWN)
+"""Linear attention has other parameters and suites of its own: ``test_linear_bodies.py``, ``test_fitted_linear.py``."""
 
 
 def test_every_mechanism_is_covered() -> None:

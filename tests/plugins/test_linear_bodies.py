@@ -14,9 +14,20 @@ import pytest
 from onnx import TensorProto, helper
 
 from attncompile.core.errors import Unsupported
-from attncompile.plugins.linear_attention import causal, function
+from attncompile.plugins.linear_attention import causal, delta, function
 from attncompile.plugins.linear_attention.form import Form, Sizes
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES, STEP, register
+from attncompile.plugins.linear_attention.op import (
+    APPLY,
+    COMBINE,
+    DELTA,
+    INPUTS,
+    OUTPUT,
+    SOLVE,
+    STATE,
+    STATES,
+    STEP,
+    register,
+)
 from attncompile.plugins.linear_attention.reference import with_state
 
 NEWEST = 28
@@ -80,7 +91,12 @@ def chain(form: Form, at: Sizes, step: bool = False) -> list[tuple[str, dict[str
         if step:
             beta = {"beta": "beta"} if form.delta else {}
             return [(STEP, {**operands, **decay, **beta, **first}, {"output": "output", **last})]
-
+        if form.delta:
+            made = {"written": "written", "state": "state", "final_state": "final_state"}
+            return [(SOLVE, {"key": "key", "beta": "beta", **decay}, {"solved": "solved"}),
+                    (DELTA, {"key": "key", "value": "value", "solved": "solved", **decay, **first}, made),
+                    (OUTPUT, {**operands, "value": "written", "state": "state", **decay},
+                     {"output": "output"})]  # fmt: skip
         made = {n: n for n in ("state", "total")}
         read = {n: n for n in ("state", *sums)}
         return [(STATES, {"key": "key", "value": "value", **decay, **first}, {**made, **last}),
@@ -108,8 +124,11 @@ def laid(x: np.ndarray, layout: str) -> np.ndarray:
 def model(form: Form, at: Sizes, given: Mapping[str, np.ndarray], step: bool = False) -> onnx.ModelProto:
     register()
     ops = chain(form, at, step)
-    nodes = [function.node(op, form, at, i, o, f"{op}/0") for op, i, o in ops]
-    functions = [function.function(op, form, at, i, o) for op, i, o in ops]
+    q, k, _, o_layout = at.layouts
+    own = replace(at, layouts=(q, k, "BNHD", o_layout))  # what the delta rule writes has a layout of its own
+    placed = [(op, own if i.get("value") == "written" else at, i, o) for op, i, o in ops]
+    nodes = [function.node(op, form, where, i, o, f"{op}/0") for op, where, i, o in placed]
+    functions = [function.function(op, form, where, i, o) for op, where, i, o in placed]
     element, wide = TYPES[at.dtype][0], TYPES[at.state_type][0]
     layouts = dict(zip(("query", "key", "value", "output"), at.layouts, strict=True))
     inputs = []
@@ -185,6 +204,9 @@ CAUSAL = {
     "GLA": Form(causal=True, chunk=7, decay="channel"),
     "GLA, first state": Form(causal=True, chunk=7, decay="channel", initial=True),
     "sums, first state": Form("exp", "exp", "sum", causal=True, chunk=7, decay="token", initial=True),
+    "delta": Form(causal=True, chunk=7, delta=True, scale=0.5),
+    "gated delta": Form(causal=True, chunk=7, delta=True, decay="token", initial=True),
+    "delta, retention": Form(causal=True, chunk=7, delta=True, decay="head"),
 }
 
 
@@ -204,13 +226,45 @@ def test_causal(name: str, layouts: tuple[Any, ...]) -> None:
     check(replace(CAUSAL[name], chunk=7), sizes(layouts, kv_heads=4, queries=21, keys=21))
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, "delta", "gated delta"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_long_chunks_are_gone_through_in_pieces(name: str) -> None:
+    """Of 64 tokens, or 16; the last chunk is not a whole one."""
+    chunk = 64 if CAUSAL[name].decay == "channel" else 256
+    form = replace(CAUSAL[name], chunk=chunk)
+    check(form, sizes(MIXED, queries=300, keys=300))
+    check(form, sizes(queries=None, keys=None, kv_heads=4))
+    at = sizes(queries=300, keys=300)
+    assert far_apart(form, at, replace(form, chunk=7)) < 3e-6
+
+
+def far_apart(form: Form, at: Sizes, other: Form) -> float:
+    """How far the last states of two forms are from one another."""
+    given = values(form, at)
+    one, two = (run(model(f, at, given), at, given)["final_state"] for f in (form, other))
+    return far(one, two.astype(np.float64))
+
+
+@pytest.mark.parametrize("decay", ["head", "token", "channel"])
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_closed_gates(decay: Any, chunk: int) -> None:
+    """A gate of minus infinity, or one that a float32 keeps nothing of, leaves nothing of the state, and no NaN. Sums
+    of logarithms in a chunk reach thousands here, where a float32 has steps of 1e-4.
+    """
+    form, at = Form(causal=True, chunk=chunk, decay=decay, initial=True), sizes(queries=200, keys=200)
+    given = values(form, at)
+    logs = given["log_decay"]
+    if decay == "head":
+        logs[0], logs[1] = -np.inf, -1000.0
+    else:
+        logs[:, 50], logs[:, 130:160, 1] = -np.inf, -90.0
+    output, state, _ = expected(form, given)
+    got = run(model(form, at, given), at, given)
+    assert far(got["output"], output) < 3e-5 and far(got["final_state"], state) < 3e-6
+
+
+@pytest.mark.parametrize("name", CAUSAL)
 def test_step(name: str) -> None:
-    more = {
-        "delta": Form(causal=True, chunk=7, delta=True),
-        "gated delta": Form(causal=True, chunk=1, delta=True, decay="token"),
-    }
-    form = replace({**CAUSAL, **more}[name], chunk=1)
+    form = replace(CAUSAL[name], chunk=1)
     check(form, sizes(OTHER), step=True)
     check(replace(form, initial=True), sizes(queries=1, keys=1), step=True)
 
@@ -301,6 +355,8 @@ PLANTED = {
     "keys not mapped": (causal, "mapped", lambda right: lambda b, s, v, k, a: v, CAUSAL["sums"]),
     "filled with ones": (causal, "padded", lambda right: lambda b, v, c, t, f, k, *a: right(b, v, c, t, 1.0, k, *a),
                          replace(PLAIN["relu"], chunk=7)),
+    "rates not read": (delta, "_rates", lambda right: lambda b, f, s: b.op("Mul", right(b, f, s), b.constant(
+        np.float32(0.99))), CAUSAL["gated delta"]),
     "the sum by queries": (function, "divided", lambda right: lambda b, f, s, x, t: b.op("Div", x, b.op("Abs", x)),
                            PLAIN["elu"]),
 }  # fmt: skip
@@ -319,7 +375,8 @@ def test_an_error_planted_in_a_body_is_noticed(planted: str, monkeypatch: pytest
 @pytest.mark.parametrize("given", [
     {"query_map": "sigmoid"}, {"normaliser": "mean"}, {"causal": True}, {"decay": "head"}, {"chunk": -1},
     {"causal": True, "chunk": 8, "key_map": "softmax"}, {"causal": True, "chunk": 8, "normaliser": "mala"},
-    {"key_map": "softmax", "normaliser": "sum"},
+    {"key_map": "softmax", "normaliser": "sum"}, {"causal": True, "chunk": 8, "delta": True, "decay": "channel"},
+    {"causal": True, "chunk": 8, "delta": True, "normaliser": "sum"},
 ])  # fmt: skip
 def test_what_the_ops_cannot_say(given: dict[str, Any]) -> None:
     with pytest.raises(Unsupported):

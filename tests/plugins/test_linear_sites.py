@@ -19,13 +19,14 @@ from attncompile import pipeline, verify
 from attncompile.core.errors import Unsupported
 from attncompile.core.linear import LinearFacts
 from attncompile.core.mask import Certificate, MaskFacts, MaskPart
+from attncompile.core.mechanism import kernel_parameters
 from attncompile.core.site import AttentionSite, Operand
 from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.extract import extract_site
 from attncompile.pipeline import Options
 from attncompile.plugins import mechanism
 from attncompile.plugins.linear_attention import mechanism as module
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES
 from attncompile.report import Report
 from attncompile.verification.linear_reference import linear_output
 from tests.passes.linear_graphs import Spec, build, detected
@@ -107,13 +108,34 @@ def test_causal_sites_are_two_ops() -> None:
     assert [n.op_type for n in ops_of(decays)] == [STATES, OUTPUT]
     gates = ops_of(causal(decay="channel", decay_source="g", form="operator"))
     assert [n.op_type for n in gates] == ["Reshape", STATES, OUTPUT]
+    delta = ops_of(causal(update="delta", update_source="b", decay="token", decay_source="g", form="operator"))
+    assert [n.op_type for n in delta] == [SOLVE, DELTA, OUTPUT]
+    assert delta[-1].input[2] == delta[1].output[0] != "v"
+
+
+def test_kernels_like_longer_chunks() -> None:
+    """As long as enough blocks are left; parameters of a plan are those of bodies."""
+
+    def chunk(tokens: Any, heads: int, **more: Any) -> Any:
+        site = causal(query_length=tokens, key_length=tokens, heads=heads, kv_heads=heads, value_dim=128, **more)
+        (found,) = LINEAR.exact_candidates(site)
+        longer = kernel_parameters(LINEAR, site, found.parameters)  # type: ignore[union-attr]
+        LINEAR.lower(site, longer, 18)
+        return found.parameters["chunk"], longer["chunk"]  # type: ignore[union-attr]
+
+    assert chunk(8192, 32) == (64, 1024) and chunk(2048, 32) == (64, 256)
+    assert chunk(8192, 1) == (64, 64) and chunk(100, 200) == (64, 128) and chunk("n", 32) == (64, 64)
+    assert chunk(8192, 32, decay="channel", decay_source="g", form="operator") == (16, 128)
+    plain = causal(causal=False, mask=MaskFacts(), query_length=4096, key_length=4096)
+    assert kernel_parameters(LINEAR, plain, {"chunk": 7}) == {"chunk": 7}
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"decay": "head", "decay_rates": (0.9, 0.8, 0.5, 0.5)}, "decay"),
     ({"decay": "head", "decay_rates": (0.9, 0.9)}, "decay"),
     ({"decay": "head", "decay_rates": (1.1, 1.1, 0.5, 0.5)}, "decay"),
-    ({"update": "delta", "update_source": "b"}, "update-rule"), ({"present_state": "s"}, "state-used"),
+    ({"update": "delta", "update_source": "b", "decay": "channel", "decay_source": "g"}, "update-rule"),
+    ({"present_state": "s"}, "state-used"),
     ({"query_length": 20}, "lengths"), ({"kv_heads": 3}, "heads"), ({"dtype": "int8"}, "dtype"),
 ]  # fmt: skip
 
@@ -179,14 +201,18 @@ def end_to_end(slug: str, folder: Path, **options: Any) -> None:
 
     entry = next(e for e in ENTRIES if e.slug == slug)
     entry = replace(entry, options={**entry.options, **options})
-    path = folder / "model.onnx"
-    check.exported(entry, path)
-    policy = folder / "always.toml"
+    check.exported(entry, folder / "model.onnx")
+    compiled(folder / "model.onnx")
+
+
+def compiled(path: Path) -> Report:
+    """All linear sites of a file replaced and proved, by a policy that takes every one whatever is predicted."""
+    policy = path.parent / "always.toml"
     policy.write_text('[exact]\nmechanisms = ["LinearAttention"]\nmin_gain = 0.0\n')
     with_engine = find_spec("tensorrt_rtx") is not None
     target, precision = ("tensorrt-rtx", "fp16") if with_engine else ("onnx", None)
     result = pipeline.compile(
-        path, Options(policy=str(policy), target=target, precision=precision, out=folder / "out", keep_slower=True)
+        path, Options(policy=str(policy), target=target, precision=precision, out=path.parent / "out", keep_slower=True)
     )
     linear = [s for s in result.sites if s.site.kind == "linear"]
     assert linear and all(s.decision.mechanism == "LinearAttention" and not s.rolled_back for s in linear)
@@ -196,7 +222,8 @@ def end_to_end(slug: str, folder: Path, **options: Any) -> None:
     for compared in result.parity.comparisons:
         assert compared.metrics is not None and compared.metrics.relative_l2 <= 1e-5
     if with_engine:
-        is_an_engine(folder / "out", result)
+        is_an_engine(path.parent / "out", result)
+    return result
 
 
 def is_an_engine(out: Path, result: Report) -> None:
@@ -227,3 +254,40 @@ def test_sana_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     sizes = {"hidden_states": (1, 4, 16, 16), "encoder_hidden_states": (1, 7, 12), "timestep": (1,)}
     end_to_end("sana-dynamo-18-sdpa", tmp_path, settings=SANA, inputs=sizes)
+
+
+@pytest.mark.slow
+def test_lit_end_to_end(tmp_path: Path) -> None:
+    """Relu features of two heads, and a depthwise convolution of the values beside."""
+    pytest.importorskip("diffusers")
+    from attncompile.models import export
+
+    result = compiled(export("lit", tmp_path / "model.onnx", opset=18).path)
+    assert [(s.site.heads, s.site.linear.normaliser) for s in result.sites if s.site.linear] == [(2, "sum")] * 2
+
+
+@pytest.mark.parametrize("rule", ["delta", "gated_delta"])
+def test_the_delta_rule_of_the_operator(rule: str, tmp_path: Path) -> None:
+    """Beside ONNX Runtime's own way, which is a Scan over the tokens; gates for every channel are refused."""
+    from attncompile.passes.replace import apply
+    from tests.passes.test_linear_operator import _operator
+
+    shapes = {"q": [2, 70, 64], "k": [2, 70, 32], "v": [2, 70, 40], "b": [2, 70, 2]}
+    shapes |= {"g": [2, 70, 2]} if rule == "gated_delta" else {}
+    model, detection = detected(_operator(shapes, update_rule=rule, q_num_heads=4, kv_num_heads=2), tmp_path)
+    (site,) = detection.sites
+    (candidate,) = LINEAR.exact_candidates(site)
+    assert not hasattr(candidate, "ok"), candidate
+    lowering = LINEAR.lower(site, candidate.parameters, model.opset)  # type: ignore[union-attr]
+    assert [n.op_type for n in lowering.nodes if n.domain] == [SOLVE, DELTA, OUTPUT]
+    rng = np.random.default_rng(3)
+    feed = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    feed["k"] /= np.linalg.norm(feed["k"].reshape(2, 70, 2, 16), axis=-1).repeat(16, axis=-1).reshape(2, 70, 32)
+    feed["b"] = 1 / (1 + np.exp(-feed["b"]))
+    feed |= {"g": -np.abs(feed["g"])} if "g" in feed else {}
+    made = apply(model, [(site, lowering)], {})
+    ours, theirs = (
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(["y"], feed)[0]
+        for m in (made, model.proto)
+    )
+    assert ours.shape == theirs.shape and np.linalg.norm(ours - theirs) <= 3e-6 * np.linalg.norm(theirs)

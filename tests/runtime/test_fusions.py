@@ -56,7 +56,7 @@ def with_packed(folder: Path) -> Path:
     proto = build(WINDOWED)
     graph, stored = proto.graph, {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     products = [n for n in graph.node if n.op_type == "MatMul" and n.input[0] == "x"]
-    ends = [next(n for n in graph.node if n.op_type == "Transpose" and n.input[0] == _reader(graph, p)) for p in products]
+    ends = [_reader(graph, _reader(graph, p)) for p in products]
     arrays: dict[str, Any] = {
         "weight": np.concatenate([stored[p.input[1]] for p in products], 1), "five": np.array([1, 300, 3, 2, 16]),
         **{f"number.{i}": np.array(i) for i in range(3)},
@@ -70,7 +70,8 @@ def with_packed(folder: Path) -> Path:
     for i, end in enumerate(ends):
         perm = list(end.attribute[0].ints)  # of [B, N, H, D]
         nodes.append(helper.make_node("Gather", ["parts_first", f"number.{i}"], [f"part.{i}"], axis=0))
-        nodes.append(helper.make_node("Transpose", [f"part.{i}"], end.output, perm=[[0, 2, 1, 3].index(a) for a in perm]))
+        perm = [[0, 2, 1, 3].index(axis) for axis in perm]
+        nodes.append(helper.make_node("Transpose", [f"part.{i}"], end.output, perm=perm))
     gone = {p.output[0] for p in products} | {e.input[0] for e in ends} | {e.output[0] for e in ends}
     nodes += [n for n in graph.node if not gone & set(n.output)]
     del graph.node[:]
@@ -78,8 +79,8 @@ def with_packed(folder: Path) -> Path:
     return save(proto, folder, "packed.onnx")
 
 
-def _reader(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
-    return str(next(n for n in graph.node if node.output[0] in n.input).output[0])
+def _reader(graph: onnx.GraphProto, node: onnx.NodeProto) -> onnx.NodeProto:
+    return next(n for n in graph.node if node.output[0] in n.input)
 
 
 def launched(folder: Path, **given: Any) -> tuple[tuple[str, ...], onnx.ModelProto]:

@@ -144,6 +144,21 @@ def test_right_at_every_shape(tmp_path: Path, kind: str, form: str, words: str) 
         assert error(ours, reference(t, words, **FORMS[form])) < HALF[kind][1], (b, n, m)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dim", [64, 72])
+def test_parts_of_one_tensor(tmp_path: Path, form: str, dim: int) -> None:
+    """Three inputs that are one tensor [B, N, 3, H, D], against torch's views of it."""
+    given = {name: ["b", "n", 3, 8, dim] for name in ("query", "key", "value")}
+    said = {"q_layout": "BN0HD", "k_layout": "BN1HD", "v_layout": "BN2HD"}
+    session = InferenceSession(out_folder(tmp_path / "out", model_of(given, "float16", **said, **FORMS[form])))
+    for b, n in ((1, 1), (2, 333), (3, 1370)):
+        packed = torch.randn(b, n, 3, 8, dim, device="cuda", dtype=torch.float16)
+        out = torch.empty(b, n, 8, dim, device="cuda", dtype=torch.float16)
+        ours = Bound(session, dict.fromkeys(given, packed), out).run()
+        views = dict(zip(given, packed.unbind(2), strict=True))
+        assert error(ours.transpose(1, 2), reference(views, **FORMS[form])) < 2e-3, (b, n)
+
+
 @pytest.mark.parametrize("dim", [72, 128])
 def test_head_dims(tmp_path: Path, dim: int) -> None:
     given = shapes(dim=dim)

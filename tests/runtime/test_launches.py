@@ -16,7 +16,7 @@ from attncompile.kernels import symbols
 from attncompile.kernels.launcher import Function
 from attncompile.plugins import kernels
 from attncompile.plugins.attention.op import OPTIONAL
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, INPUTS, OUTPUT, SOLVE, STATE, STATES, STEP
 from attncompile.runtime import layout
 from tests.runtime.conftest import TYPES, Double, Launch, Made, Maker, needs_compiler, node_model
 
@@ -29,6 +29,7 @@ SPARSE = ("query", "key", "value", "rows", "columns", "kinds", "masks", *NEIGHBO
 ORDERS = {"Attention": ATTENTION, "NeighborhoodAttention": NEIGHBORHOOD, "BlockSparseAttention": SPARSE, **INPUTS}
 AXES = {
     "log_sum_exp": "BHN", "state": "BGCFE", "total": "BGCF", "mean": "BGCE", "top": "BGCF", "final_state": "BGFE",
+    "written": "BMGE", "solved": "BGTLL",
     "final_total": "BGF", "whole_state": "BG1FE", "whole_total": "BG1F",
 }  # fmt: skip
 """Of inputs and outputs beside the operands, from the definitions of the ops."""
@@ -54,7 +55,9 @@ class Case:
 
     def all_types(self) -> dict[str, str]:
         found = {name: self.types.get(name, self.dtype) for name in self.shapes}
-        return found | {o: self.types.get(o, self.dtype if o == "output" else "float32") for o in self.outputs}
+        return found | {
+            o: self.types.get(o, self.dtype if o in ("output", "written") else "float32") for o in self.outputs
+        }
 
 
 def operands(layouts: str, n: Any = "n", m: Any = "m", heads: int = 6, kv: int = 2, dim: int = 64, vdim: int = 64,
@@ -176,6 +179,21 @@ CASES = [
          "state": ["b", 2, "c", 64, 48]}, CHUNKED, {"chunk": 32, "scale": 0.5, **layouts("BNHD BHND BNHD BHND")}, WIDE),
     Case(OUTPUT, "bfloat16", {**linear("query key value", "BNHD BNHD BNHD"), "state":
          ["b", 2, "c", 64, 48], "log_decay": ["b", "n", 2, 64]}, CHUNKED, {"chunk": 32}, WIDE),
+    Case(STATE, "float16", {**linear("key value", "BNHD BNHD"), "feature_weight": [2, 64, 32]}, CHUNKED,
+         {"key_map": "hedgehog", "chunk": 48}, {"feature_weight": "float32"}, ("state", "total")),
+    Case(APPLY, "bfloat16", {**linear("query", "BNHD"), "state": ["b", 2, 1, 64, 48], "total": ["b", 2, 1, 64],
+         "feature_weight": [4, 64, 32]}, CHUNKED, {"query_map": "hedgehog", "normaliser": "sum"}, WIDE),
+    Case(SOLVE, "float16", {**linear("key", "BHND"), "log_decay": ["b", "n", 2], "beta": ["b", "n", 1]}, CHUNKED,
+         {"tile": 32, "k_layout": "BHND"}, WIDE, ("solved",)),
+    Case(DELTA, "bfloat16", {**linear("key value", "BNHD BNHD"), "solved": ["b", 2, "c", 32, 32],
+         "log_decay": ["b", "n", 2]}, CHUNKED, {"tile": 32, "chunk": 32}, {**WIDE, "solved": "float32"},
+         ("written", "state", "final_state")),
+    Case(STEP, "float16", {**linear("query key value", "BNHD BHND BNHD"), "log_decay": ["b", "n", 2],
+         "initial_state": ["b", 2, 64, 48]}, CHUNKED, {"scale": 0.5, **layouts("BNHD BHND BNHD BHND")}, WIDE,
+         ("output", "final_state")),
+    *(Case(STEP, "bfloat16", {**linear("query key value", "BNHD BNHD BNHD"), "beta": ["b", "n", rates],
+           "initial_state": ["b", 2, 64, 48]}, CHUNKED, {}, {**WIDE, "beta": "bfloat16"}, ("output", "final_state"))
+      for rates in (1, 2)),
 ]  # fmt: skip
 DEVICES = (80, 86, 89, 90, 100, 120, 87, 121, 103)
 
@@ -246,13 +264,17 @@ def check_results(case: Case, shapes: Mapping[str, Shape], results: Sequence[Any
             layout_of = str(case.attributes.get(f"{name[0]}_layout", "BNHD"))
             axes = layout_of.translate(str.maketrans("BNHD", OF_OPERANDS[name]))
         sizes |= dict(zip(axes, shape, strict=True)) if axes else {}
+    if "feature_weight" in shapes:
+        sizes["F"] = 2 * shapes["feature_weight"][2]
     if "M" in sizes:
         chunk = int(case.attributes.get("chunk", 0)) or sizes["M"]
         sizes.setdefault("C", (sizes["M"] + chunk - 1) // chunk)
+        tile = int(case.attributes.get("tile", 64))
+        sizes |= {"L": tile, "T": -(-sizes["M"] // tile)}
     written = str(case.attributes.get("o_layout", "BNHD")).replace("D", "E")
     for name, result in zip(case.outputs, results, strict=True):
         assert result.shape() == [sizes[a] for a in AXES.get(name, written)], name
-        assert result.element_type() == TYPES[case.dtype if name == "output" else "float32"]
+        assert result.element_type() == TYPES[case.dtype if name in ("output", "written") else "float32"]
 
 
 def test_one_tensor_is_all_three_operands(make: Maker, double: Double) -> None:

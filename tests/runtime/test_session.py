@@ -17,6 +17,7 @@ import pytest
 from attncompile.core.errors import MissingDependency, TargetError
 from attncompile.runtime import InferenceSession, layout
 from attncompile.runtime import session as sessions
+from attncompile.runtime.session import exact_norms
 from tests.runtime.conftest import Double, Made, Maker, needs_compiler, node_model
 
 pytestmark = needs_compiler
@@ -129,3 +130,9 @@ def test_importing_the_runtime_imports_nothing_else() -> None:
 def test_the_double_is_no_driver() -> None:
     """These tests say nothing about a real one: where there is one, those marked gpu do."""
     assert not hasattr(ctypes.CDLL(None), "cuLaunchKernel")
+
+
+@pytest.mark.parametrize(("version", "asked"), [("1.23.2", True), ("1.26.0", True), ("1.27.0", False), ("2.0", False)])
+def test_norms_of_sums_add_up_in_float32(version: str, asked: bool) -> None:
+    """Of fp16, which the CUDA provider of before 1.27 does not do by itself."""
+    assert exact_norms(version) == ({"enable_skip_layer_norm_strict_mode": "1"} if asked else {})

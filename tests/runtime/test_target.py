@@ -180,6 +180,50 @@ def test_out(tmp_path: Path, no_triton: None, double: Double, precision: str) ->
     assert double.count("launched") == 1
 
 
+def retention(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A model with decays of the scores, 200 tokens, and a policy that takes its site whatever is predicted."""
+    from tests.passes import test_linear_causal as graphs
+
+    for name, value in (("_LENGTH", 200), ("_DIM", 16)):
+        monkeypatch.setattr(graphs, name, value)
+    g = graphs.Graph()
+    weights = g.op("Mul", g.scores(), g.array(graphs.decay(n=200)[None]))
+    path = save(g.model(g.op("MatMul", weights, g.v)), folder, "retention.onnx")
+    policy = folder / "always.toml"
+    policy.write_text('[exact]\nmechanisms = ["LinearAttention"]\nmin_gain = 0.0\n')
+    return path, str(policy)
+
+
+def chunks_of(path: Path) -> int:
+    """How many states there are between chunks in a file that ``retention`` was compiled to."""
+    described = onnx.shape_inference.infer_shapes(onnx.load(path)).graph.value_info
+    return next(v.type.tensor_type.shape.dim[2].dim_value for v in described if v.name.endswith("/state"))
+
+
+def test_kernels_get_longer_chunks(tmp_path: Path, no_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than the portable model, and the plan says those of the portable one."""
+    from attncompile.plugins.linear_attention import causal, kernel
+
+    monkeypatch.setattr(kernel, "FILLS", 1)
+    path, policy = retention(tmp_path, monkeypatch)
+    options = Options(target="onnxruntime-cuda", out=tmp_path / "out", precision="fp16", architectures=(80,),
+                      keep_slower=True, policy=policy)  # fmt: skip
+    result = pipeline.compile(path, options)
+    assert result.exit_code == 0, result.failures
+    assert not any("kernels run with" in w for w in result.warnings)
+    assert chunks_of(tmp_path / "out" / "model.onnx") == 4 and chunks_of(tmp_path / "out" / layout.MODEL) == 1
+    assert result.sites[0].decision.parameters == {"chunk": 64}
+
+    # What is wrong in long chunks alone leaves the kernels the short ones, and is said.
+    right = causal._scanned
+    monkeypatch.setattr(
+        causal, "_scanned", lambda b, s, c, a, w, f, axis: right(b, s, c, a, "" if axis == 3 else w, f, axis)
+    )
+    result = pipeline.compile(path, replace(options, out=tmp_path / "wrong"))
+    assert any("kernels run with the parameters of model.onnx: not exact" in w for w in result.warnings)
+    assert chunks_of(tmp_path / "wrong" / layout.MODEL) == 4
+
+
 def test_what_fails_leaves_the_portable_model(tmp_path: Path, no_triton: None) -> None:
     path, out = save(build(WINDOWED), tmp_path, "windowed.onnx"), tmp_path / "out"
     result = pipeline.compile(path, Options(target="onnxruntime-cuda", out=out, keep_slower=True))

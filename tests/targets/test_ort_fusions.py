@@ -73,10 +73,10 @@ def run(proto: ModelProto, seed: int, sizes: dict[str, int]) -> list[np.ndarray]
     return list(session.run(None, feeds))
 
 
-def fused(proto: ModelProto, tolerance: float = 2e-5, **sizes: int) -> Fused:
+def fused(proto: ModelProto, tolerance: float = 2e-5, half_norms: bool = False, **sizes: int) -> Fused:
     """What fusing gives, shown to compute the same in float32."""
     before = proto.SerializeToString()
-    result = fuse(proto, Path())
+    result = fuse(proto, Path(), half_norms=half_norms)
     assert proto.SerializeToString() == before
     wide = {HALF: FLOAT}
     for want, got in zip(run(retype(proto, wide), 1, sizes), run(retype(result.proto, wide), 1, sizes), strict=True):
@@ -169,6 +169,16 @@ def test_a_sum_that_others_read_stays_outside() -> None:
     assert ops(result) == ["Add", "FastGelu", "Neg"]
 
 
+@pytest.mark.parametrize("op_type", ["Pow", "Tanh", "Add"])
+def test_a_gelu_whose_pieces_others_read(op_type: str) -> None:
+    """What lies above the tanh may be read by others, what lies below may not."""
+    g = Graph(x=(B, N, C))
+    end = tanh_gelu(g, "x")
+    piece = next(n.output[0] for n in g.nodes[::-1] if n.op_type == op_type)
+    result = fused(g.model(end, g.op("Neg", piece)))
+    assert result.counts == ({"GELU": 1} if op_type == "Pow" else {})
+
+
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +219,34 @@ def test_what_is_nearly_an_rms_norm(changes: dict[str, Any]) -> None:
     g = Graph(x=(B, N, C))
     result = fuse(g.model(g.op("Mul", rms(g, "x", **changes), g.weight(C))), Path())
     assert result.counts == {}
+
+
+def test_rms_norm_in_fp16() -> None:
+    """All of it in fp16, as ``model.half()`` leaves one that was written without casts."""
+    g = Graph(HALF, x=(B, "n", C))
+    result = fused(g.model(g.op("Mul", g.weight(C), rms(g, "x", epsilon=1e-3))), n=7)
+    assert ops(result) == ["SimplifiedLayerNormalization"] and result.counts == {"RMS norm": 1}
+    (norm,) = result.proto.graph.node
+    assert norm.input[0] == "x" and [a.i for a in norm.attribute if a.name == "stash_type"] == [1]
+    g = Graph(HALF, x=(B, N, C))  # a weight in another type, one for each token, and one that is an output besides
+    assert fused(g.model(g.op("Mul", rms(g, "x", epsilon=1e-3), g.weight(N, 1)))).counts == {}
+    g = Graph(HALF, x=(B, N, C))
+    bare = rms(g, "x", epsilon=1e-3)
+    assert fused(g.model(g.op("Mul", bare, g.weight(C)), bare)).counts == {}
+
+
+@pytest.mark.parametrize("place", ["mean", "root", "factor", "normal"])
+def test_an_rms_norm_whose_pieces_others_read(place: str) -> None:
+    """None is taken away from them."""
+    g = Graph(x=(B, N, C))
+    pieces = {}
+    pieces["mean"] = g.op("ReduceMean", g.op("Pow", "x", 2.0), np.array([-1]))
+    pieces["root"] = g.op("Sqrt", g.op("Add", pieces["mean"], 1e-6))
+    pieces["factor"] = g.op("Reciprocal", pieces["root"])
+    pieces["normal"] = g.op("Mul", "x", pieces["factor"])
+    end = g.op("Mul", pieces["normal"], g.weight(C))
+    assert fused(g.model(end)).counts == {"RMS norm": 1}
+    assert fused(g.model(end, g.op("Neg", pieces[place]))).counts == {}
 
 
 def test_a_weight_that_is_no_row_or_no_fp16_number() -> None:
@@ -258,6 +296,25 @@ def test_norm_between_casts() -> None:
     assert fused(g.model(g.cast(y, HALF))).counts == {}
 
 
+def test_norms_and_gates_that_others_read_in_float32() -> None:
+    g = Graph(HALF, x=(B, N, C))
+    y = g.op("LayerNormalization", g.cast("x", FLOAT), g.weight(C, kind=FLOAT), epsilon=1e-6)
+    assert fused(g.model(g.cast(y, HALF), g.op("Neg", y))).counts == {}
+    g = Graph(HALF, x=(B, N, C), y=(B, N, C), gate=(1, 1, C))
+    product = g.op("Mul", g.cast("y", FLOAT), g.cast("gate", FLOAT))
+    total = g.op("Add", g.cast("x", FLOAT), product)
+    assert fused(g.model(g.cast(total, HALF), g.op("Neg", product))).counts == {}
+    assert fused(g.model(g.cast(total, HALF), g.op("Neg", total))).counts == {}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_modulated_norm_whose_pieces_others_read(place: int) -> None:
+    g = Graph(x=(B, N, C), scale=(1, 1, C), shift=(1, 1, C))
+    end = modulated(g, "x", "scale", "shift")
+    piece = [n.output[0] for n in g.nodes if n.op_type in ("LayerNormalization", "Mul")][place]
+    assert fused(g.model(end, g.op("Neg", piece))).counts == {}
+
+
 def gated(gate: tuple[int, ...], other: int = HALF) -> Fused:
     g = Graph(HALF, x=(B, N, C), y=(B, N, C), gate=gate)
     product = g.op("Mul", g.cast("y", FLOAT), g.cast("gate", FLOAT))
@@ -295,11 +352,29 @@ def test_skip_layer_norm(bias: int | None, read: bool) -> None:
     assert [a.f for a in skip.attribute] == [pytest.approx(1e-6)]
 
 
-def test_a_residual_in_fp16_is_left_alone() -> None:
-    """ONNX Runtime's CUDA kernel would add up squares in fp16."""
+def test_a_residual_in_fp16_is_left_alone_unless_asked_for() -> None:
+    """ONNX Runtime's CUDA kernel of before 1.27 would add up squares in fp16."""
     g = Graph(HALF, x=(B, N, C), y=(B, N, C))
-    norm = g.op("LayerNormalization", g.op("Add", "x", "y"), g.weight(C), g.weight(C, seed=1), epsilon=1e-6)
-    assert fused(g.model(norm)).counts == {}
+    total = g.op("Add", "x", "y")
+    norm = g.op("LayerNormalization", total, g.weight(C), g.weight(C, seed=1), epsilon=1e-6)
+    proto = g.model(norm, total)
+    assert fused(proto).counts == {}
+    result = fused(proto, half_norms=True)
+    assert ops(result) == ["SkipLayerNormalization"] and result.counts == {"residual and norm": 1}
+
+
+@pytest.mark.parametrize("place", ["biased", "scaled"])
+def test_a_branch_that_others_read_keeps_its_bias(place: str) -> None:
+    """The sum alone goes into the norm."""
+    g = Graph(x=(B, N, C), y=(B, N, C))
+    biased = g.op("Add", g.op("MatMul", "y", g.weight(C, C)), g.weight(C))
+    scaled = g.op("Mul", biased, g.weight(C, seed=3))
+    also = g.op("Neg", {"biased": biased, "scaled": scaled}[place])
+    norm = g.op("LayerNormalization", g.op("Add", scaled, "x"), g.weight(C, seed=1), g.weight(C, seed=2), epsilon=1e-6)
+    result = fused(g.model(norm, also))
+    assert ops(result) == ["Add", "MatMul", "Mul", "Neg", "SkipLayerNormalization"]
+    (skip,) = [n for n in result.proto.graph.node if n.domain == CONTRIB]
+    assert len(skip.input) == 4
 
 
 def test_skip_rms_norm() -> None:
@@ -408,6 +483,62 @@ def test_rotary_pairs(kind: int) -> None:
     for shape in ((1, 1, 1, D // 2), (B, N, 1, D // 2), (1, N, H, D // 2)):
         g = Graph(kind, x=(B, N, H * D), cos=shape, sin=shape)
         assert "rotary pairs" not in fused(g.model(pairs(g))).counts
+
+
+def test_rotary_pairs_of_any_batch_and_tokens() -> None:
+    tables = {"cos": (1, "n", 1, D // 2), "sin": (1, "n", 1, D // 2)}
+
+    def made(joined: bool) -> Graph:
+        g = Graph(x=("b", "n", H * D), **tables)
+        split = g.op("Reshape", "x", np.array([0, 0, H, D // 2, 2]))
+        x0, x1 = element(g, split, 0), element(g, split, 1)
+        even = g.op("Sub", g.op("Mul", x0, "cos"), g.op("Mul", x1, "sin"))
+        odd = g.op("Add", g.op("Mul", x0, "sin"), g.op("Mul", x1, "cos"))
+        parts = [g.op("Unsqueeze", v, np.array([-1])) for v in ((even, odd) if joined else (odd, even))]
+        g.op("Reshape", g.op("Concat", *parts, axis=-1), np.array([0, 0, H, D]))
+        return g
+
+    g = made(True)
+    result = fused(g.model(g.nodes[-1].output[0]), b=3, n=7)
+    assert result.counts == {"rotary pairs": 1} and ops(result).count("RotaryEmbedding") == 1
+    g = made(False)  # the odd ones first
+    assert fused(g.model(g.nodes[-1].output[0]), b=3, n=7).counts == {}
+
+
+def test_a_rotation_whose_pieces_others_read() -> None:
+    """They keep them; the rotation is one op all the same."""
+    g = Graph(x=(B, N, H * D), t=(1, N, D // 2))
+    end = halves(g, ("t", "t"))
+    turned = next(n for n in g.nodes if n.op_type == "Concat" and len(n.input) == 2 and n.input[0] != n.input[1])
+    result = fused(g.model(end, g.op("Abs", turned.output[0])))
+    assert result.counts == {"rotary halves": 1} and "Neg" in ops(result)
+
+
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_a_large_table(last: float) -> None:
+    """More than a million numbers, whose halves are equal but, with ``last``, for one."""
+    n, width = 70_001, 16
+    g = Graph(x=(1, 1, n, width))
+    table = np.random.default_rng(0).standard_normal((1, 1, n, width // 2)).astype(np.float32)
+    cos, sin = (np.concatenate([table + i, table + i], -1) for i in range(2))
+    sin[0, 0, -1, -1] += last
+    low, high = (g.op("Slice", "x", np.array([a]), np.array([b]), np.array([3])) for a, b in ((0, 8), (8, 16)))
+    turned = g.op("Concat", g.op("Neg", high), low, axis=-1)
+    proto = g.model(g.op("Add", g.op("Mul", "x", cos), g.op("Mul", turned, sin)))
+    assert proto.ByteSize() > 1 << 22
+    assert fused(proto).counts == ({} if last else {"rotary halves": 1})
+
+
+def test_silu_is_left_to_onnx_runtime(tmp_path: Path) -> None:
+    """Its own optimizer makes one op of x sigmoid(x), for its CUDA provider too."""
+    g = Graph(x=(B, N, C), up=(B, N, C))
+    proto = g.model(g.op("Mul", g.op("Mul", "x", g.op("Sigmoid", "x")), "up"))
+    assert fused(proto).counts == {}
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    made = onnx.load(tmp_path / "optimized.onnx")
+    assert sorted(n.op_type for n in made.graph.node) == ["Mul", "QuickGelu"]
 
 
 def halves(g: Graph, angles: tuple[str, str], negative: bool = True, cut: int = D // 2, before: bool = True) -> str:

@@ -266,7 +266,7 @@ def test_another_tensor_between() -> None:
 def test_an_output_is_written_where_it_is_wanted(batch: int) -> None:
     """As torch.nn.MultiheadAttention gives it: tokens first, heads beside one another."""
     said = {f"{x}_layout": "BHND" for x in "qkvo"}
-    g = Graph(**{x: (batch, H, N, D) for x in "qkv"})
+    g = Graph(**dict.fromkeys("qkv", (batch, H, N, D)))
     y = g.op("Attention", "q", "k", "v", domain="attncompile", scale=0.25, **said)
     rows = g.op("Transpose", g.op("Reshape", y, np.array([batch * H, N, D])), perm=[1, 0, 2])
     proto = g.model(g.op("Neg", g.op("Reshape", rows, np.array([N, batch, C]))))
@@ -279,7 +279,7 @@ def test_an_output_is_written_where_it_is_wanted(batch: int) -> None:
 def test_an_output_that_is_read_as_it_is() -> None:
     said = {f"{x}_layout": "BHND" for x in "qkvo"}
     for columns, twice in ((True, False), (False, True)):
-        g = Graph(**{x: (B, H, N, D) for x in "qkv"})
+        g = Graph(**dict.fromkeys("qkv", (B, H, N, D)))
         y = g.op("Attention", "q", "k", "v", domain="attncompile", scale=0.25, **said)
         turned = g.op("Transpose", y, perm=[0, 1, 3, 2] if columns else [0, 2, 1, 3])
         proto = g.model(turned, g.op("Neg", y)) if twice else g.model(turned)

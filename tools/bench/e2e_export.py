@@ -22,6 +22,17 @@ from e2e_models import Model, chosen, half
 HERE = Path(__file__).parent
 
 
+VARIANTS: Mapping[str, Mapping[str, bool]] = {
+    "ours": {"fusions": True}, "ours plain": {"fusions": False}, "ours norms": {"fusions": True, "half_norms": True},
+}  # fmt: skip
+"""What is fused around the sites. Kernels of packed operands are others: each has a bundle of its own."""
+
+
+def folder_of(variant: str) -> str:
+    """Where ``OUT/`` of a variant lies in the folder of its model."""
+    return variant.replace("ours", "out").replace(" ", "-")
+
+
 def prepare(out: Path, names: Sequence[str], architectures: Sequence[int], tiny: bool) -> None:
     """Bundles of the kernels: two layers of each model are exported in fp16 and rewritten; all ask for the same."""
     import shutil
@@ -37,11 +48,11 @@ def prepare(out: Path, names: Sequence[str], architectures: Sequence[int], tiny:
             path = export_onnx(module.half(), half(inputs), Path(scratch) / "model.onnx", 18, model.tokens)
             proto, source, said, profile = replaced(path, model, tiny)
             print(f"{model.name}: {'; '.join(said)}", flush=True)
-            made = write(proto, source, Kit(tuple(architectures) or (90,), SilentProgress()), Path(scratch) / "out",
-                         profile)  # fmt: skip
-            place = out / model.name
-            shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(made / "bundle", place / "bundle")
+            shutil.rmtree(out / model.name, ignore_errors=True)
+            for variant, fused in VARIANTS.items():
+                kit = Kit(tuple(architectures) or (90,), SilentProgress())
+                made = write(proto, source, kit, Path(scratch) / folder_of(variant), profile, **fused)
+                shutil.copytree(made / "bundle", out / model.name / folder_of(variant))
 
 
 @dataclass
@@ -172,10 +183,11 @@ def _ours(bundles: Path, work: Path, model: Model, tiny: bool) -> None:
 
     from attncompile.kernels.bundle import Bundle
 
-    place = bundles / model.name / "bundle"
-    (architecture,) = {e.architecture for e in Bundle.open(place).entries.values()}
     proto, source, said, profile = replaced(work / model.of / "opset18" / "model.onnx", model, tiny)
-    write(proto, source, BundleKit(place, architecture), work / model.name / "out", profile)
+    for variant, fused in VARIANTS.items():
+        place = bundles / model.name / folder_of(variant)
+        (architecture,) = {e.architecture for e in Bundle.open(place).entries.values()}
+        write(proto, source, BundleKit(place, architecture), work / model.name / folder_of(variant), profile, **fused)
     (work / model.name / "sites.json").write_text(json.dumps(said), encoding="utf-8")
 
 

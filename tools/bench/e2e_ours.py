@@ -128,10 +128,13 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def write(proto: ModelProto, source: Loaded, kit: Kit, folder: Path, profile: Any) -> Path:
+def write(
+    proto: ModelProto, source: Loaded, kit: Kit, folder: Path, profile: Any, fusions: bool = True,
+    half_norms: bool = False,
+) -> Path:  # fmt: skip
     """``OUT/`` for ONNX Runtime's CUDA provider, weights beside the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = OnnxRuntimeCuda().equipped(kit)
+    target = OnnxRuntimeCuda(kit, fusions, half_norms)
     lowered = target.lower(proto, source, None)
     for file in source.external_files:
         copy_file(file.path, folder / file.location)  # ONNX and its runtime refuse links

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,20 @@ from attncompile.kernels.launcher import run_program
 from attncompile.kernels.records import key_of
 from attncompile.plugins import kernels
 from attncompile.plugins.linear_attention.form import Form
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.kernel import preferred_chunk
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, STEP
+from tests.conformance import linear_ops
 
 Run = Callable[[], torch.Tensor]
+Tensors = dict[str, torch.Tensor]
+OPERANDS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """``wanted``: least time of a peer over ours; ``copy``: least share of the rate at which this GPU copies."""
+    """``wanted``: least time of a peer over ours; ``copy``: least share of the rate at which this GPU copies. ``step``:
+    one token after a state.
+    """
 
     name: str
     form: Form
@@ -41,67 +47,130 @@ class Linear:
     copy: float = 0.0
     batch: int = 1
     dtype: str = "float16"
+    step: bool = False
 
 
 RELU = Form("relu", "relu", "sum", 1e-6)
 HEAD = Form(causal=True, decay="head", scale=128**-0.5, chunk=64)
-TOKEN = replace(HEAD, decay="token")
+TOKEN, CHANNEL = replace(HEAD, decay="token"), replace(HEAD, decay="channel")
+GATED_DELTA = replace(TOKEN, delta=True)
+FLA = {"fla": 1.0}
+
+
+def causal(kind: str, form: Form, tokens: int, wanted: Mapping[str, float], **more: Any) -> Linear:
+    """32 heads of 128, in chunks as the mechanism gives them to kernels."""
+    name = f"{kind}-{tokens // 1024}k"
+    chunk = preferred_chunk(form.decay, 32, tokens, 128)
+    return Linear(name, replace(form, chunk=chunk), 32, tokens, 128, dict(wanted), **more)
+
+
+def steps(kind: str, form: Form) -> Linear:
+    return Linear(f"{kind}-step", replace(form, chunk=1, initial=True), 32, 1, 128, dict(FLA), 0.7, batch=64, step=True)
+
+
 CASES = (
     Linear("relu-d32-16k", replace(RELU, chunk=1024), 70, 16384, 32, {"einsum": 3.0}, 0.7),
     Linear("relu-d128-16k", replace(RELU, chunk=1024), 16, 16384, 128, {"einsum": 3.0}, 0.7),
     Linear("relu-d128-64k", replace(RELU, chunk=4096), 16, 65536, 128, {"einsum": 3.0}, 0.7),
-    *(Linear(f"retention-{n}-c{c}", replace(HEAD, chunk=c), 32, t, 128, {"fla": 1.0, "lightning": 1.0})
-      for t, n in ((8192, "8k"), (32768, "32k")) for c in (64, 128)),
-    *(Linear(f"simple-gla-{n}", TOKEN, 32, t, 128, {"fla": 1.0}) for t, n in ((8192, "8k"), (32768, "32k"))),
+    *(causal("retention", HEAD, n, {"fla": 1.0, "lightning": 1.0}) for n in (8192, 32768)),
+    *(causal("simple-gla", TOKEN, n, FLA) for n in (8192, 32768)),
+    *(causal("gla", CHANNEL, n, FLA) for n in (8192, 32768)),
+    *(causal("gated-delta", GATED_DELTA, n, FLA) for n in (8192, 32768)),
+    steps("simple-gla", TOKEN), steps("gated-delta", GATED_DELTA),
 )  # fmt: skip
-"""Sizes of the issue. Retention with the decays of a head is Lightning attention too; gates for every channel and the
-gated delta rule have no kernel yet.
-"""
-
-
-@dataclass(frozen=True)
-class Step:
-    call: OpCall
-    tensors: dict[str, torch.Tensor]
+"""Sizes of the issue. Retention with the decays of a head is Lightning attention too."""
 
 
 def shapes(case: Linear) -> dict[str, tuple[int, ...]]:
     b, n, h, d = case.batch, case.tokens, case.heads, case.dim
-    count = -(-n // case.form.chunk)
-    found: dict[str, tuple[int, ...]] = dict.fromkeys(("query", "key", "value", "output"), (b, n, h, d))
-    found |= {"state": (b, h, count, d, d), "total": (b, h, count, d), "whole_state": (b, h, 1, d, d),
-              "whole_total": (b, h, 1, d), "log_decay": (h,) if case.form.decay == "head" else (b, n, h)}  # fmt: skip
-    return found
+    count, tile = -(-n // case.form.chunk), case.form.tile
+    decays = {"head": (h,), "token": (b, n, h), "channel": (b, n, h, d)}
+    found: dict[str, tuple[int, ...]] = dict.fromkeys((*OPERANDS, "output", "written"), (b, n, h, d))
+    return found | {
+        "state": (b, h, count, d, d), "total": (b, h, count, d), "whole_state": (b, h, 1, d, d),
+        "whole_total": (b, h, 1, d), "log_decay": decays.get(case.form.decay, ()), "beta": (b, n, h),
+        "solved": (b, h, -(-n // tile), tile, tile), "initial_state": (b, h, d, d), "final_state": (b, h, d, d),
+    }  # fmt: skip
 
 
-def plan(case: Linear) -> list[tuple[str, dict[str, str], dict[str, str]]]:
+Op = tuple[str, dict[str, str], dict[str, str]]
+
+
+def plan(case: Linear) -> list[Op]:
     """(op, formal inputs, formal outputs), each to the name of a tensor."""
+
+    def op(name: str, inputs: str, outputs: str, **renamed: str) -> Op:
+        return name, {n: renamed.get(n, n) for n in inputs.split()}, {n: n for n in outputs.split()}
+
+    if case.step:
+        beta = " beta" if case.form.delta else ""
+        return [op(STEP, f"query key value log_decay{beta} initial_state", "output final_state")]
+    if case.form.delta:
+        return [op(SOLVE, "key log_decay beta", "solved"), op(DELTA, "key value solved log_decay", "written state"),
+                op(OUTPUT, "query key value state log_decay", "output", value="written")]  # fmt: skip
     if case.form.causal:
-        decay = {"log_decay": "log_decay"}
-        keyed = {"key": "key", "value": "value"}
-        return [(STATES, {**keyed, **decay}, {"state": "state"}),
-                (OUTPUT, {"query": "query", **keyed, "state": "state", **decay}, {"output": "output"})]  # fmt: skip
-    whole = {"whole_state": "whole_state", "whole_total": "whole_total"}
-    return [(STATE, {"key": "key", "value": "value"}, {"state": "state", "total": "total"}),
-            (COMBINE, {"state": "state", "total": "total"}, whole),
-            (APPLY, {"query": "query", "state": "whole_state", "total": "whole_total"},
-             {"output": "output"})]  # fmt: skip
+        return [op(STATES, "key value log_decay", "state"), op(OUTPUT, "query key value state log_decay", "output")]
+    return [op(STATE, "key value", "state total"), op(COMBINE, "state total", "whole_state whole_total"),
+            op(APPLY, "query state total", "output", state="whole_state", total="whole_total")]  # fmt: skip
+
+
+def said(case: Linear) -> dict[str, Any]:
+    form = case.form
+    return {"query_map": form.query_map, "key_map": form.key_map, "normaliser": form.normaliser, "scale": form.scale,
+            "epsilon": form.epsilon, "floor": form.floor, "chunk": form.chunk, "tile": form.tile}  # fmt: skip
 
 
 def calls(case: Linear) -> list[OpCall]:
-    form, sizes = case.form, shapes(case)
-    said = {"query_map": form.query_map, "key_map": form.key_map, "normaliser": form.normaliser, "scale": form.scale,
-            "epsilon": form.epsilon, "floor": form.floor, "chunk": form.chunk}  # fmt: skip
-    found = []
+    sizes, found = shapes(case), []
     for op, inputs, outputs in plan(case):
-        more = {n: x for n, x in inputs.items() if n not in ("query", "key", "value")}
+        more = {n: x for n, x in inputs.items() if n not in OPERANDS}
+        attributes = {k: v for k, v in said(case).items() if k != "tile" or op in (SOLVE, DELTA)}
         node = OpCall(
-            op, case.dtype if op != COMBINE else "float32", case.heads, case.heads, case.dim, case.dim, said,
+            op, case.dtype if op != COMBINE else "float32", case.heads, case.heads, case.dim, case.dim, attributes,
             dict.fromkeys(more, "float32"), {n: sizes[x] for n, x in more.items()}, tuple(outputs), case.batch,
             case.tokens if "query" in inputs else None, case.tokens if "key" in inputs else None,
         )  # fmt: skip
         found.append(kernels()[op].call(node))
     return found
+
+
+def drawn(case: Linear, device: str = "cuda") -> Tensors:
+    """What a case is given."""
+    torch.manual_seed(0)
+    sizes, kind, at = shapes(case), getattr(torch, case.dtype), {}
+    for name in dict.fromkeys(x for _, inputs, _ in plan(case) for x in inputs.values()):
+        if name in OPERANDS:
+            at[name] = torch.randn(sizes[name], device=device, dtype=kind)
+        elif name == "log_decay":
+            at[name] = -torch.rand(sizes[name], device=device) / 16
+        elif name == "beta":
+            at[name] = torch.rand(sizes[name], device=device)
+        elif name == "initial_state":
+            at[name] = torch.randn(sizes[name], device=device)
+    if case.form.delta:
+        at["key"] = torch.nn.functional.normalize(at["key"].float(), dim=-1).to(kind)
+    return at
+
+
+def empty(case: Linear, name: str) -> torch.Tensor:
+    """What an op gives, poisoned."""
+    kind = getattr(torch, case.dtype) if name in ("output", "written") else torch.float32
+    return torch.full(shapes(case)[name], torch.nan, device="cuda", dtype=kind)
+
+
+def wanted(case: Linear, at: Mapping[str, torch.Tensor]) -> Tensors:
+    """Float64 of all that the ops give, by the references of the conformance tests."""
+    found: Tensors = dict(at)
+    for op, inputs, outputs in plan(case):
+        made = linear_ops.expected(op, said(case), {n: found[x] for n, x in inputs.items()})
+        found |= {x: made[n] for n, x in outputs.items()}
+    return {name: x for name, x in found.items() if name not in at}
+
+
+def least(case: Linear) -> float:
+    """Bytes that any way has to move: the operands and the result, and of a step the states."""
+    size = 2.0 * case.batch * case.heads * case.tokens * case.dim * 4
+    return size + 8.0 * case.batch * case.heads * case.dim**2 * case.step
 
 
 def prepare(out: Path, architectures: Sequence[int]) -> None:
@@ -131,16 +200,9 @@ def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> di
 def one(
     case: Linear, bundle: Bundle, capability: int, rounds: int, with_peers: bool, ceiling: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    torch.manual_seed(0)
-    kind = getattr(torch, case.dtype)
-    at: dict[str, torch.Tensor] = {}
-    for name, shape in shapes(case).items():
-        if name in ("query", "key", "value"):
-            at[name] = torch.randn(shape, device="cuda", dtype=kind)
-        elif name == "log_decay":
-            at[name] = -torch.rand(shape, device="cuda") / 16
-        else:
-            at[name] = torch.full(shape, torch.nan, device="cuda", dtype=kind if name == "output" else torch.float32)
+    given = drawn(case)
+    want = wanted(case, given)["output"]
+    at = given | {x: empty(case, x) for _, _, outputs in plan(case) for x in outputs.values()}
     stream = torch.cuda.current_stream().cuda_stream
     launches, tactics, works, moved = [], [], [], 0.0
     for call, (_, inputs, outputs) in zip(calls(case), plan(case), strict=True):
@@ -153,79 +215,72 @@ def one(
         work = kernels()[call.op].work(call, program)
         works.append({"op": call.op, "model": model_name(program, capability), "work": asdict(work)})
         moved += work.bytes
-    want = truth(case, at)
-    budget = {"float16": 3e-3, "bfloat16": 2e-2}[case.dtype]
-
-    def error(found: torch.Tensor) -> float:
-        return float((found.double() - want).norm() / want.norm())
-
-    errors = {"ours": error(at["output"])}
-    if not errors["ours"] <= budget:
-        return {"name": case.name, "wrong": f"{tactics}: {errors['ours']:.1e}, budget {budget:.1e}"}
+    budget, error = BUDGETS[case.dtype], far(at["output"], want)
+    if not error <= budget:
+        return {"name": case.name, "wrong": f"{tactics}: {error:.1e}, budget {budget:.1e}"}
 
     def ours() -> None:
         for launch in launches:
             launch(stream)
 
-    runs: dict[str, Any] = {"ours": ours}
-    left_out: dict[str, str] = {}
-    for name, make in peers(case, at) if with_peers else ():
-        try:
-            made_of = make()
-            errors[name] = error(made_of())
-            if not errors[name] <= 2 * budget:
-                left_out[name] = f"wrong: {errors[name]:.1e}"
-                continue
-            runs[name] = made_of
-        except Exception as problem:  # a peer that fails in whatever way is left out by name
-            left_out[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+    beside, errors, left_out = measurable(case, given, want, with_peers)
     each = {f"launch {i}": partial(launch, stream) for i, launch in enumerate(launches)}
-    took = {name: median(t) for name, t in times({**runs, **each}, rounds).items()}
+    took = {name: median(t) for name, t in times({"ours": ours, **beside, **each}, rounds).items()}
     alone = [{**w, "ms": took.pop(name)} for w, name in zip(works, each, strict=True)]
-    ratios = {name: ms / took["ours"] for name, ms in took.items() if name != "ours"}
-    least = 2.0 * case.batch * case.heads * case.tokens * case.dim * 4
-    share = least / took["ours"] * 1e-9 / ceiling["copy_tbs"]
-    met = {n: ratios[n] >= x for n, x in case.wanted.items() if n in ratios}
-    met |= {"copy": share >= case.copy} if case.copy else {}
     return {
-        "name": case.name, "tactics": tactics, "ms": took, "errors": errors, "left_out": left_out, "ratios": ratios,
-        "wanted": case.wanted, "met": met, "bytes": moved, "share_of_copy": share,
-        "launches": alone,
+        "name": case.name, "chunk": case.form.chunk, "tactics": tactics, "ms": took,
+        "errors": {"ours": error, **errors}, "left_out": left_out,
+        **judged(case, took["ours"], took, ceiling["copy_tbs"]),
+        "wanted": case.wanted, "bytes": moved, "launches": alone,
     }  # fmt: skip
 
 
-def truth(case: Linear, at: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[B, N, H, D] float64, in blocks of queries, each against all its keys."""
-    q, k, v = (at[n].double().transpose(1, 2) for n in ("query", "key", "value"))
+BUDGETS = {"float16": 3e-3, "bfloat16": 2e-2}
+"""Relative L2 of an output; peers have three times that."""
+
+
+def far(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def judged(case: Linear, ours: float, took: Mapping[str, float], copy_tbs: float) -> dict[str, Any]:
+    """Milliseconds of ``ours`` against those of peers, and against the rate of a copy."""
+    ratios = {name: ms / ours for name, ms in took.items() if not name.startswith("ours")}
+    share = least(case) / ours * 1e-9 / copy_tbs
+    met = {n: ratios[n] >= x for n, x in case.wanted.items() if n in ratios}
+    return {"ratios": ratios, "share_of_copy": share, "met": met | ({"copy": share >= case.copy} if case.copy else {})}
+
+
+def measurable(
+    case: Linear, at: Tensors, want: torch.Tensor, with_peers: bool
+) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:  # fmt: skip
+    """Peers that run and are right, how far off they are, and why others are left out."""
+    runs: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for name, make in peers(case, at) if with_peers else ():
+        try:
+            made = make()
+            errors[name] = far(made(), want)
+            if errors[name] <= 3 * BUDGETS[case.dtype]:
+                runs[name] = made
+            else:
+                left_out[name] = f"wrong: {errors[name]:.1e}"
+        except Exception as problem:  # a peer that fails in whatever way is left out by name
+            left_out[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+    return runs, errors, left_out
+
+
+def peers(case: Linear, at: Tensors) -> Iterator[tuple[str, Callable[[], Run]]]:
     if not case.form.causal:
-        q, k = q.relu(), k.relu()
-        below = q @ k.sum(2)[..., None] + case.form.epsilon
-        return (q @ (k.transpose(2, 3) @ v) / below).transpose(1, 2)
-    n = case.tokens
-    place = torch.arange(n, device=q.device)
-    if case.form.decay == "head":
-        sums = at["log_decay"].double()[None, :, None] * (place + 1)
-    else:
-        sums = at["log_decay"].double().cumsum(1).transpose(1, 2)
-    out = torch.empty_like(q)
-    for first in range(0, n, 256):
-        rows = slice(first, first + 256)
-        apart = (sums[:, :, rows, None] - sums[:, :, None, : first + 256]).clamp(max=0).exp()
-        apart = apart * (place[rows, None] >= place[None, : first + 256])
-        out[:, :, rows] = (q[:, :, rows] @ k[:, :, : first + 256].transpose(2, 3) * apart) @ v[:, :, : first + 256]
-    return (case.form.scale * out).transpose(1, 2)
-
-
-def peers(case: Linear, at: dict[str, torch.Tensor]) -> Iterator[tuple[str, Callable[[], Run]]]:
-    if case.form.causal:
-        yield "fla", lambda: fla(case, at)
-        if case.form.decay == "head":
-            yield "lightning", lambda: lightning(case, at)
+        yield "einsum", lambda: einsum(case, at)
         return
-    yield "einsum", lambda: einsum(case, at)
+    yield "fla", lambda: fla(case, at)
+    if case.form.decay == "head" and not case.step:
+        yield "lightning", lambda: lightning(case, at)
 
 
-def einsum(case: Linear, at: dict[str, torch.Tensor]) -> Run:
+def einsum(case: Linear, at: Tensors) -> Run:
     torch._dynamo.reset()
 
     def whole(q: Any, k: Any, v: Any) -> torch.Tensor:
@@ -235,23 +290,31 @@ def einsum(case: Linear, at: dict[str, torch.Tensor]) -> Run:
         return torch.einsum("bnhd,bhde->bnhe", q, state) / below[..., None]
 
     # Sums over 16,384 tokens leave the range of float16: the einsum form is timed in bfloat16.
-    q, k, v = (at[n].bfloat16() for n in ("query", "key", "value"))
+    q, k, v = (at[n].bfloat16() for n in OPERANDS)
     compiled = torch.compile(whole, dynamic=False)
     return lambda: compiled(q, k, v)
 
 
-def fla(case: Linear, at: dict[str, torch.Tensor]) -> Run:
-    from fla.ops.simple_gla import chunk_simple_gla
+def fla(case: Linear, at: Tensors) -> Run:
+    """fla-core's chunked op of the case, of a step its recurrent one."""
+    from importlib import import_module
 
-    q, k, v, g = at["query"], at["key"], at["value"], at["log_decay"]
-    said = {"g_gamma": g} if case.form.decay == "head" else {"g": g}
-    return lambda: chunk_simple_gla(q, k, v, scale=case.form.scale, **said)[0]
+    named = {n: at[n] for n in OPERANDS}
+    given: dict[str, Any] = {short: named[n] for short, n in zip("qkv", OPERANDS, strict=True)}
+    given |= {"scale": case.form.scale, "g_gamma" if case.form.decay == "head" else "g": at["log_decay"]}
+    kind = "gla" if case.form.decay == "channel" else "simple_gla"
+    if case.form.delta:
+        kind, given["beta"] = "gated_delta_rule", at["beta"]
+    if case.step:
+        given |= {"initial_state": at["initial_state"], "output_final_state": True}
+    called = getattr(import_module(f"fla.ops.{kind}"), f"{'fused_recurrent' if case.step else 'chunk'}_{kind}")
+    return lambda: called(**given)[0]
 
 
-def lightning(case: Linear, at: dict[str, torch.Tensor]) -> Run:
+def lightning(case: Linear, at: Tensors) -> Run:
     from lightning_attn.ops import lightning_attn_func
 
-    q, k, v = (at[n].transpose(1, 2).contiguous() for n in ("query", "key", "value"))
+    q, k, v = (at[n].transpose(1, 2).contiguous() for n in OPERANDS)
     slope = -at["log_decay"][:, None, None]
     q = q * case.form.scale
     return lambda: lightning_attn_func(q, k, v, slope).transpose(1, 2)

@@ -14,7 +14,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from linear import CASES, HEAD, TOKEN, Linear, calls, peers, plan, shapes, truth
+from linear import (
+    BUDGETS,
+    CASES,
+    Linear,
+    calls,
+    drawn,
+    empty,
+    far,
+    judged,
+    measurable,
+    plan,
+    wanted,
+)
 from measure import ceilings, times
 
 from attncompile.core.errors import AttncompileError
@@ -26,10 +38,7 @@ from attncompile.kernels.launcher import Launch, run_program
 from attncompile.kernels.records import key_of
 from attncompile.plugins import kernels
 from attncompile.plugins.linear_attention.kernel import tactic
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, OUTPUT, STATE, STATES
-
-BUDGET = 3e-3
-"""Relative L2 of any output."""
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, STEP
 
 
 @dataclass(frozen=True)
@@ -45,17 +54,16 @@ def _named(name: str) -> Linear:
     return next(c for c in CASES if c.name == name)
 
 
-def _causal(name: str, form: Any, tokens: int, wanted: Mapping[str, float]) -> Linear:
-    return Linear(name, form, 32, tokens, 128, dict(wanted))
-
-
 TRIALS = (
-    Trial(_causal("retention-8k", HEAD, 8192, {"fla": 1.0, "lightning": 1.0}), (64, 128, 256, 512, 1024)),
-    Trial(_causal("simple-gla-8k", TOKEN, 8192, {"fla": 1.0}), (256, 512)),
+    Trial(_named("gated-delta-8k"), (64, 512, 1024)),
+    Trial(_named("gla-8k"), (16, 64, 128)),
+    Trial(_named("simple-gla-8k"), (256, 512, 1024)),
+    Trial(_named("gated-delta-step"), (1,)),
+    Trial(_named("retention-8k"), (64, 128, 256, 512, 1024)),
     Trial(_named("relu-d32-16k"), (1024, 2048)),
     Trial(_named("relu-d128-16k"), (1024, 2048)),
-    Trial(_causal("retention-32k", HEAD, 32768, {"fla": 1.0, "lightning": 1.0}), (256, 512, 1024)),
-    Trial(_causal("simple-gla-32k", TOKEN, 32768, {"fla": 1.0}), (256, 512)),
+    Trial(_named("retention-32k"), (512, 1024, 2048)),
+    Trial(_named("simple-gla-32k"), (512, 1024)),
     Trial(_named("relu-d128-64k"), (4096, 8192), peers=False),
 )
 
@@ -80,19 +88,26 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
         ]  # fmt: skip
     if op == APPLY and short:
         return [
-            t(8, 3, BV=32, BM=64, HB=4, FAST=1, BLOCKS=1), t(8, 2, 128, BV=32, BM=64, HB=4, FAST=1, BLOCKS=2),
-            t(4, 3, BV=32, BM=64, HB=2, FAST=1, BLOCKS=4), t(4, 3, BV=32, BM=128, HB=2, FAST=1, BLOCKS=4),
-            *(t(4, 3, BV=32, BM=128, HB=1, FAST=1, BLOCKS=n) for n in (4, 16)),
-            t(4, 3, BV=32, BM=64, HB=1, FAST=1, BLOCKS=8), t(4, 3, BV=32, BM=128, HB=1, FAST=0, BLOCKS=4),
+            *(t(4, 3, BV=32, BM=128, FAST=1, BLOCKS=n) for n in (1, 4, 16)),
+            t(4, 3, BV=32, BM=64, FAST=1, BLOCKS=8), t(4, 3, BV=32, BM=128, FAST=0, BLOCKS=4),
         ]  # fmt: skip
     if op == APPLY:
         return [
-            *(t(8, 2, BV=128, BM=128, HB=1, FAST=1, BLOCKS=n) for n in (1, 4)),
-            t(8, 3, BV=128, BM=128, HB=1, FAST=1, BLOCKS=1),
-            *(t(8, 2, 128, BV=128, BM=64, HB=1, FAST=1, BLOCKS=n) for n in (2, 4)),
-            t(8, 4, BV=128, BM=64, HB=1, FAST=1, BLOCKS=1), t(4, 3, 168, BV=64, BM=64, HB=1, FAST=1, BLOCKS=3),
+            *(t(8, 2, BV=128, BM=128, FAST=1, BLOCKS=n) for n in (1, 4)), t(8, 3, BV=128, BM=128, FAST=1, BLOCKS=1),
+            *(t(8, 2, 128, BV=128, BM=64, FAST=1, BLOCKS=n) for n in (2, 4)),
+            t(8, 4, BV=128, BM=64, FAST=1, BLOCKS=1), t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
         ]  # fmt: skip
+    if op == SOLVE:
+        return [t(4, 1), t(2, 1), t(8, 1)]
+    if op == DELTA:
+        return [t(4, s, BV=v) for v in (16, 32) for s in (1, 2, 3)] + [t(8, 2, BV=64), t(8, 2, BV=32)]
+    if op == STEP:
+        return [t(w, 1, BV=v) for v in (8, 16, 32) for w in (2, 4, 8)]
     chunk = int(call.attributes["chunk"])
+    if call.attributes["decay"] == 3:
+        if op == OUTPUT:
+            return [t(w, s, BV=v, BM=16) for v in (32, 64, 128) for w, s in ((4, 1), (4, 2), (8, 2))]
+        return [t(4, s, BK=64, BV=v, BT=r) for v in (32, 64) for r in (16, 32) for s in (2, 4) if r <= chunk]
     if op == STATES:
         found = [
             t(4, 4, BK=64, BV=64, BT=64), t(4, 4, BK=128, BV=32, BT=64), t(4, 6, BK=64, BV=64, BT=64),
@@ -120,7 +135,7 @@ class Tried:
 
 
 def known() -> dict[str, Any]:
-    return {op: Tried(op) for op in (STATE, COMBINE, APPLY, STATES, OUTPUT)}
+    return {op: Tried(op) for op in (STATE, COMBINE, APPLY, STATES, OUTPUT, SOLVE, DELTA, STEP)}
 
 
 def in_chunks(case: Linear, chunk: int) -> Linear:
@@ -143,28 +158,6 @@ def prepare(out: Path, architectures: Sequence[int]) -> None:
     write(out, built, triton.__version__)
 
 
-def states_of(case: Linear, at: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Float64 of all that ops give to others."""
-    k, v = (at[n].double().transpose(1, 2) for n in ("key", "value"))
-    b, h, n, d = k.shape
-    chunk = case.form.chunk
-    cut_k, cut_v = (x.reshape(b, h, n // chunk, chunk, d) for x in (k, v))
-    if not case.form.causal:
-        cut_k = cut_k.relu()
-        state, total = cut_k.transpose(3, 4) @ cut_v, cut_k.sum(3)
-        return {"state": state, "total": total, "whole_state": state.sum(2, True), "whole_total": total.sum(2, True)}
-    decay = at["log_decay"].double()
-    steps = decay[None, :, None].expand(b, h, n) if case.form.decay == "head" else decay.transpose(1, 2)
-    sums = steps.reshape(b, h, n // chunk, chunk).cumsum(3)
-    last = sums[..., -1:]
-    added = (cut_k * (last - sums).exp()[..., None]).transpose(3, 4) @ cut_v
-    state, before = torch.zeros_like(added[:, :, 0]), []
-    for c in range(n // chunk):
-        before.append(state)
-        state = last[:, :, c].exp()[..., None] * state + added[:, :, c]
-    return {"state": torch.stack(before, 2)}
-
-
 def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> dict[str, Any]:
     device = torch.cuda.get_device_properties(0)
     result: dict[str, Any] = {
@@ -185,26 +178,19 @@ def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> di
 def one(
     trial: Trial, bundle: Bundle, capability: int, rounds: int, with_peers: bool, copy_tbs: float
 ) -> dict[str, Any]:  # fmt: skip
-    torch.manual_seed(0)
-    began, case = time.monotonic(), trial.case
-    kind = getattr(torch, case.dtype)
-    at: dict[str, torch.Tensor] = {}
-    for name, shape in shapes(case).items():
-        if name in ("query", "key", "value"):
-            at[name] = torch.randn(shape, device="cuda", dtype=kind)
-        elif name == "log_decay":
-            at[name] = -torch.rand(shape, device="cuda") / 16
-    want_output = truth(case, at)
+    began, case, budget = time.monotonic(), trial.case, BUDGETS[trial.case.dtype]
+    at = drawn(case)
+    want_output = wanted(case, at)["output"]
     stream = torch.cuda.current_stream().cuda_stream
     found: dict[str, Any] = {"name": case.name, "chunks": {}}
     chains: dict[int, tuple[list[Launch], list[str], dict[str, torch.Tensor]]] = {}
     for chunk in trial.chunks:
         cut = in_chunks(case, chunk)
-        want = {**states_of(cut, at), "output": want_output}
-        given = {**at, **{n: x.float().contiguous() for n, x in want.items() if n != "output"}}
+        want = wanted(cut, at)
+        given = at | {n: x.to(empty(cut, n).dtype).contiguous() for n, x in want.items()}
         rows, best = [], []
         for call, (_, inputs, outputs) in zip(calls(cut), plan(cut), strict=True):
-            tested, kept = launches(call, bundle, capability, given, inputs, outputs, want, stream)
+            tested, kept = launches(cut, call, bundle, capability, given, inputs, outputs, want, stream)
             ok = {name: partial(launch, stream) for name, launch, _ in tested if isinstance(launch, Launch)}
             took = {name: median(t) for name, t in times(ok, rounds).items()} if ok else {}
             del kept  # launches hold addresses alone
@@ -215,33 +201,19 @@ def one(
         found["chunks"][chunk] = {"ops": rows, "best": best}
         if all(best):
             chains[chunk] = chain(cut, bundle, capability, at, best, stream)
-            error = float((chains[chunk][2]["output"].double() - want_output).norm() / want_output.norm())
+            error = far(chains[chunk][2]["output"], want_output)
             found["chunks"][chunk]["error"] = error
-            if not error <= BUDGET:
+            if not error <= budget:
                 del chains[chunk]
+    beside, errors, left_out = measurable(case, at, want_output, with_peers and trial.peers)
     runs: dict[str, Any] = {f"ours in chunks of {c}": partial(in_a_row, x[0], stream) for c, x in chains.items()}
-    left_out = {}
-    for name, make in peers(case, at) if with_peers and trial.peers else ():
-        try:
-            runs[name] = made = make()
-            error = float((made().double() - want_output).norm() / want_output.norm())
-            if not error <= 3 * BUDGET:
-                left_out[name] = f"wrong: {error:.1e}"
-                del runs[name]
-        except Exception as problem:  # a peer that fails in whatever way is left out by name
-            runs.pop(name, None)
-            left_out[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+    runs |= beside
     took = {name: median(t) for name, t in times(runs, rounds).items()} if runs else {}
     ours = {n: ms for n, ms in took.items() if n.startswith("ours")}
-    found |= {"ms": took, "left_out": left_out, "seconds": time.monotonic() - began}
+    found |= {"ms": took, "errors": errors, "left_out": left_out, "seconds": time.monotonic() - began}
     if ours:
         first = min(ours, key=lambda n: ours[n])
-        least = 2.0 * case.batch * case.heads * case.tokens * case.dim * 4
-        share = least / ours[first] * 1e-9 / copy_tbs
-        ratios = {n: ms / ours[first] for n, ms in took.items() if n not in ours}
-        met = {n: ratios[n] >= x for n, x in case.wanted.items() if n in ratios}
-        found |= {"best": first, "ratios": ratios, "share_of_copy": share,
-                  "met": met | ({"copy": share >= case.copy} if case.copy else {})}  # fmt: skip
+        found |= {"best": first, **judged(case, ours[first], took, copy_tbs)}
     return found
 
 
@@ -250,13 +222,9 @@ def in_a_row(every: Sequence[Launch], stream: int) -> None:
         launch(stream)
 
 
-def _empty(name: str, shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
-    return torch.full(shape, torch.nan, device="cuda", dtype=kind if name == "output" else torch.float32)
-
-
 def launches(
-    call: OpCall, bundle: Bundle, capability: int, given: Mapping[str, torch.Tensor], inputs: Mapping[str, str],
-    outputs: Mapping[str, str], want: Mapping[str, torch.Tensor], stream: int,
+    case: Linear, call: OpCall, bundle: Bundle, capability: int, given: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, str], outputs: Mapping[str, str], want: Mapping[str, torch.Tensor], stream: int,
 ) -> tuple[list[tuple[str, Launch | None, Any]], dict[str, torch.Tensor]]:  # fmt: skip
     """Of every tactic: its name, its launch where that is right, and its outputs' largest error or what it said; and
     the tensors, which have to live as long as the launches are made.
@@ -264,10 +232,9 @@ def launches(
     found: list[tuple[str, Launch | None, Any]] = []
     asked = general(known(), call)
     compiled = {k.entry.tactic: k for k in bundle.kernels(key_of(asked), capability)}
-    kind = given["query"].dtype
     tensors = {formal: given[name] for formal, name in inputs.items()}
     for formal, name in outputs.items():
-        tensors[formal] = _empty(name, tuple(want[name].shape), kind)
+        tensors[formal] = empty(case, name)
     for program in known()[call.op].programs(asked, capability):
         if program.tactic not in compiled:
             found.append((program.tactic, None, "not compiled"))
@@ -276,11 +243,11 @@ def launches(
             tensors[formal].fill_(torch.nan)
         try:
             launch = run_program(program, compiled[program.tactic], tensors, call.attributes, stream)
-            error = max(float((tensors[f].double() - want[n]).norm() / want[n].norm()) for f, n in outputs.items())
+            error = max(far(tensors[f], want[n]) for f, n in outputs.items())
         except AttncompileError as problem:
             found.append((program.tactic, None, str(problem)))
             continue
-        found.append((program.tactic, launch if error <= BUDGET else None, error))
+        found.append((program.tactic, launch if error <= BUDGETS[case.dtype] else None, error))
     return found, tensors
 
 
@@ -288,8 +255,8 @@ def chain(
     case: Linear, bundle: Bundle, capability: int, at: Mapping[str, torch.Tensor], best: Sequence[str], stream: int
 ) -> tuple[list[Launch], list[str], dict[str, torch.Tensor]]:
     """The ops of ``case`` with the tactics ``best``, on tensors of their own."""
-    kind = at["query"].dtype
-    own = {n: at[n] if n in at else _empty(n, shape, kind) for n, shape in shapes(case).items()}
+    names = {n for _, inputs, outputs in plan(case) for n in (*inputs.values(), *outputs.values())}
+    own = {n: at[n] if n in at else empty(case, n) for n in names}
     made = []
     for call, (_, inputs, outputs), name in zip(calls(case), plan(case), best, strict=True):
         asked = general(known(), call)

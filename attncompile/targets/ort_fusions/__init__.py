@@ -52,11 +52,13 @@ class Fused:
     counts: Mapping[str, int]
 
 
-def fuse(proto: ModelProto, folder: Path, only: tuple[str, ...] = ()) -> Fused:
-    """A copy of ``proto`` with these fusions, or all. External data in ``folder`` is read only where it is small."""
+def fuse(proto: ModelProto, folder: Path, only: tuple[str, ...] = (), half_norms: bool = False) -> Fused:
+    """A copy of ``proto`` with these fusions, or all. External data in ``folder`` is read only where it is small.
+    ``half_norms``: see ``skip.skip_norm``.
+    """
     copy = ModelProto()
     copy.CopyFrom(proto)
-    view = View(copy, folder)
+    view = View(copy, folder, half_norms)
     view.sweep()
     counts = {}
     for name, run in FUSIONS:

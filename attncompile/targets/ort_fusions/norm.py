@@ -88,6 +88,7 @@ def _weighted(view: View, x: str, y: str, shape: Dims, epsilon: float) -> bool:
         return False
     if view.kind(y) == _HALF:  # what a conversion to fp16 leaves of one: only the factor is computed in float32
         weight = next((w for a, w in view.sides(reader) if a == y), "") if reader.op_type == "Mul" else ""
+        half = x if view.kind(x) == _HALF else half  # all of it in fp16, where the op's own sum is in float32
         if half is None or view.shape(weight) != (width,) or view.kind(weight) != _HALF:
             return False
         return _simplified(view, half, weight, reader.output[0], epsilon)

@@ -2,7 +2,8 @@
 another order of axes, and a layout says which (``core/layout.py``).
 
 A value is followed back to the tensor that ops which only move elements made it of. The axes of that tensor are cut
-into atoms, as the ops on the way cut them; what is left of an axis of which one part was taken is an atom with a number.
+into atoms, as the ops on the way cut them; what is left of an axis of which one part was taken is an atom with a
+number.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ def _named(
     view: View, root: str, kind: int, order: list[_Atom], letters: dict[int, str], layout: str
 ) -> tuple[str, str] | None:  # fmt: skip
     """The tensor, with an axis for each letter and one for the parts, and their layout."""
-    said, dims = "", []
+    said = ""
+    dims: list[int | str] = []
     for atom in order:
         if atom.size == 1:
             continue
@@ -204,7 +206,8 @@ def _moved(
             return _reshaped([a for axis in axes for a in axis], shape, order)
         case "Squeeze":
             given = _numbers(view, node, 1, "axes")
-            gone = [i for i, axis in enumerate(axes) if _size(axis) == 1] if given is None else _places(given, len(axes))
+            single = [i for i, axis in enumerate(axes) if _size(axis) == 1]
+            gone = single if given is None else _places(given, len(axes))
             if any(_size(axes[i]) != 1 for i in gone):
                 raise _Other
             return [axis for i, axis in enumerate(axes) if i not in gone]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto
 
-from attncompile.targets.ort_fusions.view import CONTRIB, KINDS, Dims, View, attribute, reshape_target
+from attncompile.targets.ort_fusions.view import CONTRIB, KINDS, TABLE, Dims, View, attribute, reshape_target
 
 
 def identities(view: View) -> int:
@@ -301,7 +301,7 @@ def _repeats(view: View, value: str, width: int) -> bool:
     and new axes came after.
     """
     while True:
-        known = view.constant(value)
+        known = view.constant(value, TABLE)
         if known is not None:
             return known.shape[-1] == width and np.array_equal(known[..., : width // 2], known[..., width // 2 :])
         node = view.maker(value, "Cast", "Cos", "Sin", "Mul", "Unsqueeze", "Concat")

@@ -10,16 +10,16 @@ from attncompile.targets.ort_fusions.view import CONTRIB, Dims, View, attribute
 
 
 def skip_norm(view: View) -> int:
-    """``norm(a + b)`` as ``SkipLayerNormalization`` or ``SkipSimplifiedLayerNormalization``, in float32 alone.
+    """``norm(a + b)`` as ``SkipLayerNormalization`` or ``SkipSimplifiedLayerNormalization``, in fp16 if asked for.
 
-    In fp16 ONNX Runtime's CUDA kernels of these add up squares in fp16, unless the provider's option
-    ``enable_skip_layer_norm_strict_mode`` is set: rows of a few hundred are infinite there.
+    In fp16 ONNX Runtime's CUDA kernels of these added up squares in fp16 before 1.27 (its pull request 28682), unless
+    the provider's option ``enable_skip_layer_norm_strict_mode`` is set: rows of a few hundred are infinite there.
     """
-    done = 0
+    done, kinds = 0, (TensorProto.FLOAT, TensorProto.FLOAT16) if view.half_norms else (TensorProto.FLOAT,)
     for node in view.nodes("LayerNormalization", "SimplifiedLayerNormalization"):
         x = node.input[0]
         total, shape, kind = view.maker(x, "Add"), view.shape(x), view.kind(x)
-        if total is None or not shape or len(shape) not in (2, 3) or kind != TensorProto.FLOAT:
+        if total is None or not shape or len(shape) not in (2, 3) or kind not in kinds:
             continue
         if not last_axis(node, len(shape)) or any(view.shape(v) != shape for v in total.input):
             continue

@@ -18,16 +18,20 @@ KINDS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 """Element types that ONNX Runtime's fused ops were run in."""
 _LARGEST = 1 << 20
 """Elements of a constant that is read; weights are larger, and may lie in external files of gigabytes."""
+TABLE = 1 << 26
+"""The same of a table of sines: 128 of each of half a million tokens."""
 _STANDARD = ("", "ai.onnx")
 
 Dims = tuple[int | str, ...]
 
 
 class View:
-    """The main graph of ``proto``, whose external data lies in ``folder``. ``proto`` changes at ``finish`` only."""
+    """The main graph of ``proto``, whose external data lies in ``folder``. ``proto`` changes at ``finish`` only.
+    ``half_norms``: residual sums may go into norms in fp16 (``skip``).
+    """
 
-    def __init__(self, proto: ModelProto, folder: Path) -> None:
-        self._proto, self._folder = proto, folder
+    def __init__(self, proto: ModelProto, folder: Path, half_norms: bool = False) -> None:
+        self._proto, self._folder, self.half_norms = proto, folder, half_norms
         inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
         described = (*inferred.input, *inferred.output, *inferred.value_info)
         self._types = {v.name: v for v in described}
@@ -93,13 +97,13 @@ class View:
         dims = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in info.type.tensor_type.shape.dim]
         return None if any(d == "" for d in dims) else tuple(dims)
 
-    def constant(self, value: str) -> np.ndarray | None:
-        """The value of a constant of moderate size."""
+    def constant(self, value: str, most: int = _LARGEST) -> np.ndarray | None:
+        """The value of a constant of moderate size, ``most`` elements."""
         tensor = self._tensors.get(value)
         node = self.maker(value, "Constant")
         if tensor is None and node is not None:
             tensor = next((a.t for a in node.attribute if a.name == "value"), None)
-        if tensor is None or prod(tensor.dims) > _LARGEST:
+        if tensor is None or prod(tensor.dims) > most:
             return None
         return numpy_helper.to_array(tensor, str(self._folder))
 

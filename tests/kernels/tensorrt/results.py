@@ -11,11 +11,12 @@ import torch
 
 from attncompile.core.kernel import OpCall
 from attncompile.core.layout import part, unpacked
+from attncompile.plugins.linear_attention.op import DELTA
 from tests.conformance import linear_ops, vectorised
 from tests.conformance.block_lists import words
 from tests.conformance.budget import wrong, wrong_sums
 from tests.conformance.case import Case, laid
-from tests.kernels.tensorrt.samples import DENSE, HOOD, SAMPLES, Sample
+from tests.kernels.tensorrt.samples import DENSE, HOOD, SAMPLES, Sample, linear
 
 TORCH = {1: "float32", 10: "float16", 16: "bfloat16", 9: "bool", 6: "int32", 7: "int64"}
 OUTPUTS = {0: "float32", 1: "float16", 7: "bfloat16"}
@@ -49,8 +50,12 @@ LARGE = (
     widened(_named("dense")), widened(_named("neighborhood")), widened(_named("lists of a file")),
     widened(_named("states of chunks")), widened(_named("whole state applied")),
     widened(_named("states before chunks"), chunk=128), widened(_named("output of chunks"), chunk=128),
+    linear("what the delta rule writes, 128", DELTA, {
+        "key": (10, ("B", "N", 2, 128)), "value": (10, ("B", "N", 2, 128)), "solved": (1, ("B", 2, "C", 64, 64)),
+        "log_decay": (1, ("B", "N", 2)),
+    }, ("written", "state", "final_state"), {"B": (1, 2, 3), "N": (1, 100, 333), "C": (1, 2, 6)}, tile=64, chunk=64),
 )  # fmt: skip
-"""Of each op that multiplies: the sum of chunks needs no shared memory at all."""
+"""Of each op that multiplies large tiles: sums of chunks, single steps and single tiles need little shared memory."""
 
 
 def points(sample: Sample, among: Sequence[Mapping[str, int]] = POINTS) -> list[dict[str, int]]:
@@ -61,7 +66,7 @@ def points(sample: Sample, among: Sequence[Mapping[str, int]] = POINTS) -> list[
         full["R"] = -(-full["N"] // 64)
         full["R4"] = full["B"] * 4 * full["R"]
         if "chunk" in sample.attributes:
-            full["C"] = -(-full["N"] // sample.attributes["chunk"])
+            full["C"] = -(-full["N"] // sample.attributes.get("tile", sample.attributes["chunk"]))
         sizes = {n: full[n] for n in sample.sizes}
         if sizes not in found:
             found.append(sizes)
@@ -113,7 +118,7 @@ def problems(
     whole = linear_ops.expected(sample.op, asked, {n: logical[n] for n in given})
     best = linear_ops.expected(sample.op, asked, {n: logical[n] for n in given}, half)
     for name, x in results.items():
-        kind = call.dtype if name == "output" else "sums"
+        kind = call.dtype if name in ("output", "written") else "sums"
         if said := wrong(x, whole[name].cpu().numpy(), best[name].cpu().numpy(), kind):
             yield f"{name}: {said}"
 
@@ -176,6 +181,12 @@ def _linear(sample: Sample, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         x = rng.standard_normal(shape).astype(np.float32)
         if name in POSITIVE:
             x = np.abs(x) + np.float32(0.5)
+        if name == "key" and {"beta", "solved"} & set(sample.inputs):  # the delta rule is made for keys of length one
+            x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        if name == "feature_weight":
+            x = x / np.float32(shape[1] ** 0.5)
+        if name == "beta":
+            x = 1 / (1 + np.exp(-x))
         found[name] = -np.abs(x) / 4 if name == "log_decay" else x
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
-from attncompile.plugins.linear_attention.op import APPLY, COMBINE, INPUTS, OUTPUT, STATE, STATES
+from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, INPUTS, OUTPUT, SOLVE, STATE, STATES, STEP
 
 HOUSE = "attncompile"
 Dim = int | str
@@ -39,10 +39,10 @@ class Sample:
         while given and not given[-1]:
             given.pop()
         node = helper.make_node(self.op, given, list(self.outputs), "node", domain=HOUSE, **self.attributes)
-        first = next(iter(self.inputs.values()))[0]
+        kinds = dict.fromkeys(("output", "written"), next(iter(self.inputs.values()))[0])
         graph = helper.make_graph(
             [node], "g", [helper.make_tensor_value_info(n, k, d) for n, (k, d) in self.inputs.items()],
-            [helper.make_tensor_value_info(n, first if n == "output" else FLOAT, None) for n in self.outputs],
+            [helper.make_tensor_value_info(n, kinds.get(n, FLOAT), None) for n in self.outputs],
         )  # fmt: skip
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(HOUSE, 1)], ir_version=10
@@ -118,6 +118,7 @@ KEY, VALUE = (HALF, ("B", "N", 2, 32)), (HALF, ("B", "N", 2, 48))
 QUERY, DECAY = (HALF, ("B", "N", 4, 32)), (FLOAT, ("B", "N", 2))
 CHUNKS, SUMS = (FLOAT, ("B", 2, "C", 32, 48)), (FLOAT, ("B", 2, "C", 32))
 WHOLE, WHOLE_SUM = (FLOAT, ("B", 2, 1, 32, 48)), (FLOAT, ("B", 2, 1, 32))
+LAST, LAST_SUM = (FLOAT, ("B", 2, 32, 48)), (FLOAT, ("B", 2, 32))
 
 QUICK = (
     dense("dense"),
@@ -138,6 +139,12 @@ QUICK = (
     linear("states before chunks", STATES, {"key": KEY, "value": VALUE, "log_decay": DECAY}, ("state",), chunk=32),
     linear("output of chunks", OUTPUT, {"query": QUERY, "key": KEY, "value": VALUE, "state": CHUNKS,
                                         "log_decay": DECAY}, sizes=CHUNKED, chunk=32, scale=0.5),
+    linear("tiles of the delta rule solved", SOLVE, {"key": KEY, "log_decay": DECAY, "beta": (HALF, ("B", "N", 2))},
+           ("solved",), tile=32),
+    linear("what the delta rule writes", DELTA, {"key": KEY, "value": VALUE, "solved": (FLOAT, ("B", 2, "C", 32, 32)),
+           "log_decay": DECAY}, ("written", "state", "final_state"), CHUNKED, chunk=32, tile=32),
+    linear("a token at a time", STEP, {"query": QUERY, "key": KEY, "value": VALUE, "log_decay": DECAY,
+           "initial_state": LAST}, ("output", "final_state"), scale=0.5),
 )  # fmt: skip
 SLOW = (
     dense("log-sum-exp", outputs=("output", "log_sum_exp"), layouts="hhhn"),
@@ -173,6 +180,28 @@ SLOW = (
         "key": KEY, "value": VALUE, "log_decay": (HALF, (2,)), "initial_state": (FLOAT, ("B", 2, 32, 48)),
         "initial_total": (FLOAT, ("B", 2, 32)),
     }, ("state", "total", "final_state", "final_total"), key_map="exp", chunk=16),
+    linear("state of learned features", STATE, {"key": KEY, "value": VALUE, "feature_weight": (HALF, (2, 32, 24))},
+           ("state", "total"), key_map="hedgehog", chunk=48),
+    linear("learned features applied, bfloat16", APPLY, {
+        "query": (BRAIN, ("B", 4, "N", 32)), "state": (FLOAT, ("B", 2, 1, 48, 48)), "total": (FLOAT, ("B", 2, 1, 48)),
+        "feature_weight": (FLOAT, (4, 32, 24)),
+    }, query_map="hedgehog", normaliser="sum", epsilon=1e-6, q_layout="BHND"),
+    linear("decoding by the delta rule, bfloat16", STEP, {
+        "query": (BRAIN, ("B", 4, 1, 32)), "key": (BRAIN, ("B", 1, 2, 32)), "value": (BRAIN, ("B", 1, 2, 48)),
+        "log_decay": (FLOAT, ("B", 1, 2)), "beta": (BRAIN, ("B", 1, 1)), "initial_state": LAST,
+    }, ("output", "final_state"), {"B": (1, 2, 3)}, q_layout="BHND", o_layout="BHND"),
+    linear("decoding with sums", STEP, {
+        "query": (HALF, (2, 1, 4, 32)), "key": (HALF, (2, 1, 2, 32)), "value": (HALF, (2, 1, 2, 48)),
+        "log_decay": (HALF, (2, 1, 2, 32)), "initial_state": (FLOAT, (2, 2, 32, 48)),
+        "initial_total": (FLOAT, (2, 2, 32)),
+    }, ("output", "final_state", "final_total"), {}, query_map="exp", key_map="exp", normaliser="sum", epsilon=1e-6),
+    linear("tiles of the delta rule, tokens last, bfloat16", SOLVE, {
+        "key": (BRAIN, ("B", 2, 32, 200)), "beta": (FLOAT, ("B", 200, 1))}, ("solved",), {"B": (1, 2, 3)}, tile=64,
+        k_layout="BHDN"),
+    linear("chunks of the delta rule, bfloat16", DELTA, {
+        "key": (BRAIN, ("B", 200, 2, 32)), "value": (BRAIN, ("B", 2, 200, 48)), "solved": (FLOAT, ("B", 2, 4, 64, 64)),
+        "initial_state": LAST, "log_decay": (FLOAT, (2,))}, ("written", "state"), {"B": (1, 2, 3)}, tile=64, chunk=128,
+        v_layout="BHND"),
     linear("gates of every channel, static", OUTPUT, {
         "query": (HALF, (2, 37, 4, 32)), "key": (HALF, (2, 37, 2, 32)), "value": (HALF, (2, 37, 2, 48)),
         "state": (FLOAT, (2, 2, 3, 32, 48)), "log_decay": (FLOAT, (2, 37, 2, 32)),

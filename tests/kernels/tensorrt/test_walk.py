@@ -50,6 +50,7 @@ def expected(one: Prepared, launch: Launch, sizes: dict[str, int], multiprocesso
 
 AXES = {
     "log_sum_exp": "BHN", "state": "BGCFE", "total": "BGCF", "mean": "BGCE", "top": "BGCF", "final_state": "BGFE",
+    "written": "BMGE", "solved": "BGTLL",
     "final_total": "BGF", "whole_state": "BG1FE", "whole_total": "BG1F", "whole_mean": "BG1E",
 }  # fmt: skip
 """Of inputs and outputs beside the operands, from the definitions of the ops."""
@@ -65,9 +66,13 @@ def output_shapes(sample: Sample, shapes: dict[str, tuple[int, ...]]) -> list[tu
             layout = str(sample.attributes.get(f"{name[0]}_layout", "BNHD"))
             axes = layout.translate(str.maketrans("BNHD", OF_OPERANDS[name]))
         sizes |= dict(zip(axes, shape, strict=True)) if axes else {}
+    if "feature_weight" in shapes:
+        sizes["F"] = 2 * shapes["feature_weight"][2]
     if "M" in sizes:
         chunk = int(sample.attributes.get("chunk", 0)) or sizes["M"]
         sizes.setdefault("C", (sizes["M"] + chunk - 1) // chunk)
+        tile = int(sample.attributes.get("tile", 64))
+        sizes |= {"L": tile, "T": -(-sizes["M"] // tile)}
     layout = str(sample.attributes.get("o_layout", "BNHD")).replace("D", "E")
     return [tuple(sizes[a] for a in AXES.get(name, layout)) for name in sample.outputs]
 

@@ -45,6 +45,7 @@ class Session(Runner):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns of float16 constants that it cannot fold on a CPU
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # two sessions of 8,192 tokens keep 10 GB
         if library is not None:
             options.register_custom_ops_library(str(library))
         self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)

@@ -1,0 +1,92 @@
+"""What blocks that are chosen when the model runs cost on a CPU: `python tools/bench_chosen.py` prints a table.
+
+Each line is the attention of two heads of 64 alone, in ONNX Runtime, float32, on one thread: the body of
+`BlockSparseAttention` with the choice of its blocks, against product, mask, softmax, product. Times are processor times,
+medians of paired rounds. Random operands say nothing of accuracy, and `xattention` keeps as few blocks as it may.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from attncompile.plugins import mechanism
+from tests.plugins.conftest import Case
+
+HEADS, HEAD_DIM = 2, 64
+SIZES = ((1024, 64, False), (2048, 64, True), (4096, 128, True))
+"""Tokens, edge of the blocks, whether causal."""
+CHOICES = ("pooled 0.1", "pooled 0.25", "pooled 0.5", "xattention 0.01")
+
+
+def dense(tokens: int, causal: bool) -> ModelProto:
+    """Attention as exporters write it."""
+    nodes = [
+        helper.make_node("Transpose", ["k"], ["turned"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["q", "turned"], ["products"]),
+        helper.make_node("Mul", ["products", "scale"], ["scores"]),
+    ]
+    constants, scores = [numpy_helper.from_array(np.float32(HEAD_DIM**-0.5), "scale")], "scores"
+    if causal:
+        hidden = np.where(np.tri(tokens, dtype=bool), 0, -np.inf).astype(np.float32)
+        constants.append(numpy_helper.from_array(hidden[None, None], "mask"))
+        nodes.append(helper.make_node("Add", ["scores", "mask"], ["masked"]))
+        scores = "masked"
+    nodes += [
+        helper.make_node("Softmax", [scores], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "v"], ["o"]),
+    ]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, HEADS, tokens, HEAD_DIM]) for n in "qkvo"]
+    graph = helper.make_graph(nodes, "dense", values[:3], values[3:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def runner(model: ModelProto, feeds: Mapping[str, Any]) -> Callable[[], float]:
+    """Processor seconds of one run."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def run() -> float:
+        begin = time.process_time()
+        session.run(None, feeds)
+        return time.process_time() - begin
+
+    run()
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    lists = mechanism("BlockSparseAttention")
+    table = Table("tokens", "blocks of", "", "heads", "dense ms", "ours ms", "gain", box=SIMPLE)
+    for tokens, edge, causal in SIZES:
+        case = Case(
+            batch=1, queries=tokens, static=True, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, value_dim=HEAD_DIM,
+            causal=causal, scale=HEAD_DIM**-0.5,
+        )  # fmt: skip
+        feeds = case.feeds()
+        base = runner(dense(tokens, causal), feeds)
+        for text in CHOICES:
+            ours = runner(case.model(lists, {"edge": edge, "heads": [text] * HEADS}), feeds)
+            pairs = [(base(), ours()) for _ in range(rounds)]
+            gain = statistics.median(b / o for b, o in pairs)
+            took = [f"{statistics.median(side) * 1e3:.1f}" for side in zip(*pairs, strict=True)]
+            table.add_row(str(tokens), str(edge), "causal" if causal else "", text, *took, f"{gain:.2f}x")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ def dense(tokens: int, causal: bool) -> ModelProto:
         helper.make_node("MatMul", ["q", "turned"], ["products"]),
         helper.make_node("Mul", ["products", "scale"], ["scores"]),
     ]
-    constants, scores = [numpy_helper.from_array(np.float32(HEAD_DIM**-0.5), "scale")], "scores"
+    constants, scores = [numpy_helper.from_array(np.array(HEAD_DIM**-0.5, np.float32), "scale")], "scores"
     if causal:
         hidden = np.where(np.tri(tokens, dtype=bool), 0, -np.inf).astype(np.float32)
         constants.append(numpy_helper.from_array(hidden[None, None], "mask"))

@@ -24,6 +24,10 @@ Choice = Mapping[str, tuple[int, ...]]
 _MARGIN = 1.5
 """Where a mean counts, single errors may be negative: the rest may make up for this share of the budget less 1."""
 
+_SHARES = (0.9, 0.5, 0.2)
+"""Of what lies between the best choice of a price and the first that breaks the budget: so much is tried to be filled
+site by site."""
+
 _LADDER = 10
 """Halvings of a price down to which sites are looked at for what is left of a damage."""
 
@@ -91,9 +95,9 @@ def time_of(spaces: Sequence[SiteSpace], choice: Choice) -> float:
     return sum(s.time(choice[s.site]) if s.site in choice else s.base for s in spaces)
 
 
-def within_damage(spaces: Sequence[SiteSpace], limit: float) -> dict[str, tuple[int, ...]]:
-    """The fastest choice of any price whose predicted damage is at most ``limit``, and what the rest of it allows: a
-    site that has to gain something comes with all its heads at once, so that prices leave gaps.
+def within_damage(spaces: Sequence[SiteSpace], limit: float, fill: bool = False) -> dict[str, tuple[int, ...]]:
+    """The fastest choice of any price whose predicted damage is at most ``limit``; with ``fill`` also what the rest
+    of it allows: a site that has to gain something comes with all its heads at once, so that prices leave gaps.
     """
     low, high = -40.0, 40.0  # powers of 2 times the scale below
     scale = sum(s.base for s in spaces) or 1.0
@@ -108,7 +112,7 @@ def within_damage(spaces: Sequence[SiteSpace], limit: float) -> dict[str, tuple[
     found = choose(spaces, scale * 2.0**high)
     if damage_of(spaces, found) > limit:
         found, high = {}, 40.0
-    return _filled(spaces, found, scale * 2.0**high, limit)
+    return _filled(spaces, found, scale * 2.0**high, limit) if fill else found
 
 
 def _filled(
@@ -244,6 +248,15 @@ def tune(
             target = min(max(target, low + 0.2), math.log(max(most, 1e-300)))
         else:
             target = min(target, high - 0.2)
+    if best is not None and math.isfinite(high):
+        for share in _SHARES:
+            limit = best.damage + share * (math.exp(high) - best.damage)
+            choice = within_damage(spaces, limit, fill=True)
+            if time_of(spaces, choice) < best.time * base and all(p.choice != choice for p in points):
+                point = judged(choice)
+                if point.bound <= limits.budget:
+                    best = point
+                    break
     return best, points
 
 

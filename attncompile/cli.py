@@ -337,7 +337,7 @@ def _bench(
 
     With --device cuda either may be a folder that --target onnxruntime-cuda wrote; inputs and outputs stay on the GPU.
     """
-    device = opt.choice(device, ("cpu", "cuda"), "--device")
+    device = opt.choice(device, PROVIDERS, "--device")
     options = _options(inputs=inputs, profile=profile, seed=seed, threads=threads)
     as_json = _as_json(format)
 

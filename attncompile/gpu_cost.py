@@ -24,6 +24,8 @@ MEASURED = 90
 SCORE_BYTES = 8
 """Bytes that unfused attention moves a score element: written by the first product, read and written by the softmax,
 read by the second product, two bytes each. ONNX Runtime moves no less."""
+POOLING = 5.0
+"""How often queries and keys go through memory for the means of their blocks: padded, weighed, summed, each an op."""
 BESIDE = ("MatMul", "Exp")
 """Standard ops that take time beside kernels of ours; others that a lowering holds move little or nothing."""
 MASK_BYTES = 4
@@ -95,6 +97,32 @@ class GpuCost:
             batch=shape.batch, query_length=shape.query_length, key_length=shape.key_length,
         )  # fmt: skip
         return self._launch(call) + self.barrier
+
+    def selection(self, site: AttentionSite, shape: Shape, edge: int, stride: int, causal: bool) -> float:
+        """Predicted time of the two launches that choose blocks of ``edge``, by tiles of ``stride`` tokens or (0) by
+        means of blocks, which the target makes with ops of its own: what those move is counted. Raises ``Unsupported``
+        as ``gain``.
+        """
+        heads, tokens = site.heads, shape.query_length
+        cut = (stride, edge) if stride else (1, 1)
+        length = tokens if stride else -(-tokens // edge)
+        scores = OpCall(
+            "BlockScores", self._dtype(site), heads, site.kv_heads, site.head_dim, site.head_dim,
+            {"stride": cut[0], "block": cut[1], "causal": int(causal), "scale": site.scale}, outputs=("scores",),
+            batch=shape.batch, query_length=length, key_length=length,
+        )  # fmt: skip
+        sizes = {"scores": (shape.batch, heads, -(-length // cut[0]), -(-tokens // edge)), "amount": (heads,)}
+        select = OpCall(
+            "BlockSelect", "float32", heads, heads, 1, 1,
+            {"tiles": cut[1] // cut[0], "causal": int(causal), "rule": "mass" if stride else "share", "sinks": 1,
+             "window": 0},
+            dict.fromkeys(sizes, "float32"), sizes, outputs=("rows", "columns", "kinds", "mass"), batch=shape.batch,
+        )  # fmt: skip
+        pooled = 0.0
+        if not stride:
+            bandwidth = cost.constants(f"gluon-{self.architecture}").bandwidth
+            pooled = 2.0 * shape.batch * tokens * site.head_dim * (heads + site.kv_heads) * POOLING / bandwidth * 1e-6
+        return pooled + self._launch(scores) + self._launch(select) + 2 * self.barrier
 
     def before(self, site: AttentionSite, shape: Shape) -> float:
         """Milliseconds of the site as it is: as one dense kernel of ours where the target fuses it, else as two

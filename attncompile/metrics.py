@@ -85,15 +85,17 @@ def cosine(reference: np.ndarray, ours: np.ndarray) -> float:
     return float(np.clip(np.dot(r / nr, o / no), -1.0, 1.0))
 
 
-def psnr(reference: np.ndarray, ours: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB; the peak is the reference's range (max - min). inf for equal arrays."""
+def psnr(reference: np.ndarray, ours: np.ndarray, peak: float | None = None) -> float:
+    """Peak signal-to-noise ratio in dB; the peak is the reference's range (max - min) where none is given. inf for
+    equal arrays.
+    """
     r, o = reference.astype(np.float64), ours.astype(np.float64)
     noise = float(np.mean(np.square(o - r)))
     if noise == 0:
         return math.inf
     if not math.isfinite(noise):
         return math.nan
-    peak = float(np.max(r) - np.min(r))
+    peak = float(np.max(r) - np.min(r)) if peak is None else peak
     return -math.inf if peak == 0 else 10 * math.log10(peak * peak / noise)
 
 

@@ -5,60 +5,92 @@ and after. SVG of the page's own, coloured by its style sheet, so that it is as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 import numpy as np
 
+from attncompile.html_parts import facts, section, table
 from attncompile.report import ShapeTiming
+from attncompile.report_text import time_text
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
 
 STYLE = """
-:root { --ink: #1c1c1c; --mass: #1f5fa8; --seen: #d9822b; --budget: #c0392b; --before: #8a8f98; --after: #2a8f4f; }
+:root { --ink: #1c1c1c; --mass: #1f5fa8; --seen: #b45309; --budget: #c0392b; --before: #7b808a; --after: #2a8f4f; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --mass: #7db4ec; --seen: #f0a04b; --budget: #ff7b6b; --before: #7a808a; --after: #58c27d; }
+  :root { --ink: #e6e6e6; --mass: #7db4ec; --seen: #f0a04b; --budget: #ff7b6b; --before: #9096a0; --after: #58c27d; }
 }
-figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; } figcaption { font-size: .75rem; }
-.map { width: 8rem; height: 8rem; border: 1px solid #8886; display: block; } .map .mass { fill: var(--mass); }
-.map .seen { fill: var(--seen); fill-opacity: .3; } .plot { width: 42rem; max-width: 100%; }
-.plot text { fill: var(--ink); font: 11px system-ui, sans-serif; } .plot line { stroke: #8888; }
-.plot .budget { stroke: var(--budget); stroke-dasharray: 5 4; } .plot .mean { fill: var(--mass); }
-.plot .bound { fill: none; stroke: var(--mass); } .plot .chosen { fill: none; stroke: var(--after); stroke-width: 2; }
-.before { fill: var(--before); } .after { fill: var(--after); }
+.heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { font-size: .8rem; line-height: 1.4; margin-top: .3rem; }
+.map { width: 10rem; height: 10rem; border: 1px solid var(--rule); display: block; } .mass { fill: var(--mass); }
+.seen { fill: var(--seen); fill-opacity: .12; }
+.edge { fill: none; stroke: var(--seen); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.plot { width: 100%; min-width: 30rem; max-width: 42rem; display: block; } line { stroke: #8888; }
+.plot text { fill: var(--ink); font: 12px system-ui, sans-serif; }
+.budget { stroke: var(--budget); stroke-dasharray: 5 4; } .mean { fill: var(--mass); }
+.bound { fill: none; stroke: var(--mass); stroke-width: 1.5; }
+.chosen { fill: none; stroke: var(--after); stroke-width: 2; }
+.key { width: .9em; height: .9em; margin: 0 .3em 0 .8em; vertical-align: -.1em; }
+.key:first-child { margin-left: 0; }
+.bars { display: grid; grid-template-columns: auto 1fr auto; gap: .2rem .7rem; max-width: 42rem; align-items: center; }
+.bars .after { margin-bottom: .6rem; } .bars .name, .bars .time { white-space: nowrap; }
+.bars .time { font-variant-numeric: tabular-nums; } .bar { height: .9rem; min-width: 1px; }
+.bar.before { background: var(--before); } .bar.after { background: var(--after); }
 """
 
 SIDE = 32
 """Squares a side of a map; more blocks than that are averaged."""
 
+POINT_COLUMNS = ("speed of all attention", "mean error", "others stay below", "")
+
 SHADES = (0.15, 0.35, 0.6, 1.0)
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 260, 64, 34, 14
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 280, 76, 40, 14
 
 
-def search_section(found: SearchReport) -> str:
+def sections(found: SearchReport) -> Iterable[str]:
     """The search in numbers, its curve, and the heads."""
     budget = "none: a density was asked for" if found.budget is None else f"{found.metric} {found.budget:g}"
     held = f"{len(found.held)}, the worst error {max(found.held):.3g}" if found.held else "none"
     if found.held and found.metric == "perplexity":
         held += f", of all together {np.mean(found.held):.3g}"
-    facts = [
+    yield facts("Search for approximations", [
         ("Budget", budget), ("Calibration inputs", str(found.calibration)),
-        ("Held-out inputs", held + (f"; {found.refused} choices refused by them" if found.refused else "")),
+        ("Held-out inputs", held + (f"; choices that they refused: {found.refused}" if found.refused else "")),
         ("Confidence that others keep the budget", f"{found.confidence:.0%}"),
         *([("Blocks of full attention that are left", f"{found.density:.1%}")] if found.density is not None else []),
-    ]  # fmt: skip
-    rows = "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in facts)
-    parts = ["<h2>Search for approximations</h2>", f"<table><tbody>{rows}</tbody></table>"]
+    ])  # fmt: skip
     if found.points:
-        parts += ["<h2>Error against speed</h2>", curve(found.points, found.budget, found.metric)]
+        yield section("Error against speed", curve(found.points, found.budget, found.metric))
+        mean, bound = f"{_key('mean')}the mean of the calibration inputs", f"{_key('bound')}what others stay below"
+        yield f"<p>{mean}{bound}{_key('chosen')}the choice</p>"
+        yield table("Every choice that was measured", POINT_COLUMNS, map(_point, found.points), folded=True)
     if found.sites:
-        parts.append("<h2>Attention maps and what each head computes</h2>")
-        told = "Blue: where the weight lies, the mean over the calibration inputs; queries go down, keys to the right. "
-        parts.append(f"<p>{told}Orange: blocks that are computed.</p>")
+        yield "<h2>Attention maps and what each head computes</h2>"
+        yield (
+            f"<p>{_key('mass')}where the weight lies, the mean over the calibration inputs: queries go down, keys to "
+            f"the right.{_key('seen')}blocks that are computed.</p>"
+        )
     for site, heads in found.sites.items():
-        parts.append(f"<h3>{escape(site)}</h3><div>")
-        parts += [head_figure(number, head) for number, head in enumerate(heads)]
-        parts.append("</div>")
-    return "\n".join(parts)
+        figures = "".join(head_figure(number, head) for number, head in enumerate(heads))
+        yield f'<h3>{escape(site)}</h3><div class="heads">{figures}</div>'
+
+
+def _point(point: CurvePoint) -> tuple[str, ...]:
+    choice = "chosen" if point.chosen else ""
+    return f"{1 / point.time:.2f}x" if point.time > 0 else "", f"{point.mean:.3g}", f"{point.bound:.3g}", choice
+
+
+_SQUARE = '<path class="{}" d="M1 1h12v12h-12z"></path>'
+_CIRCLE = '<circle class="{}" cx="7" cy="7" r="{}"></circle>'
+_KEYS = {
+    "mass": _SQUARE.format("mass"), "seen": _SQUARE.format("seen") + _SQUARE.format("edge"),
+    "mean": _CIRCLE.format("mean", 4), "bound": _CIRCLE.format("bound", 4), "chosen": _CIRCLE.format("chosen", 6),
+}  # fmt: skip
+
+
+def _key(kind: str) -> str:
+    """What a legend explains, as it is drawn."""
+    return f'<svg class="key" viewBox="0 0 14 14" aria-hidden="true">{_KEYS[kind]}</svg>'
 
 
 def head_figure(number: int, head: HeadFound) -> str:
@@ -72,7 +104,9 @@ def head_figure(number: int, head: HeadFound) -> str:
         path = _squares((share >= low) & (share < high))
         if path:
             shades.append(f'<path class="mass" fill-opacity="{opacity}" d="{path}"></path>')
-    over = f'<path class="seen" d="{_squares(seen)}"></path>' if seen.any() else ""
+    over = ""
+    if seen.any():
+        over = f'<path class="seen" d="{_squares(seen)}"></path><path class="edge" d="{_outline(seen)}"></path>'
     text = head.pattern if head.kind != "blocks" else "blocks"
     lines = [f"head {number}: {text}", f"{head.density:.0%} of the blocks, {head.kept:.1%} of the weight"]
     title = f"head {number}: {head.kind}"
@@ -95,9 +129,25 @@ def _squares(which: np.ndarray) -> str:
     """A path of runs of squares."""
     found = []
     for y, row in enumerate(which):
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
-        found += [f"M{a} {y}h{b - a}v1h{a - b}z" for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        found += [f"M{a} {y}h{b - a}v1h{a - b}z" for a, b in _runs(row)]
     return "".join(found)
+
+
+def _outline(which: np.ndarray) -> str:
+    """A path of the lines between squares that are in and squares that are not."""
+    padded = np.pad(which, 1).astype(np.int8)
+    found = []
+    for y, row in enumerate(np.diff(padded, axis=0)[:, 1:-1] != 0):
+        found += [f"M{a} {y}h{b - a}" for a, b in _runs(row)]
+    for x, column in enumerate(np.diff(padded, axis=1)[1:-1].T != 0):
+        found += [f"M{x} {a}v{b - a}" for a, b in _runs(column)]
+    return "".join(found)
+
+
+def _runs(row: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where truths begin and end."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
+    return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 def curve(points: Sequence[CurvePoint], budget: float | None, metric: str) -> str:
@@ -118,14 +168,14 @@ def curve(points: Sequence[CurvePoint], budget: float | None, metric: str) -> st
         return x, y
 
     parts = []
-    for power in range(math.ceil(low), math.floor(high) + 1):
-        y = at(1, 10.0**power)[1]
+    for tick in _ticks(low, high):
+        y = at(1, tick)[1]
         parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}"></line>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.0e}</text>')
     for step in range(5):
         speed = slowest + (fastest - slowest) * step / 4
         x = at(speed, errors[0])[0]
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 16}" text-anchor="middle">{speed:.2f}x</text>')
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{speed:.2f}x</text>')
     if limit:
         y = at(1, limit)[1]
         parts.append(f'<line class="budget" x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}"></line>')
@@ -137,18 +187,27 @@ def curve(points: Sequence[CurvePoint], budget: float | None, metric: str) -> st
             parts.append(f'<circle class="bound" cx="{x:.1f}" cy="{at(1, p.bound)[1]:.1f}" r="3.5"></circle>')
         if p.chosen:
             parts.append(f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="8"></circle>')
-    axis = "speed of all attention, predicted"
-    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 2}" text-anchor="middle">{axis}</text>')
     told = {"cosine": "1 - cosine", "top1_agreement": "1 - top-1 agreement", "psnr": "noise relative to the peak",
             "perplexity": "logarithm of its rise"}  # fmt: skip
-    legend = (
-        f"{told.get(metric, metric)}: filled, the mean of the calibration inputs; open, what others stay below; "
-        "ringed, the choice"
-    )
+    up, right = escape(told.get(metric, metric)), "speed of all attention, predicted"
+    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 2}" text-anchor="middle">{right}</text>')
+    middle = _TOP + (_HEIGHT - _TOP - _BOTTOM) / 2
+    turned = f'x="12" y="{middle}" transform="rotate(-90 12 {middle})"'
+    parts.append(f'<text {turned} text-anchor="middle">{up}</text>')
     return (
         f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="error against speed">'
-        f"{''.join(parts)}</svg><p>{escape(legend)}</p>"
+        f"{''.join(parts)}</svg>"
     )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from 10^low to 10^high: powers of ten, and between them where these are few."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    for digits in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+        found = [d * 10.0**p for p in powers for d in digits if low <= math.log10(d * 10.0**p) <= high]
+        if len(found) >= 3:
+            return found
+    return found
 
 
 def _badness(metric: str, value: float) -> float:
@@ -162,24 +221,12 @@ def latency_bars(timings: Sequence[ShapeTiming]) -> str:
     if not timings:
         return ""
     longest = max(max(t.timing.original, t.timing.ours) for t in timings)
-    height = 44 * len(timings) + 6
-    parts = []
-    for row, item in enumerate(timings):
-        for place, (name, seconds) in enumerate((("before", item.timing.original), ("after", item.timing.ours))):
-            y = row * 44 + place * 18 + 4
-            width = seconds / longest * (_WIDTH - 260)
-            parts.append(f'<rect class="{name}" x="150" y="{y}" width="{width:.1f}" height="15"></rect>')
-            parts.append(f'<text x="{156 + width:.1f}" y="{y + 12}">{seconds * 1e3:#.4g} ms</text>')
-            label = f"{item.label}, {name}"
-            parts.append(f'<text x="144" y="{y + 12}" text-anchor="end">{escape(label)}</text>')
-    return (
-        '<h2>Whole model: time before and after</h2><svg class="plot" role="img" aria-label="times before and after" '
-        f'viewBox="0 0 {_WIDTH} {height}">{"".join(parts)}</svg>'
-    )
-
-
-def sections(found: SearchReport | None, timings: Sequence[ShapeTiming]) -> Iterable[str]:
-    """What this module adds to the page."""
-    if found is not None:
-        yield search_section(found)
-    yield latency_bars(timings)
+    rows = []
+    for item in timings:
+        for name, seconds in (("before", item.timing.original), ("after", item.timing.ours)):
+            rows.append(
+                f'<span class="name {name}">{escape(item.label)}, {name}</span>'
+                f'<span class="bar {name}" style="width: {seconds / longest:.1%}"></span>'
+                f'<span class="time {name}">{time_text(seconds)}</span>'
+            )
+    return f'<h2>Whole model: time before and after</h2><div class="bars">{"".join(rows)}</div>'

@@ -241,10 +241,10 @@ def timing_rows(timings: Iterable[ShapeTiming]) -> Iterable[tuple[str, ...]]:
         low = f"{1 / t.high:.2f}" if isfinite(t.high) and t.high > 0 else "?"
         high = f"{1 / t.low:.2f}" if t.low > 0 else "?"
         label = _shape(item.label, item.bindings)
-        yield label, _seconds(t.original), _seconds(t.ours), f"{t.gain:.2f}x", f"{low}..{high}"
+        yield label, time_text(t.original), time_text(t.ours), f"{t.gain:.2f}x", f"{low}..{high}"
 
 
-def _seconds(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """Milliseconds with four digits: ``0.2830 ms``."""
     return f"{f'{seconds * 1e3:#.4g}'.rstrip('.')} ms"
 

@@ -23,6 +23,8 @@ from attncompile.outputs import FP16_BUDGET
 from attncompile.plugins import kernels
 from attncompile.plugins.attention import dense
 from attncompile.plugins.attention import op as dense_op
+from attncompile.plugins.block_select import function as select
+from attncompile.plugins.block_select import op as select_op
 from attncompile.plugins.block_sparse import listed
 from attncompile.plugins.block_sparse import op as sparse_op
 from attncompile.plugins.body import DOMAIN
@@ -223,6 +225,30 @@ def _linear_output() -> ModelProto:
     return _linear(linear_op.OUTPUT, RETENTION, given, {"output": _of(160)}, 160)
 
 
+CHOICE = select.Sizes(HEADS, HEADS, DIM, "float16", ("BNHD", "BNHD"), OPSET)
+
+
+def _scores() -> ModelProto:
+    """160 tokens, blocks of 64 in tiles of 16."""
+    select_op.register()
+    said = {"scale": DIM**-0.5, "stride": 16, "block": 64, "causal": 0}
+    given = {"query": _of(160), "key": _of(160)}
+    node = select.node(select_op.SCORES, said, CHOICE, tuple(given), ("scores",), "scores")
+    scores = TensorProto.FLOAT, ("batch", HEADS, 10, 3)
+    return _model(node, select.function(select_op.SCORES, said, CHOICE), 0, given, {"scores": scores})
+
+
+def _select() -> ModelProto:
+    """Of 9 blocks a share. Lists are no outputs: what lies between their rows is not written. The weights are."""
+    select_op.register()
+    said = {"tiles": 4, "rule": "share", "causal": 1, "sinks": 1, "window": 0}
+    given = {"scores": (TensorProto.FLOAT, ("batch", HEADS, 36, 9)), "amount": (TensorProto.FLOAT, (1,))}
+    made = (*select_op.LISTS, "mass")
+    node = select.node(select_op.SELECT, said, CHOICE, tuple(given), made, "select")
+    mass = TensorProto.FLOAT, ("batch", HEADS, 9, 9)
+    return _model(node, select.function(select_op.SELECT, said, CHOICE), 0, given, {"mass": mass})
+
+
 DELTA = Form(causal=True, delta=True, decay="token", chunk=64)
 
 
@@ -255,6 +281,7 @@ def _linear_step() -> ModelProto:
 MODELS: Mapping[str, Callable[[], ModelProto]] = {
     "Attention": _attention, "NeighborhoodAttention": _neighborhood, sparse_op.OP_TYPE: _lists,
     linear_op.STATE: _linear_state, linear_op.COMBINE: _linear_combine, linear_op.APPLY: _linear_apply,
+    select_op.SCORES: _scores, select_op.SELECT: _select,
     linear_op.STATES: _linear_states, linear_op.OUTPUT: _linear_output,
     linear_op.STEP: _linear_step, linear_op.SOLVE: _linear_solve, linear_op.DELTA: _linear_delta,
 }  # fmt: skip

@@ -268,8 +268,11 @@ class Run:
             if decisions[site].kept:
                 decisions[site] = replace(decisions[site], reason=reason)
         for site, decision in decisions.items():
-            said = self._fit_report.why(site) if self._fit_report is not None and decision.kept else ""
-            if said:
+            replaced = any(e.site.id == site for e in self._edits)
+            said = self._fit_report.why(site) if self._fit_report is not None and not replaced else ""
+            if said and not decision.kept:  # an exact replacement was rolled back: its reason is that of the site
+                self._warnings.append(f"{site}: {said}")
+            elif said:
                 before = "" if self._policy.approximate == (fit.NAME,) else f"{decision.reason}; "
                 decisions[site] = replace(decision, reason=before + said)
         return replace(plan, decisions=tuple(decisions[d.site] for d in plan.decisions))

@@ -28,6 +28,8 @@ KERNELS = (
     "attncompile.plugins.attention.kernel:AttentionKernel",
     "attncompile.plugins.neighborhood.kernel:NeighborhoodKernel",
     "attncompile.plugins.block_sparse.kernel:BlockSparseKernel",
+    "attncompile.plugins.block_select.kernel:ScoresKernel",
+    "attncompile.plugins.block_select.kernel:SelectKernel",
     "attncompile.plugins.linear_attention.kernel:StateKernel",
     "attncompile.plugins.linear_attention.kernel:CombineKernel",
     "attncompile.plugins.linear_attention.kernel:ApplyKernel",

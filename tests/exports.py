@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attncompile.models import export
+from attncompile.models import Options, export
+from attncompile.models.export import Exported, build, quiet, resolve
 
 
 @contextmanager
@@ -38,3 +39,11 @@ def exported(name: str, exporter: str = "dynamo", opset: int = 18, **options: ob
     return once(
         f"{words}.onnx", lambda path: export(name, path, exporter=exporter, opset=opset, size="tiny", **options)
     )
+
+
+def described(name: str, exporter: str = "dynamo", opset: int = 18, **options: object) -> Exported:
+    """The same file with what it was made from. The module is built anew: seeds make it the one that was exported."""
+    path = exported(name, exporter, opset, **options)
+    chosen = resolve(name, Options(exporter=exporter, opset=opset, size="tiny", **options))
+    with quiet():
+        return Exported(path, chosen, build(name, chosen))

@@ -186,6 +186,7 @@ def test_heads_are_chosen_by_the_gpus_time(
 ) -> None:
     """Lists of blocks for each head, by the cost of their kernels; where none was measured the site says so."""
     from attncompile.search import executors
+    from attncompile.search.executors import Inline
     from tests.search import constructed
 
     known = {k: v for k, v in cost.table().items() if not k.endswith("-lists")}
@@ -193,7 +194,7 @@ def test_heads_are_chosen_by_the_gpus_time(
         quick = replace(known["gluon-90"], launch=1000.0, block=100.0)
         known |= dict.fromkeys(("gluon-90-lists", "triton-90-lists"), quick)
     monkeypatch.setattr(cost, "table", lambda: known)
-    monkeypatch.setattr(executors, "make", lambda name, jobs, threads: executors.Inline(1))
+    monkeypatch.setattr(executors, "make", lambda name, jobs, threads: Inline(1))
     slow = gate.SiteResult(rolled_back="not faster", slower=True)
     monkeypatch.setattr(gate.SiteGate, "check", lambda self, edit: slow)
     model = constructed.build(1100, 1, 64, causal=False)

@@ -36,14 +36,15 @@ from attncompile.kernels.bundle import Bundle, write
 from attncompile.kernels.cache import Cache
 from attncompile.kernels.records import Built, key_of
 from attncompile.plugins import kernels
-from tests.conformance import linear
+from tests.conformance import linear, selection
 from tests.conformance.case import Case
 from tests.conformance.cases import CASES
 from tests.conformance.linear import Linear
 from tests.conformance.random_cases import random_cases, random_linear
+from tests.conformance.selection import Selection
 
-Any_ = Case | Linear
-FAMILY = "LinearAttention"
+Any_ = Case | Linear | Selection
+FAMILY, CHOICE = "LinearAttention", "BlockSelect"
 START = 240.0
 """Seconds that a process may take to begin, beside those of a case."""
 
@@ -55,6 +56,8 @@ def cases(count: int, seed: int) -> Iterator[Any_]:
         yield from random_cases(op, seed, count)
     yield from linear.CASES
     yield from random_linear(seed, count)
+    yield from selection.CASES
+    yield from selection.random_selections(seed, count)
 
 
 def selected(given: argparse.Namespace) -> list[tuple[int, Any_]]:
@@ -66,12 +69,19 @@ def selected(given: argparse.Namespace) -> list[tuple[int, Any_]]:
     return found
 
 
+def calls_of(case: Any_) -> Sequence[OpCall]:
+    """Of each launch, in order."""
+    if isinstance(case, Linear):
+        return linear.nodes(case)
+    return case.calls() if isinstance(case, Selection) else [case.call]
+
+
 def chosen(case: Any_, number: int, architecture: int) -> list[tuple[OpCall, OpCall, Program]]:
     """Of each launch: the call, its general one, and the tactic that is its turn, for half of the cases the best one.
     Raises ``Unsupported``.
     """
     known, found = kernels(), []
-    for call in linear.nodes(case) if isinstance(case, Linear) else [case.call]:
+    for call in calls_of(case):
         wide = general(known, call)
         programs = known[call.op].programs(wide, architecture)
         # Neighbours of a case are of another kind, so that turns go by two.
@@ -198,7 +208,7 @@ PASSED = ("right", "launched")
 
 
 def said_of(case: Any_) -> str:
-    return str(case if isinstance(case, Linear) else case.call)
+    return str(case.call if isinstance(case, Case) else repr(case))
 
 
 @dataclass(frozen=True)
@@ -219,7 +229,7 @@ class Outcome:
 
 def compare(case: Any_, number: int, on: Gpu | Interpreter) -> Outcome:
     start = time.monotonic()
-    op = FAMILY if isinstance(case, Linear) else case.call.op
+    op = case.call.op if isinstance(case, Case) else FAMILY if isinstance(case, Linear) else CHOICE
     tactics: tuple[str, ...] = ()
     verdict, problem = "right", ""
     try:
@@ -228,7 +238,10 @@ def compare(case: Any_, number: int, on: Gpu | Interpreter) -> Outcome:
         return Outcome(number, case.name, op, (), "refused", error.code, said_of(case))
     try:
         tactics = tuple(f"{p.language} {p.tactic}" for _, _, p in launches)
-        problem = of_linear(case, launches, on) if isinstance(case, Linear) else of_softmax(case, launches[0], on)
+        if isinstance(case, Selection):
+            problem = of_selection(case, launches, on)
+        else:
+            problem = of_linear(case, launches, on) if isinstance(case, Linear) else of_softmax(case, launches[0], on)
         verdict = "wrong" if problem else "launched" if on.launch_only else "right"
     except Missing as error:
         verdict, problem = "not compiled", str(error)
@@ -288,6 +301,16 @@ def of_linear(case: Linear, launches: Sequence[tuple[OpCall, OpCall, Program]], 
                     return f"{step.op} {formal} {what}: {problem}"
             whole[name], low[name] = results[""][formal], results["low"][formal]
     return ""
+
+
+def of_selection(case: Selection, launches: Sequence[tuple[OpCall, OpCall, Program]], on: Gpu | Interpreter) -> str:
+    """What is wrong with scores, or with the lists made of them; empty if nothing is."""
+    by_op = {call.op: (call, wide, program) for call, wide, program in launches}
+
+    def launch(call: OpCall, tensors: Mapping[str, Any], layouts: Mapping[str, str]) -> None:
+        on.launch(*by_op[call.op], tensors, layouts)
+
+    return selection.verdict(case, launch, on.device, not on.launch_only)
 
 
 def opened(given: argparse.Namespace) -> Gpu | Interpreter:

@@ -35,6 +35,7 @@ from rich.console import Console
 from attncompile import measure, pipeline, policy
 from attncompile.console import LineProgress
 from attncompile.core.block_pattern import BlockPattern
+from attncompile.core.block_selection import BlockSelection, is_selection
 from attncompile.core.site import AttentionSite
 from attncompile.cost import shape_of
 from attncompile.gate import Edit
@@ -83,15 +84,13 @@ def pick(unit: Unit, kept: np.ndarray, kind: str, strength: float | str) -> int:
     """
     if isinstance(strength, str):
         return unit.labels.index(strength) if strength in unit.labels else 0
-    fitting = [
-        k for k, text in enumerate(unit.labels) if k and BlockPattern(text).kind == kind and kept[k] >= strength - 1e-4
-    ]
-    return min(fitting, key=lambda k: unit.time[k], default=0)
+    fitting = [k for k in unit.of(0)[1:] if BlockPattern(unit.labels[k]).kind == kind and kept[k] >= strength - 1e-4]
+    return int(min(fitting, key=lambda k: unit.time[k], default=0))
 
 
 def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
     """Kinds and their strengths, the sparsest first."""
-    texts = {text for s in spaces for u in s.units for text in u.labels[1:]}
+    texts = {u.labels[k] for s in spaces for u in s.units for k in u.of(0)[1:]}
     patterns = [BlockPattern(t) for t in texts]
     found: dict[str, list[float | str]] = {}
     for sinks in sorted({p.text.split()[1] for p in patterns if p.kind == "streaming"}):
@@ -100,9 +99,15 @@ def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
     grids = [p.text for p in patterns if p.kind == "grid"]
     if grids:
         found["neighborhood"] = [*sorted(grids, key=lambda t: math.prod(int(x) for x in t[5:].split("x")))]
+    radial = sorted({p.text for p in patterns if p.kind == "radial"})
+    if radial:
+        found["radial"] = [*radial]
     for kind in ("slash", "blocks"):
         if any(p.kind == kind for p in patterns):
             found[kind] = list(KEPT)
+    chosen = {text for s in spaces for u in s.units for text in u.labels if is_selection(text)}
+    for way in sorted({text.split()[0] for text in chosen}):  # by blocks that are chosen when the model runs
+        found[way] = [*sorted((t for t in chosen if t.startswith(f"{way} ")), key=lambda t: BlockSelection(t).amount)]
     return found
 
 

@@ -9,6 +9,9 @@ Written as a person writes it in plan.toml:
 - ``columns C.. diagonals D..``: whole columns of blocks, and the blocks at these distances behind the query's own,
   ahead of it where negative (vertical-slash: arXiv:2407.02490; multi-diagonal and stripes: arXiv:2506.03065);
 - ``grid 7x9``: the blocks that a neighborhood of 7x9 on the site's token grid touches (arXiv:2204.07143);
+- ``radial``: the blocks that hold a pair of radial attention over the site's grid of frames, height and width: a window
+  over the places of a frame that shrinks by powers of two with the distance in time, and the first frame
+  (arXiv:2506.19852); ``radial 0.5``: with half of the window everywhere;
 - ``blocks TEXT``: these blocks, a bitmap that is compressed and written in base64.
 
 A block of a query's own token is part of every pattern but ``mean``, so no query is left without a key. What the site's
@@ -23,12 +26,14 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import ceil, prod
 
 import numpy as np
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.grid import TokenGrid
+from attncompile.core.grid_pattern import Radial
 from attncompile.core.pattern import GridWindow
 
 _INT = r"-?\d+"
@@ -37,6 +42,7 @@ _FORMS = {
     "streaming": re.compile(r"sinks (\d+) window (\d+)"),
     "slash": re.compile(rf"(?:columns ({_LIST}))? ?(?:diagonals ({_LIST}))?"),
     "grid": re.compile(r"grid (\d+(?:x\d+){0,2})"),
+    "radial": re.compile(r"radial(?: (\d+(?:\.\d+)?))?"),
     "blocks": re.compile(r"blocks ([A-Za-z0-9+/=]+)"),
 }
 
@@ -88,7 +94,8 @@ class BlockPattern:
             return np.zeros((count, count), bool)
         if self.kind == "dense":
             return geometry.all
-        made = {"streaming": self._streaming, "slash": self._slash, "grid": self._grid, "blocks": self._bitmap}
+        made = {"streaming": self._streaming, "slash": self._slash, "grid": self._grid, "radial": self._radial,
+                "blocks": self._bitmap}  # fmt: skip
         seen = made[self.kind](geometry)
         np.fill_diagonal(seen, True)
         out: np.ndarray = seen & geometry.all
@@ -135,6 +142,19 @@ class BlockPattern:
             seen[row] = np.logical_or.reduceat(keys, starts)
         return seen
 
+    def _radial(self, geometry: BlockGeometry) -> np.ndarray:
+        match = _FORMS["radial"].fullmatch(self.text)
+        grid = geometry.grid
+        if grid is None or len(grid.shape) != 3 or grid.tokens != geometry.tokens:
+            raise Unsupported(
+                "grid", f"'{self.text}' needs a token grid of frames, height and width", "give it with --grid"
+            )
+        assert match is not None
+        width = round(float(match[1] or 1) * grid.shape[1] * grid.shape[2])
+        if width < 1:
+            raise Unsupported("pattern", f"'{self.text}': no token of a frame is left", "use a larger share")
+        return _radial_blocks(geometry, width).copy()
+
     def _bitmap(self, geometry: BlockGeometry) -> np.ndarray:
         count = geometry.count
         try:
@@ -147,6 +167,26 @@ class BlockPattern:
         return np.asarray(bits[: count * count].reshape(count, count) > 0)
 
 
+@lru_cache(maxsize=16)
+def _radial_blocks(geometry: BlockGeometry, width: int) -> np.ndarray:
+    """Bool [count, count]; tokens before and behind the grid see and are seen by all."""
+    grid = geometry.grid
+    assert grid is not None
+    frames, tokens = grid.shape[0], grid.shape[1] * grid.shape[2]
+    inner, total = frames * tokens, geometry.tokens
+    pattern = Radial(frames, tokens, width, 1)
+    starts = np.arange(0, total, geometry.edge)
+    seen = np.zeros((geometry.count, geometry.count), bool)
+    for row in range(geometry.count):
+        queries = np.arange(row * geometry.edge, min((row + 1) * geometry.edge, total)) - grid.prefix
+        inside = queries[(queries >= 0) & (queries < inner)]
+        keys = np.ones(total, bool)
+        if len(inside) == len(queries):
+            keys[grid.prefix : grid.prefix + inner] = pattern.rows(inside, inner, inner).any(axis=0)
+        seen[row] = np.logical_or.reduceat(keys, starts)
+    return seen
+
+
 def _kind(text: str) -> str:
     if text in ("dense", "mean"):
         return text
@@ -157,7 +197,7 @@ def _kind(text: str) -> str:
             return kind
     raise Unsupported(
         "pattern", f"'{text[:60]}' is no pattern of a head",
-        "dense, mean, sinks S window W, columns C,.. diagonals D,.., grid HxW or blocks TEXT",
+        "dense, mean, sinks S window W, columns C,.. diagonals D,.., grid HxW, radial or blocks TEXT",
     )  # fmt: skip
 
 

@@ -123,6 +123,25 @@ class HeadMechanism(Mechanism, Protocol):
 
 
 @runtime_checkable
+class ChoosingMechanism(HeadMechanism, Protocol):
+    """A mechanism whose heads may choose their blocks when the model runs, by ``core/block_selection.py``."""
+
+    def choice_geometry(self, site: AttentionSite, tokens: int) -> BlockGeometry | Verdict:
+        """The blocks that heads of this site choose among at one length, or why they cannot."""
+        ...
+
+    def choice_parameters(self, geometry: BlockGeometry, texts: Sequence[str]) -> Parameters:
+        """Parameters with one text a head, all of one family or ``dense``."""
+        ...
+
+    def choice_cost(self, site: AttentionSite, edge: int, stride: int, blocks: float, shape: Shape) -> Cost:
+        """Of the function bodies, scores and selection included, where ``blocks`` are chosen by all heads and batch
+        entries together. ``stride`` 0: by means of blocks.
+        """
+        ...
+
+
+@runtime_checkable
 class KernelMechanism(Mechanism, Protocol):
     """A mechanism whose kernels like other parameters than its bodies do."""
 

@@ -24,8 +24,8 @@ DTYPES = ("float16", "bfloat16")
 _PLAIN = (
     AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING, AttributeProto.INTS, AttributeProto.FLOATS
 )  # fmt: skip
-WIDE = "TState"
-"""The type that schemas give to inputs in float32 beside half operands."""
+WIDE = ("TState", "tensor(float)")
+"""The types that schemas give to inputs in float32 beside half operands."""
 
 _OF_A_RUNTIME = ("plugin_namespace", "plugin_version", "aot")
 """Attributes that only TensorRT's parser reads."""
@@ -133,16 +133,19 @@ def _given(
     main = names[0]
     if kinds[main] == "float32":  # what is float32 whatever the operands are (states) stays so
         kinds = {
-            name: dtype if kind == "float32" and formal[name].type_str != WIDE else kind for name, kind in kinds.items()
+            name: dtype if kind == "float32" and formal[name].type_str not in WIDE else kind
+            for name, kind in kinds.items()
         }
     dims = {n: dict(zip(layouts[n], shapes[n], strict=False)) for n in OPERANDS[:3] if n in shapes}
     if "state" in shapes:
         dims["state"] = dict(zip("BHCDE", shapes["state"], strict=False))
+    if "scores" in shapes:  # an op without operands has no head dim
+        dims["scores"] = {**dict(zip("BHTC", shapes["scores"], strict=False)), "D": 1, "E": 1}
     columns = [n for n in (*dims, "output") if unpacked(layouts.get(n, "")) == symbols.COLUMNS]
     if columns:
         attributes["columns"] = columns
     outputs = tuple(schema.outputs[i].name for i, value in enumerate(node.output) if value)
-    keys = next(n for n in ("key", "state", "query") if n in dims)
+    keys = next(n for n in ("key", "state", "query", "scores") if n in dims)
     first = next(iter(dims))
     valued = next((n, axis) for n, axis in (("value", "D"), ("state", "E"), (first, "D")) if n in dims)
     return (

@@ -69,7 +69,8 @@ def table() -> Mapping[str, CostModel]:
 
 def model_name(program: Program, architecture: int) -> str:
     """Which constants hold: ``gluon-90``; ``-window`` for windows of a sequence, whose blocks are short; ``-lists`` for
-    lists of blocks; ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-linear``; and
+    lists of blocks; ``-scores`` and ``-select`` for what makes them; ``-bias`` where every score element has a value of
+    its own to read; ``-softcap``; ``-linear``; and
     ``-pair`` where two blocks share a multiprocessor.
     """
     pair = "-pair" if program.constants.get("CONSUMERS") == 1 else ""
@@ -79,6 +80,8 @@ def model_name(program: Program, architecture: int) -> str:
 def _kind(program: Program) -> str:
     if program.op.startswith("LinearAttention"):
         return "-linear"
+    if program.op in ("BlockScores", "BlockSelect"):
+        return f"-{program.op.removeprefix('Block').lower()}"
     if program.constants.get("BLOCK"):
         return "-lists"
     if {"bias", "mask"} & {a.name for a in program.arguments}:

@@ -45,8 +45,9 @@ class Failure:
 Result = Compiled | Failure
 
 
-def run(job: Job, folder: Path | None) -> Result:
-    """Compile, or take from the cache in ``folder``."""
+def run(request: tuple[Job, Path | None]) -> Result:
+    """Compile, or take from the cache in the folder."""
+    job, folder = request
     try:
         cache = Cache(folder) if folder is not None else None
         return compile_program(job.program, job.architecture, job.ptx_version, cache)

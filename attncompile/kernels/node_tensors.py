@@ -26,6 +26,7 @@ _OF_OTHERS: Mapping[str, tuple[str, ...]] = {
     "state": ("B", "HKV", "C", "D", "DV"), "total": ("B", "HKV", "C", "D"), "top": ("B", "HKV", "C", "D"),
     "mean": ("B", "HKV", "C", "DV"), "initial_state": ("B", "HKV", "D", "DV"), "initial_total": ("B", "HKV", "D"),
     "key_weight": ("B", "NK", "HKV"), "beta": ("B", "NK", "HKV?"),
+    "scores": ("B", "H", "T", "C"),
 }  # fmt: skip
 _LOG_DECAY = {1: ("HKV",), 3: ("B", "NK", "HKV"), 4: ("B", "NK", "HKV", "D")}
 """By the number of its axes."""

@@ -7,6 +7,7 @@ elements, 0 where the input is broadcast over that axis, or does not have it.
 ``query_offset``, ``key_offset``, ``value_offset`` of a packed call: where the operand begins, in units of
 ``STRIDE_UNIT`` elements.
 ``key_stride_D`` of an operand in BHDN, whose tokens are the last axis: in elements; it has no stride of N.
+``amount_stride_H`` likewise. ``T``, ``C``: rows and columns of the scores of blocks.
 ``C``: chunks of a linear attention's states. ``chunk``: tokens of one, all of them where the attribute is 0.
 ``scale_bits``, ``softcap_bits``, ``epsilon_bits``, ``floor_bits``: the bits of a float32 as an int32. ``left``,
 ``right``: how far a window reaches.
@@ -28,7 +29,8 @@ from attncompile.kernels.expressions import Binary, Expression, Literal, Symbol,
 
 OPERANDS = ("query", "key", "value", "output")
 BROADCAST: Mapping[str, str] = {
-    "bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": "B", "rows": "BH**"
+    "bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": "B", "rows": "BH**",
+    "amount": "H",
 }  # fmt: skip
 """Axes of the optional inputs, to which they are broadcast from the right; ``-`` is of size 1, ``*`` of any
 size and without a symbol: the kernel takes the input for one without gaps."""
@@ -97,10 +99,12 @@ def table(call: OpCall, shapes: Mapping[str, Sizes], layouts: Mapping[str, Layou
     _know(dims, call)
     if "state" in shapes:
         dims["state"] = _dims("state", shapes["state"], "BHCDE")
+    if "scores" in shapes:
+        dims["scores"] = _dims("scores", shapes["scores"], "BHTC")
     found = _sizes(dims)
     if "chunk" in call.attributes and "NK" in found:
         found["chunk"] = Literal(call.attributes["chunk"]) if call.attributes["chunk"] else found["NK"]
-    if "query" in dims:
+    if "query" in dims and "DV" in found:
         dims["output"] = {axis: dims["query"].get(axis, Literal(1)) for axis in layouts["output"]} | {"D": found["DV"]}
     for name in OPERANDS:
         if name not in dims:
@@ -125,8 +129,9 @@ COLUMNS = "BHDN"
 def _sizes(dims: Mapping[str, Mapping[str, Expression]]) -> dict[str, Expression]:
     """Sizes by symbol, each from the first operand that says it."""
     sources = {
-        "B": ("query", "key", "state"), "H": ("query", "key", "state"), "HKV": ("key", "state"), "NQ": ("query",),
-        "NK": ("key",), "D": ("query", "key", "state"), "DV": ("value",), "C": ("state",),
+        "B": ("query", "key", "state", "scores"), "H": ("query", "key", "state", "scores"), "HKV": ("key", "state"),
+        "NQ": ("query",), "NK": ("key",), "D": ("query", "key", "state"), "DV": ("value",), "C": ("state", "scores"),
+        "T": ("scores",),
     }  # fmt: skip
     axes = {"HKV": "H", "NQ": "N", "NK": "N", "DV": "D"}
     found = {}
@@ -227,6 +232,8 @@ def of_tensors(
     }
     if "state" in tensors:
         size["state"] = {axis: Literal(n) for axis, n in zip("BHCDE", tensors["state"].sizes, strict=True)}
+    if "scores" in tensors and "key" not in tensors:  # as an input: of what makes them they are an output
+        size["scores"] = {axis: Literal(n) for axis, n in zip("BHTC", tensors["scores"].sizes, strict=True)}
     found = {name: evaluate(n, {}) for name, n in _sizes(size).items()}
     if "chunk" in attributes:
         found["chunk"] = attributes["chunk"] or found["NK"]
@@ -260,7 +267,7 @@ def of_tensors(
         for axis, n, apart in zip(_axes(name, len(given.sizes)), given.sizes, given.strides, strict=True):
             if axis not in "-*":
                 found[f"{name}_stride_{axis}"] = 0 if n == 1 else apart
-    return found | constants(attributes, found["D"])
+    return found | constants(attributes, found.get("D", 1))
 
 
 def values(symbols: Mapping[str, Expression | str], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:

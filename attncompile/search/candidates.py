@@ -15,6 +15,15 @@ KEPT = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
 SINKS = (0, 1, 2)
 """First blocks of keys that windows go with."""
 
+RADIAL = ("radial", "radial 0.5", "radial 0.25", "radial 2")
+"""Radial attention over video, as in the paper, and with other windows."""
+
+POOLED = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7)
+"""Shares of blocks that are chosen by their means."""
+
+HELD = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+"""Shares of the estimated weight that blocks which are chosen by antidiagonals hold."""
+
 GRID_SHARES = (0.15, 0.25, 0.375, 0.5, 0.75)
 """Sides of neighborhoods, as shares of the grid's."""
 
@@ -38,6 +47,11 @@ def candidates(mass: np.ndarray, geometry: BlockGeometry, average: bool) -> list
     return [DENSE, *([MEAN] if average and not geometry.causal else []), *ordered]
 
 
+def selections() -> list[list[str]]:
+    """What heads may choose by when the model runs, a list for each way."""
+    return [[f"pooled {share:g}" for share in POOLED], [f"xattention {share:g}" for share in HELD]]
+
+
 def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern]:
     """Simple ones first: of equal blocks the first text stays."""
     for window in _windows(geometry.count):
@@ -47,6 +61,8 @@ def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern
         for share in GRID_SHARES:
             kernel = [min(side, 2 * int(side * share / 2) + 1) for side in geometry.grid.shape]
             yield BlockPattern("grid " + "x".join(map(str, kernel)))
+        if len(geometry.grid.shape) == 3:
+            yield from (BlockPattern(text) for text in RADIAL)
     yield from _lines(mass, geometry)
     yield from _blocks(mass, geometry)
 

@@ -43,18 +43,29 @@ hardly there they say nothing of how far one may go."""
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
     """One head, or a whole site: its candidates by their texts, the first of which changes nothing, their predicted
-    times, and their squared changes of the site's output, relative to its size [K].
+    times, and their squared changes of the site's output, relative to its size [K]. ``mode`` [K], 0 if not given: all
+    units of a site take candidates of one mode.
     """
 
     labels: tuple[str, ...]
     time: np.ndarray
     damage: np.ndarray
+    mode: np.ndarray | None = None
+
+    @property
+    def of_modes(self) -> np.ndarray:
+        """``mode``, whether it is given or not."""
+        return np.zeros(len(self.time), int) if self.mode is None else self.mode
+
+    def of(self, mode: int) -> np.ndarray:
+        """Numbers of the candidates of one mode."""
+        return np.flatnonzero(self.of_modes == mode)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteSpace:
     """All that a site can become. ``base`` is the time of the site as it is, ``fixed`` that of a replacement beside its
-    units'; it has to gain ``least_gain``.
+    units', ``more`` the same of modes 1, 2, ...; it has to gain ``least_gain``.
     """
 
     site: str
@@ -63,10 +74,16 @@ class SiteSpace:
     units: tuple[Unit, ...]
     weight: float = 1.0
     least_gain: float = 1.0
+    more: tuple[float, ...] = ()
+
+    def mode(self, picks: Sequence[int]) -> int:
+        """That of these candidates."""
+        return int(self.units[0].of_modes[picks[0]])
 
     def time(self, picks: Sequence[int]) -> float:
         """Of a replacement with these candidates."""
-        return self.fixed + sum(float(u.time[k]) for u, k in zip(self.units, picks, strict=True))
+        fixed = (self.fixed, *self.more)[self.mode(picks)]
+        return fixed + sum(float(u.time[k]) for u, k in zip(self.units, picks, strict=True))
 
     def damage(self, picks: Sequence[int]) -> float:
         """Predicted squared change of the model's outputs."""
@@ -74,11 +91,26 @@ class SiteSpace:
 
     def best(self, price: float) -> tuple[int, ...] | None:
         """The cheapest candidates at this price, or None where the site had better stay as it is."""
-        picks = tuple(int(np.argmin(u.time + price * self.weight * u.damage)) for u in self.units)
-        time = self.time(picks)
-        if time * self.least_gain > self.base or time + price * self.damage(picks) >= self.base:
-            return None
+        found: tuple[int, ...] | None = None
+        least = self.base
+        for mode in range(1 + len(self.more)):
+            picks = self._least(mode, lambda u: u.time + price * self.weight * u.damage)
+            time = self.time(picks)
+            if time * self.least_gain <= self.base and time + price * self.damage(picks) < least:
+                found, least = picks, time + price * self.damage(picks)
+        return found
+
+    def near(self, damage: float) -> tuple[int, ...]:
+        """Candidates that change each unit by about so much, of the first mode that changes anything."""
+        for mode in range(1 + len(self.more)):
+            picks = self._least(mode, lambda u: np.abs(np.log(np.maximum(u.damage, 1e-12) / damage)))
+            if any(picks):
+                break
         return picks
+
+    def _least(self, mode: int, key: Callable[[Unit], np.ndarray]) -> tuple[int, ...]:
+        of = [u.of(mode) for u in self.units]
+        return tuple(int(k[np.argmin(key(u)[k])]) for u, k in zip(self.units, of, strict=True))
 
 
 def choose(spaces: Sequence[SiteSpace], price: float) -> dict[str, tuple[int, ...]]:
@@ -95,24 +127,29 @@ def time_of(spaces: Sequence[SiteSpace], choice: Choice) -> float:
     return sum(s.time(choice[s.site]) if s.site in choice else s.base for s in spaces)
 
 
+def _bounded(
+    spaces: Sequence[SiteSpace], fits: Callable[[dict[str, tuple[int, ...]]], bool], good: float, bad: float
+) -> tuple[dict[str, tuple[int, ...]], float]:
+    """The choice whose price is the nearest to ``bad`` that still fits, and that price. Prices are powers of 2 times
+    the time of all sites; choices fit more and more from ``bad`` to ``good``.
+    """
+    scale = sum(s.base for s in spaces) or 1.0
+    if fits(choose(spaces, scale * 2.0**bad)):
+        return choose(spaces, scale * 2.0**bad), scale * 2.0**bad
+    for _ in range(50):
+        middle = (good + bad) / 2
+        good, bad = (middle, bad) if fits(choose(spaces, scale * 2.0**middle)) else (good, middle)
+    return choose(spaces, scale * 2.0**good), scale * 2.0**good
+
+
 def within_damage(spaces: Sequence[SiteSpace], limit: float, fill: bool = False) -> dict[str, tuple[int, ...]]:
     """The fastest choice of any price whose predicted damage is at most ``limit``; with ``fill`` also what the rest
     of it allows: a site that has to gain something comes with all its heads at once, so that prices leave gaps.
     """
-    low, high = -40.0, 40.0  # powers of 2 times the scale below
-    scale = sum(s.base for s in spaces) or 1.0
-    if damage_of(spaces, choose(spaces, scale * 2.0**low)) <= limit:
-        return choose(spaces, scale * 2.0**low)
-    for _ in range(50):
-        middle = (low + high) / 2
-        if damage_of(spaces, choose(spaces, scale * 2.0**middle)) <= limit:
-            high = middle
-        else:
-            low = middle
-    found = choose(spaces, scale * 2.0**high)
+    found, price = _bounded(spaces, lambda c: damage_of(spaces, c) <= limit, good=40.0, bad=-40.0)
     if damage_of(spaces, found) > limit:
-        found, high = {}, 40.0
-    return _filled(spaces, found, scale * 2.0**high, limit) if fill else found
+        found = {}
+    return _filled(spaces, found, price, limit) if fill else found
 
 
 def _filled(
@@ -215,11 +252,12 @@ def tune(
         return None, []
     best: Point | None = None
     most = damage_of(spaces, choose(spaces, 0.0))
+    room = math.log(max(most, 1e-300)) + 1e-9  # the exponential of a logarithm may be a little less
     low, high = -math.inf, math.inf  # logarithms of damage that is within the budget, and that is not
-    target = min(math.log(limits.budget) / limits.power, math.log(max(most, 1e-300)))
+    target = min(math.log(limits.budget) / limits.power, room)
     for _ in range(limits.evaluations):
         choice = within_damage(spaces, math.exp(target))
-        ceiling = math.log(max(most, 1e-300)) if high == math.inf else high
+        ceiling = room if high == math.inf else high
         while not choice and ceiling - target >= 0.1:  # so little damage gains nothing
             low = max(low, target)
             target = min(target + 0.7, ceiling) if high == math.inf else (target + ceiling) / 2
@@ -245,7 +283,7 @@ def tune(
                 break
             target = min(max(target, low + 0.15 * (high - low)), high - 0.15 * (high - low))
         elif math.isfinite(low):
-            target = min(max(target, low + 0.2), math.log(max(most, 1e-300)))
+            target = min(max(target, low + 0.2), room)
         else:
             target = min(target, high - 0.2)
     if best is not None and math.isfinite(high):
@@ -292,12 +330,4 @@ def corrected(
 
 def within_density(spaces: Sequence[SiteSpace], limit: float, density: Callable[[Choice], float]) -> Choice:
     """The choice with the least predicted damage whose density is at most ``limit``, among those of all prices."""
-    low, high = -40.0, 40.0
-    scale = sum(s.base for s in spaces) or 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if density(choose(spaces, scale * 2.0**middle)) <= limit:
-            low = middle
-        else:
-            high = middle
-    return choose(spaces, scale * 2.0**low)
+    return _bounded(spaces, lambda c: density(c) <= limit, good=-40.0, bad=40.0)[0]

@@ -10,7 +10,7 @@ from onnx import NodeProto
 
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.core.errors import Unsupported
-from attncompile.core.mechanism import HeadMechanism, Mechanism, Shape, understood
+from attncompile.core.mechanism import ChoosingMechanism, HeadMechanism, Mechanism, Shape, understood
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
 from attncompile.cost import dense_cost, predicted_gain, shape_of
@@ -18,7 +18,8 @@ from attncompile.gpu_cost import GpuCost
 from attncompile.passes.evaluate import World
 from attncompile.search.tasks import HeadSite
 
-_KEEPS_HEADS = frozenset({"Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
+_VIEWS = frozenset({"Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
+"""What stands between a site and its projection; their meaning is followed element by element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +57,51 @@ def geometry_of(mechanism: Mechanism, site: AttentionSite) -> BlockGeometry | Ve
 
 def projection(site: AttentionSite, world: World) -> np.ndarray | None:
     """float32 [H, Dv, Dv]: for each head a square root W of M M^T, where M [Dv, width] are the head's rows of the
-    matrix that the site's output is multiplied by, so that |x W| = |x M|. None where the graph has no such product.
+    matrix that the site's output is multiplied by, so that |x W| = |x M|. None where the graph has no such product, or
+    one of other elements than all heads' of one token.
     """
-    width = site.heads * site.value_dim
-    value = site.output.value
+    value, width = site.output.value, site.heads * site.value_dim
+    place = _places(site, world)
     for _ in range(8):
         readers = world.index.consumers.get(value, [])
-        if len(readers) != 1 or value in world.index.outputs:
+        if place is None or len(readers) != 1 or value in world.index.outputs:
             return None
         (node,) = readers
-        if node.op_type in _KEEPS_HEADS and node.input[0] == value:
-            value = node.output[0]
+        if node.op_type in _VIEWS and node.input[0] == value:
+            place, value = _viewed(place, node, world), node.output[0]
             continue
         stored = _weights(node, value, world)
-        if stored is None or stored.shape[0] != width:
+        if stored is None or stored.shape[0] != width or place.shape[-1] != width:
             return None
-        rows = np.asarray(stored, np.float64).reshape(site.heads, site.value_dim, -1)
+        order = place.reshape(-1, width)
+        if (order != order[0]).any() or (np.sort(order[0]) != np.arange(width)).any():
+            return None
+        rows = np.asarray(stored, np.float64)[np.argsort(order[0])].reshape(site.heads, site.value_dim, -1)
         values, vectors = np.linalg.eigh(rows @ rows.transpose(0, 2, 1))
         return np.asarray(vectors * np.sqrt(np.maximum(values, 0))[:, None, :], np.float32)
     return None
+
+
+def _places(site: AttentionSite, world: World) -> np.ndarray | None:
+    """Where each element of the site's output stands among its token's: the number of its head times Dv, and so on."""
+    shape = world.shapes.get(site.output.value)
+    heads, dims = (site.output.layout.find(axis) for axis in "HD")
+    if shape is None or len(shape) != len(site.output.layout) or min(heads, dims) < 0:
+        return None
+    if (shape[heads], shape[dims]) != (site.heads, site.value_dim):
+        return None
+    head, dim = (np.arange(shape[a], dtype=np.int32).reshape([-1 if a == i else 1 for i in range(len(shape))])
+                 for a in (heads, dims))  # fmt: skip
+    return np.broadcast_to(head * site.value_dim + dim, shape)
+
+
+def _viewed(place: np.ndarray, node: NodeProto, world: World) -> np.ndarray | None:
+    """The same behind a node that moves or renames axes."""
+    if node.op_type == "Transpose":
+        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+        return place.transpose(order)
+    shape = world.shapes.get(node.output[0])
+    return None if shape is None or int(np.prod(shape)) != place.size else place.reshape(shape)
 
 
 def _weights(node: NodeProto, value: str, world: World) -> np.ndarray | None:
@@ -119,3 +146,38 @@ def _relative(
     """Time of the body with one pattern in every head, relative to the site as it is."""
     given = mechanism.head_parameters(geometry, [pattern] * site.heads)
     return 1 / predicted_gain(site, mechanism.cost(site, given, shape), shape)
+
+
+def choice_geometry(mechanism: Mechanism, site: AttentionSite, binding: Mapping[str, int]) -> BlockGeometry | Verdict:
+    """The blocks that heads of this site may choose among when the model runs, or why not."""
+    if not isinstance(mechanism, ChoosingMechanism):
+        return Verdict.no("heads", f"the heads of {mechanism.name} do not choose")
+    if site.scope:
+        return Verdict.no("scope", "operands in the body of an If, Loop or Scan cannot be captured")
+    known = understood(mechanism, site)
+    return mechanism.choice_geometry(site, shape_of(site, binding).query_length) if known.ok else known
+
+
+def choice_time(
+    site: AttentionSite, geometry: BlockGeometry, mechanism: ChoosingMechanism, binding: Mapping[str, int],
+    gpu: GpuCost | None, stride: int,
+) -> BlockTime:  # fmt: skip
+    """Of a site whose heads choose, what choosing takes included; a head that is dense among them costs all blocks.
+    Raises ``Unsupported`` where nothing is known of the GPU's time.
+    """
+    shape = shape_of(site, binding)
+    of_head = int(geometry.all.sum())
+    few, many = site.heads * geometry.count, site.heads * of_head
+    if gpu is not None:
+        picked = gpu.selection(site, shape, geometry.edge, stride, geometry.causal)
+        least, most = (picked + gpu.lists(site, shape, geometry.edge, n) for n in (few, many))
+        dense = gpu.before(site, shape)
+    else:
+        dense = dense_cost(site, shape).elements
+        least, most = (
+            dense
+            / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, stride, n * shape.batch, shape), shape)
+            for n in (few, many)
+        )
+    slope = (most - least) / max(many - few, 1)
+    return BlockTime(max(least - slope * few, 0.0), slope, slope * of_head, dense)

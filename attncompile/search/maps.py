@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attncompile.core.block_pattern import BlockGeometry
+from attncompile.core.block_selection import with_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +35,10 @@ class Operands:
     @property
     def heads(self) -> int:
         return int(self.query.shape[0])
+
+    def geometry(self, known: BlockGeometry) -> BlockGeometry:
+        """``known`` at the length of this input."""
+        return with_tokens(known, int(self.query.shape[1]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

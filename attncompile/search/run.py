@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from attncompile import __version__, measure
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_selection import BlockSelection, is_selection
 from attncompile.core.errors import Unsupported
-from attncompile.core.mechanism import HeadMechanism, Mechanism
+from attncompile.core.mechanism import ChoosingMechanism, HeadMechanism, Mechanism
 from attncompile.core.plan import Decision
 from attncompile.core.policy import Policy
 from attncompile.core.site import AttentionSite
@@ -30,7 +31,7 @@ from attncompile.passes.evaluate import World
 from attncompile.report import SiteFidelity
 from attncompile.search import choose, executors, heads, tasks, whole_sites
 from attncompile.search.arrays import save
-from attncompile.search.candidates import candidates
+from attncompile.search.candidates import candidates, selections
 from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
 from attncompile.search.slim import SlimModel
@@ -92,17 +93,52 @@ class Result:
 
 @dataclass(slots=True)
 class _HeadPlan:
-    """One site under search, head by head."""
+    """One site under search, head by head. ``time`` of patterns that are fixed, None where the length is not; ``ways``:
+    how heads may choose blocks when the model runs, texts and times of each. ``offered`` [H][K] are the texts of all
+    candidates, in the order of ``modes`` [H][K]: 0 fixed, 1, 2, ... one of ``ways``. ``shares`` [H][K] of all blocks.
+    """
 
     site: AttentionSite
     mechanism: HeadMechanism
     geometry: BlockGeometry
-    time: heads.BlockTime
+    time: heads.BlockTime | None
     spec: tasks.HeadSite
-    offered: list[list[BlockPattern]] = field(default_factory=list)
+    ways: list[tuple[list[str], heads.BlockTime]] = field(default_factory=list)
+    offered: list[list[str]] = field(default_factory=list)
+    modes: list[np.ndarray] = field(default_factory=list)
     mass: np.ndarray | None = None
     damage: list[np.ndarray] = field(default_factory=list)
     kept: list[np.ndarray] = field(default_factory=list)
+    shares: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def dense(self) -> float:
+        """Predicted time of the site as it is in the source."""
+        return (self.time or self.ways[0][1]).dense
+
+    def offer(self, average: bool) -> None:
+        """Fill ``offered`` and ``modes`` from ``mass`` [H, R, R], dense first in each mode."""
+        assert self.mass is not None
+        for mass in self.mass:
+            fixed = ["dense"]
+            if self.time is not None:
+                fixed = [p.text for p in candidates(mass, self.geometry, average)]
+            parts = [fixed, *(["dense", *texts] for texts, _ in self.ways)]
+            self.offered.append([text for part in parts for text in part])
+            self.modes.append(np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
+
+    def times(self, head: int) -> np.ndarray:
+        """Predicted time of each candidate of one head [K]."""
+        found = np.empty(len(self.offered[head]))
+        blocks = self.shares[head] * float(self.geometry.all.sum())
+        for mode, time in enumerate([self.time, *(t for _, t in self.ways)]):
+            of = np.flatnonzero(self.modes[head] == mode)
+            if time is None:
+                found[of] = self.dense / len(self.offered)
+                continue
+            found[of] = time.block * blocks[of]
+            found[of[0]] = time.head  # dense
+        return found
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -151,6 +187,7 @@ class Search:
         self._heads: dict[str, _HeadPlan] = {}
         self._whole: dict[str, list[Edit]] = {}
         self._refusals: dict[str, str] = {}
+        self._unknown: set[str] = set()
         self._opset = found.index.model.opset
         self._least = max(policy.min_gain, gpu.least_gain if gpu is not None else 0.0)
         self._files = [scratch / "inputs" / f"{i}.npz" for i in range(len(feeds))]
@@ -198,7 +235,9 @@ class Search:
             save(path, feed)
         self._slim = SlimModel(self._found.index.model, self._scratch / "models")
         self._score_heads()
-        spaces = [*(self._space(p) for p in self._heads.values()), *self._whole_spaces()]
+        spaces = self._joined([self._space(p) for p in self._heads.values()], self._whole_spaces())
+        if self._unknown:
+            self._warnings.append(f"no head chooses its blocks when the model runs: {'; '.join(sorted(self._unknown))}")
         if self._state.resumed:
             self._progress.note(f"{self._state.resumed} pieces of an earlier search were taken up")
         return self._weighed(spaces)
@@ -208,24 +247,51 @@ class Search:
     def _open(self, site: AttentionSite) -> None:
         for name in self._policy.approximate:
             mechanism = self._by_name[name]
-            geometry = heads.geometry_of(mechanism, site)
-            if isinstance(geometry, Verdict):
-                if isinstance(mechanism, HeadMechanism):
-                    self._refusals[site.id] = f"no pattern for each head: {geometry.reason}"
+            made = self._by_heads(mechanism, site)
+            if made is None:
                 continue
-            assert isinstance(mechanism, HeadMechanism)
-            world = self._worlds[0]
-            try:
-                time = heads.block_time(site, geometry, mechanism, world.binding, self._gpu)
-            except Unsupported as error:
-                self._refusals[site.id] = f"no pattern for each head: {error.message}"
-                continue
-            self._heads[site.id] = _HeadPlan(site, mechanism, geometry, time, heads.spec(site, geometry, world))
-            return
+            self._heads[site.id] = made
+            if made.time is not None:
+                return  # else what slides with the length is offered beside what is chosen
+            break
         known = [self._worlds[i] for i in self._known]
         edits = whole_sites.options_for(site, self._policy, self._registry, known, self._opset, self._gpu)
         if edits:
             self._whole[site.id] = edits
+
+    def _by_heads(self, mechanism: Mechanism, site: AttentionSite) -> _HeadPlan | None:
+        """What the heads of ``site`` may become by this mechanism: patterns that are fixed, blocks that are chosen when
+        the model runs, or both. Why not is kept in ``_refusals`` and ``_unknown``.
+        """
+        world = self._worlds[0]
+        geometry = heads.geometry_of(mechanism, site)
+        if not isinstance(mechanism, HeadMechanism):
+            return None
+        time = None
+        if isinstance(geometry, Verdict):
+            self._refusals[site.id] = f"no pattern for each head: {geometry.reason}"
+        else:
+            try:
+                time = heads.block_time(site, geometry, mechanism, world.binding, self._gpu)
+            except Unsupported as error:
+                self._refusals[site.id] = f"no pattern for each head: {error.message}"
+        ways: list[tuple[list[str], heads.BlockTime]] = []
+        found = heads.choice_geometry(mechanism, site, world.binding)
+        if isinstance(found, Verdict) or not isinstance(mechanism, ChoosingMechanism):
+            found = geometry
+        else:
+            found = geometry if isinstance(geometry, BlockGeometry) else found
+            for texts in selections():
+                stride = BlockSelection(texts[0]).stride
+                try:
+                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, stride)
+                except Unsupported as error:
+                    self._unknown.add(error.message)
+                    continue
+                ways.append((texts, taken))
+        if isinstance(found, Verdict) or (time is None and not ways):
+            return None
+        return _HeadPlan(site, mechanism, found, time, heads.spec(site, found, world), ways)
 
     def _score_heads(self) -> None:
         if not self._heads:
@@ -241,34 +307,35 @@ class Search:
             (f"mass-{i}-{g}", tasks.Masses(model, self._files[i], tuple(group), provider))
             for i in self._known for g, group in enumerate(groups)
         ]  # fmt: skip
-        sums: dict[str, np.ndarray] = {}
+        maps: dict[str, list[np.ndarray]] = {}
         for arrays in self._stored(work, lambda found: found):
             for name, mass in arrays.items():
-                sums[name] = sums.get(name, 0) + mass / len(self._known)
-        for name, plan in self._heads.items():
-            plan.mass = sums[name]
-            average = self._gpu is None and not plan.spec.padding
-            plan.offered = [candidates(m, plan.geometry, average) for m in plan.mass]
-        texts = {n: [[p.text for p in head] for head in plan.offered] for n, plan in self._heads.items()}
+                maps.setdefault(name, []).append(mass)
+        for name, plan in self._heads.items():  # inputs may differ in length: the map is of those like the first
+            alike = [m for m in maps[name] if m.shape == maps[name][0].shape]
+            plan.mass = np.sum([m / len(alike) for m in alike], axis=0)
+            plan.offer(self._gpu is None and not plan.spec.padding)
+        texts = {n: plan.offered for n, plan in self._heads.items()}
         self._progress.stage("score patterns of heads", len(groups) * len(self._known))
         scoring = [
             (f"score-{i}-{g}", tasks.Scores(model, self._files[i], tuple(group), texts, i, provider))
             for i in self._known for g, group in enumerate(groups)
         ]  # fmt: skip
-        totals: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        totals: dict[str, list[tuple[np.ndarray, ...]]] = {}
         for arrays in self._stored(scoring, _flattened):
             for name in {n.rpartition("/")[0].rpartition("/")[0] for n in arrays}:
                 count = len(texts[name])
                 for h in range(count):
-                    pair = (arrays[f"{name}/{h}/error"], arrays[f"{name}/{h}/kept"])
+                    found = tuple(arrays[f"{name}/{h}/{what}"] for what in _SCORED)
                     known = totals.setdefault(name, [])
                     if len(known) <= h:
-                        known.append(pair)
+                        known.append(found)
                     else:
-                        known[h] = (known[h][0] + pair[0], known[h][1] + pair[1])
+                        known[h] = tuple(a + b for a, b in zip(known[h], found, strict=True))
         for name, plan in self._heads.items():
-            plan.damage = [d / len(self._known) for d, _ in totals[name]]
-            plan.kept = [k / len(self._known) for _, k in totals[name]]
+            plan.damage, plan.kept, plan.shares = (
+                [scored[i] / len(self._known) for scored in totals[name]] for i in range(len(_SCORED))
+            )
 
     def _stored(
         self, work: Sequence[tuple[str, tasks.Task]], arrays_of: Callable[[Any], Mapping[str, np.ndarray]]
@@ -294,14 +361,14 @@ class Search:
         return dense / max(exact.decision.predicted_gain, 1.0) if exact is not None else dense
 
     def _space(self, plan: _HeadPlan) -> SiteSpace:
-        units = []
-        for head, patterns in enumerate(plan.offered):
-            blocks = np.array([float(p.blocks(plan.geometry).sum()) for p in patterns])
-            time = plan.time.block * blocks
-            time[0] = plan.time.head  # dense
-            units.append(Unit(tuple(p.text for p in patterns), time, plan.damage[head]))
-        base = self._base(plan.site, plan.time.dense)
-        return SiteSpace(plan.site.id, base, plan.time.fixed, tuple(units), 1.0, self._least)
+        units = [
+            Unit(tuple(texts), plan.times(head), plan.damage[head], plan.modes[head])
+            for head, texts in enumerate(plan.offered)
+        ]
+        base = self._base(plan.site, plan.dense)
+        fixed = plan.time.fixed if plan.time is not None else 0.0
+        more = tuple(time.fixed for _, time in plan.ways)
+        return SiteSpace(plan.site.id, base, fixed, tuple(units), 1.0, self._least, more)
 
     def _whole_spaces(self) -> list[SiteSpace]:
         sites = [e[0].site for e in self._whole.values()]
@@ -326,20 +393,49 @@ class Search:
             spaces.append(SiteSpace(site.id, base, 0.0, (Unit(labels, time, damage),), 1.0, self._least))
         return spaces
 
+    def _joined(self, spaces: Sequence[SiteSpace], whole: Sequence[SiteSpace]) -> list[SiteSpace]:
+        """All of them; of a site that has both, each replacement as a whole is a mode of its own, in which every head
+        has one candidate with its part of time and damage.
+        """
+        by_site = {s.site: s for s in spaces}
+        alone = [s for s in whole if s.site not in by_site]
+        for other in (s for s in whole if s.site in by_site):
+            space, (all_heads,) = by_site[other.site], other.units
+            first, count, parts = 1 + len(space.more), len(all_heads.time) - 1, len(space.units)
+            units = [
+                Unit((*u.labels, *all_heads.labels[1:]), np.concatenate([u.time, all_heads.time[1:] / parts]),
+                     np.concatenate([u.damage, all_heads.damage[1:] / parts]),
+                     np.concatenate([u.of_modes, first + np.arange(count)]))
+                for u in space.units
+            ]  # fmt: skip
+            more = (*space.more, *[0.0] * count)
+            by_site[other.site] = replace(space, units=tuple(units), more=more)
+        return [*by_site.values(), *alone]
+
     # Whole models.
 
     def _edit(self, site: str, picks: Sequence[int], space: SiteSpace | None = None) -> Edit:
-        if site in self._whole:
+        plan = self._heads.get(site)
+        if plan is None:
             return self._whole[site][picks[0] - 1]
-        plan = self._heads[site]
-        chosen = [offered[k] for offered, k in zip(plan.offered, picks, strict=True)]
-        given = plan.mechanism.head_parameters(plan.geometry, chosen)
-        blocks = sum(int(p.blocks(plan.geometry).sum()) for p in chosen)
-        share = blocks / (len(chosen) * int(plan.geometry.all.sum()))
-        gain = plan.time.dense / space.time(picks) if space is not None else 1.0
-        reason = f"{share:.1%} of the blocks, chosen for each head"
-        decision = Decision(site, plan.mechanism.name, reason, False, given, gain)
+        if self._as_a_whole(site, picks):
+            return self._whole[site][picks[0] - len(plan.offered[0])]
+        texts = [offered[k] for offered, k in zip(plan.offered, picks, strict=True)]
+        if plan.modes[0][picks[0]]:
+            assert isinstance(plan.mechanism, ChoosingMechanism)
+            given = plan.mechanism.choice_parameters(plan.geometry, texts)
+            how = "chosen for each input"
+        else:
+            given = plan.mechanism.head_parameters(plan.geometry, [BlockPattern(t) for t in texts])
+            how = "chosen for each head"
+        share = float(np.mean([s[k] for s, k in zip(plan.shares, picks, strict=True)]))
+        gain = plan.dense / space.time(picks) if space is not None else 1.0
+        decision = Decision(site, plan.mechanism.name, f"{share:.1%} of the blocks, {how}", False, given, gain)
         return Edit.of(plan.site, decision, plan.mechanism, self._opset)
+
+    def _as_a_whole(self, site: str, picks: Sequence[int]) -> bool:
+        """Whether these candidates of a site with heads are one replacement for all of them."""
+        return site in self._heads and picks[0] >= len(self._heads[site].offered[0])
 
     def edits(self, choice: Choice, spaces: Sequence[SiteSpace] = ()) -> list[Edit]:
         """The exact edits that stay, and those of ``choice``. Without ``spaces`` their gains are not predicted."""
@@ -407,16 +503,13 @@ class Search:
         self._progress.stage("probe sites", len(spaces))
         found = []
         for space in spaces:
-            wanted = PROBE_DAMAGE / len(space.units)
-            picks = tuple(int(np.argmin(np.abs(np.log(np.maximum(u.damage, 1e-12) / wanted)))) for u in space.units)
+            picks = space.near(PROBE_DAMAGE / len(space.units))
             damage = sum(float(u.damage[k]) for u, k in zip(space.units, picks, strict=True))
             weight = 1.0
             if damage > 0 and any(picks):
                 errors = self.errors({space.site: picks}, spaces, inputs, metric)
                 weight = float(np.mean(np.minimum(errors, 1e6) ** power)) / damage
-            found.append(
-                SiteSpace(space.site, space.base, space.fixed, space.units, max(weight, 1e-9), space.least_gain)
-            )
+            found.append(replace(space, weight=max(weight, 1e-9)))
             self._progress.advance()
         return found
 
@@ -488,7 +581,7 @@ class Search:
         """Predicted time of a site as it is in the file, where its heads are searched; ``SiteSpace.base`` is that of
         its exact replacement.
         """
-        return self._heads[site].time.dense if site in self._heads else None
+        return self._heads[site].dense if site in self._heads else None
 
     def blocks(self, choice: Choice) -> dict[str, tuple[int, int]]:
         """Of each site of ``choice`` with lists the edge of its blocks and how many of them all its heads have."""
@@ -496,19 +589,23 @@ class Search:
         for site, picks in choice.items():
             if site in self._heads:
                 plan = self._heads[site]
-                chosen = (offered[k].blocks(plan.geometry) for offered, k in zip(plan.offered, picks, strict=True))
-                found[site] = (plan.geometry.edge, sum(int(b.sum()) for b in chosen))
+                if self._as_a_whole(site, picks):
+                    continue
+                share = sum(float(s[k]) for s, k in zip(plan.shares, picks, strict=True))
+                found[site] = (plan.geometry.edge, round(share * int(plan.geometry.all.sum())))
         return found
 
     def density(self, choice: Choice) -> float:
         """Blocks over dense blocks, of all sites that have heads to choose for."""
-        have = whole = 0
+        have = whole = 0.0
         for name, plan in self._heads.items():
             all_blocks = int(plan.geometry.all.sum())
             whole += len(plan.offered) * all_blocks
             picks = choice.get(name)
-            for head, offered in enumerate(plan.offered):
-                have += all_blocks if picks is None else int(offered[picks[head]].blocks(plan.geometry).sum())
+            if picks is None or self._as_a_whole(name, picks):
+                have += len(plan.offered) * all_blocks
+            else:
+                have += all_blocks * sum(float(shares[k]) for shares, k in zip(plan.shares, picks, strict=True))
         return have / whole if whole else 1.0
 
     def _result(
@@ -533,7 +630,7 @@ class Search:
             kept.pop(space.site, None)
             error = float(np.sqrt(sum(u.damage[k] for u, k in zip(space.units, picks, strict=True))))
             mass = None
-            if space.site in self._heads:
+            if space.site in self._heads and not self._as_a_whole(space.site, picks):
                 shown[space.site] = self._shown(self._heads[space.site], picks)
                 mass = float(np.mean([h.kept for h in shown[space.site]]))
             fidelity[space.site] = SiteFidelity(error, None, mass)
@@ -548,15 +645,30 @@ class Search:
 
     def _shown(self, plan: _HeadPlan, picks: Sequence[int]) -> tuple[HeadFound, ...]:
         assert plan.mass is not None
+        texts = [offered[k] for offered, k in zip(plan.offered, picks, strict=True)]
+        if any(is_selection(t) for t in texts):
+            seen = self._seen(plan, texts)
+        else:
+            seen = np.stack([BlockPattern(t).blocks(plan.geometry) for t in texts])
         found = []
-        for head, k in enumerate(picks):
-            pattern = plan.offered[head][k]
-            seen = pattern.blocks(plan.geometry)
+        for head, (k, text) in enumerate(zip(picks, texts, strict=True)):
+            kind = BlockSelection(text).way if is_selection(text) else BlockPattern(text).kind
             found.append(
-                HeadFound(pattern.text, pattern.kind, float(seen.sum() / plan.geometry.all.sum()),
-                          float(plan.damage[head][k]), float(plan.kept[head][k]), plan.mass[head], seen)
+                HeadFound(text, kind, float(plan.shares[head][k]), float(plan.damage[head][k]),
+                          float(plan.kept[head][k]), plan.mass[head], seen[head])
             )  # fmt: skip
         return tuple(found)
+
+    def _seen(self, plan: _HeadPlan, texts: Sequence[str]) -> np.ndarray:
+        """Bool [H, R, R]: what heads that choose meet on the first calibration input."""
+        assert self._slim is not None and self._executor is not None
+        model = self._slim.with_outputs(plan.spec.read, "seen.onnx")
+        task = tasks.Seen(
+            model, self._files[self._known[0]], (plan.spec,), {plan.site.id: texts}, self._settings.provider
+        )
+        (found,) = self._executor.map([task])
+        seen: np.ndarray = found[plan.site.id]
+        return seen
 
     def done(self) -> None:
         """The result is in the output: nothing needs to be taken up again."""
@@ -567,10 +679,13 @@ class Search:
 _BROKEN = "a choice that was tried does not run or gives NaN: its error counts as infinite"
 
 
-def _flattened(found: Mapping[str, tuple[list[np.ndarray], list[np.ndarray]]]) -> dict[str, np.ndarray]:
-    arrays = {}
-    for name, (errors, kept) in found.items():
-        for head, (error, share) in enumerate(zip(errors, kept, strict=True)):
-            arrays[f"{name}/{head}/error"] = error
-            arrays[f"{name}/{head}/kept"] = share
-    return arrays
+_SCORED = ("error", "kept", "share")
+
+
+def _flattened(found: Mapping[str, tuple[list[np.ndarray], ...]]) -> dict[str, np.ndarray]:
+    return {
+        f"{name}/{head}/{what}": scored[head]
+        for name, lists in found.items()
+        for what, scored in zip(_SCORED, lists, strict=True)
+        for head in range(len(scored))
+    }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnx import ModelProto, TensorProto, ValueInfoProto
+from onnx.external_data_helper import save_external_data, set_external_data
 
 from attncompile.core.errors import TargetError
 from attncompile.core.folder import copy_file, write_file
@@ -32,21 +33,20 @@ class SlimModel:
         self._model = Model(model.path, proto, model.hash, model.opset, model.external_files, model.notes)
         for external in model.external_files:
             copy_file(external.path, folder / external.location)
+        weights = folder / WEIGHTS
         try:
-            with (folder / WEIGHTS).open("wb") as out:
-                for graph in graphs(proto):
-                    for tensor in graph.initializer:
-                        if len(tensor.raw_data) >= LEAST and tensor.data_location == TensorProto.DEFAULT:
-                            out.write(b"\0" * (-out.tell() % _ALIGN))
-                            place, data = out.tell(), tensor.raw_data
-                            out.write(data)
-                            tensor.ClearField("raw_data")
-                            tensor.data_location = TensorProto.EXTERNAL
-                            for key, value in (("location", WEIGHTS), ("offset", place), ("length", len(data))):
-                                tensor.external_data.add(key=key, value=str(value))
+            weights.unlink(missing_ok=True)
+            size = 0
+            for graph in graphs(proto):
+                for tensor in graph.initializer:
+                    if len(tensor.raw_data) >= LEAST and tensor.data_location == TensorProto.DEFAULT:
+                        set_external_data(tensor, WEIGHTS, size + -size % _ALIGN)
+                        save_external_data(tensor, str(folder))
+                        tensor.ClearField("raw_data")
+                        size = weights.stat().st_size
         except OSError as error:
             raise TargetError(
-                f"cannot write {folder / WEIGHTS}: {error.strerror}", "free disk space, or use --out elsewhere"
+                f"cannot write {weights}: {error.strerror}", "free disk space, or use --out elsewhere"
             ) from None
 
     def write(self, edits: Sequence[Edit], name: str = "model.onnx") -> Path:

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from attncompile import measure, metrics
+from attncompile.core import block_selection
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_selection import BlockSelection
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.measure import Provider
 from attncompile.search import maps
@@ -95,9 +97,9 @@ class Masses:
         found = {}
         for site in self.sites:
             entries = site.operands(values)
-            heads = range(entries[0].heads)
+            heads, geometry = range(entries[0].heads), entries[0].geometry(site.geometry)
             found[site.site] = np.stack(
-                [np.mean([maps.masses(e, site.geometry, h) for e in entries], axis=0) for h in heads]
+                [np.mean([maps.masses(e, geometry, h) for e in entries], axis=0) for h in heads]
             ).astype(np.float32)
         return found
 
@@ -105,7 +107,8 @@ class Masses:
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """Errors of all candidates of one group of sites for one input: site -> (squared changes [H][K] relative to the
-    squared size of the site's output, shares of the weight that are kept [H][K]). ``number`` of the input.
+    squared size of the site's output, shares of the weight that are kept [H][K], shares of the blocks that are met
+    [H][K]). ``number`` of the input.
     """
 
     model: Path
@@ -115,27 +118,73 @@ class Scores:
     number: int
     provider: Provider = "cpu"
 
-    def __call__(self, threads: int) -> dict[str, tuple[list[np.ndarray], list[np.ndarray]]]:
+    def __call__(self, threads: int) -> dict[str, tuple[list[np.ndarray], ...]]:
+        values = _captured(self.model, self.feed, self.sites, threads, self.provider)
+        found: dict[str, tuple[list[np.ndarray], ...]] = {}
+        for site in self.sites:
+            entries = site.operands(values)
+            geometry = entries[0].geometry(site.geometry)
+            count = geometry.count
+            step = -(-count // ROWS)
+            which = range(self.number % step, count, step)
+            errors, kept, shares, size = [], [], [], 0.0
+            for head, texts in enumerate(self.candidates[site.site]):
+                met = [chosen(e, geometry, head, texts, which) for e in entries]
+                scored = [maps.score(e, geometry, head, m, which) for e, m in zip(entries, met, strict=True)]
+                errors.append(np.sum([s.error for s in scored], axis=0))
+                kept.append(np.mean([s.kept for s in scored], axis=0))
+                shares.append(np.mean([m[:, which].sum(axis=(1, 2)) for m in met], axis=0) / geometry.all[which].sum())
+                size += sum(s.size for s in scored)
+            found[site.site] = ([e / max(size, 1e-300) for e in errors], kept, shares)
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """Blocks that each head meets on one input: site -> bool [H, R, R]. ``texts`` [H] of each site."""
+
+    model: Path
+    feed: Path
+    sites: tuple[HeadSite, ...]
+    texts: Mapping[str, Sequence[str]]
+    provider: Provider = "cpu"
+
+    def __call__(self, threads: int) -> dict[str, np.ndarray]:
         values = _captured(self.model, self.feed, self.sites, threads, self.provider)
         found = {}
         for site in self.sites:
-            entries = site.operands(values)
-            count = site.geometry.count
-            step = -(-count // ROWS)
-            which = range(self.number % step, count, step)
-            errors, kept, size = [], [], 0.0
-            for head, texts in enumerate(self.candidates[site.site]):
-                choices = np.stack([BlockPattern(t).blocks(site.geometry) for t in texts])
-                scored = [maps.score(e, site.geometry, head, choices, which) for e in entries]
-                errors.append(np.sum([s.error for s in scored], axis=0))
-                kept.append(np.mean([s.kept for s in scored], axis=0))
-                size += sum(s.size for s in scored)
-            found[site.site] = ([e / max(size, 1e-300) for e in errors], kept)
+            entry = site.operands(values)[0]
+            geometry = entry.geometry(site.geometry)
+            every = range(geometry.count)
+            found[site.site] = np.stack(
+                [chosen(entry, geometry, h, [text], every)[0] for h, text in enumerate(self.texts[site.site])]
+            )
         return found
 
 
 LOSS = "loss of the next token"
 """Name of what is kept of logits where a perplexity is asked for: of 8,192 tokens they take 134 MB and more."""
+
+
+def chosen(
+    operands: maps.Operands, geometry: BlockGeometry, head: int, texts: Sequence[str], which: Sequence[int]
+) -> np.ndarray:
+    """Bool [K, R, R]: what each pattern meets, or chooses for these operands; of the latter only the rows ``which``."""
+    weights: dict[tuple[str, int], np.ndarray] = {}
+    found = []
+    for text in texts:
+        if not block_selection.is_selection(text):
+            found.append(BlockPattern(text).blocks(geometry))
+            continue
+        selection = BlockSelection(text)
+        if selection.family not in weights:
+            key = operands.key[head // (operands.heads // operands.key.shape[0])]
+            weights[selection.family] = block_selection.weights(
+                operands.query[head], key, operands.scale, geometry, selection.family, which
+            )
+        mass = weights[selection.family]
+        found.append(block_selection.kept(mass, selection.amount, selection.rule, geometry.causal))
+    return np.stack(found)
 
 
 @dataclass(frozen=True, slots=True)

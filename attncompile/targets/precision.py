@@ -203,7 +203,11 @@ def _untyped_nodes(proto: ModelProto, low: str) -> set[str]:
     found = set()
     for graph in g.graphs(proto.graph):
         for node in graph.node:
-            if node.domain not in g.STANDARD_DOMAINS or not onnx.defs.has(node.op_type, opset, ""):
+            if node.domain not in g.STANDARD_DOMAINS:
+                if _reads_float32(node):
+                    found.add(node.name)
+                continue
+            if not onnx.defs.has(node.op_type, opset, ""):
                 continue
             schema = onnx.defs.get_schema(node.op_type, opset, "")
             for values, formals in ((node.input, schema.inputs), (node.output, schema.outputs)):
@@ -212,6 +216,15 @@ def _untyped_nodes(proto: ModelProto, low: str) -> set[str]:
                     if value in floats and "tensor(float)" in allowed and low not in allowed:
                         found.add(node.name)
     return found
+
+
+def _reads_float32(node: NodeProto) -> bool:
+    """Whether an op of another domain has an input that is float32 by its schema, whatever the operands are."""
+    if not onnx.defs.has(node.op_type, 1, node.domain):
+        return False
+    return any(
+        formal.type_str == "tensor(float)" for formal in onnx.defs.get_schema(node.op_type, 1, node.domain).inputs
+    )
 
 
 def _float_values(proto: ModelProto) -> set[str]:

@@ -133,19 +133,26 @@ def read(folder: Path, split: str) -> NDArray[np.uint16]:
     return np.frombuffer(data, dtype="<u2")
 
 
-def windows(tokens: NDArray[np.uint16], length: int, count: int) -> NDArray[np.int64]:
-    """Up to ``count`` windows [window, length], each inside one file, at most two a file, spread over all files."""
+def places(tokens: NDArray[np.uint16], length: int, count: int) -> list[tuple[int, int]]:
+    """Up to ``count`` windows of ``length`` tokens as the number of the file and the first token, each inside one file,
+    at most two a file, spread over all files. Raises ``ValueError`` where no file is so long.
+    """
     ends = np.flatnonzero(tokens == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     found = [
-        tokens[start + at * length : start + (at + 1) * length]
-        for start, end in zip(starts, ends, strict=True)
+        (number, int(start) + at * length)
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
         for at in range(min(2, (end - start) // length))
     ]
     if not found:
         raise ValueError(f"no held-out file has {length} tokens")
     chosen = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
-    return np.stack([found[index] for index in chosen]).astype(np.int64)
+    return [found[index] for index in chosen]
+
+
+def windows(tokens: NDArray[np.uint16], length: int, count: int) -> NDArray[np.int64]:
+    """Those windows [window, length]."""
+    return np.stack([tokens[start : start + length] for _, start in places(tokens, length, count)]).astype(np.int64)
 
 
 def held(folder: Path) -> NDArray[np.int64]:
@@ -173,7 +180,7 @@ def write(folder: Path, recipe: LmRecipe) -> dict[str, object]:
         tokens = np.concatenate(pieces)
         data = tokens.tobytes()
         (folder / f"{split}.xz").write_bytes(lzma.compress(data, preset=6))
-        last = tokens  # of the test, in the end
+        last, files = tokens, chosen  # of the test, in the end
         splits[split] = {
             "files": len(chosen),
             "bytes": sum(len(source.text.encode()) for source in chosen),
@@ -191,7 +198,12 @@ def write(folder: Path, recipe: LmRecipe) -> dict[str, object]:
         "vocab": recipe.vocab,
         "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
         "splits": splits,
-        "held": {"windows": len(few), "sha256": hashlib.sha256(few.tobytes()).hexdigest()},
+        "held": {
+            "windows": len(few),
+            "sha256": hashlib.sha256(few.tobytes()).hexdigest(),
+            # What is committed is others' source: data/NOTICE gives its licences.
+            "files": [f"{files[n].package}/{files[n].path}" for n, _ in places(last, recipe.context + 1, _HELD)],
+        },
     }
     (folder / "corpus.json").write_text(json.dumps(record, indent=2) + "\n")
     return record

@@ -143,7 +143,7 @@ def main() -> None:
             _write(images, given.images)
         if reference is not None:
             expected = scores.sample(recipes.dit, reference.one_by_one, labels, given.seed)
-            result["psnr"] = [round(value, 2) for value in scores.psnr(images, expected).tolist()]
+            result["psnr"] = [round(value, 2) for value in scores.psnr(images, expected)]
     print(json.dumps(result, indent=1))  # noqa: T201
 
 

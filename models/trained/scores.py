@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncompile import metrics
 from attncompile.models.trained import draw, tasks
 from attncompile.models.trained.recipe import DitRecipe, LmRecipe, VitRecipe
 
@@ -89,7 +90,6 @@ def sample(recipe: DitRecipe, velocity: Velocity, labels: Tensor, seed: int) -> 
     return x.clamp(-1, 1)
 
 
-def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image [image], values being -1 to 1; infinite where they are equal."""
-    error = (images.double() - reference.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(4.0 / error)
+def psnr(images: Tensor, reference: Tensor) -> list[float]:
+    """Peak signal-to-noise ratio in dB of each image, values being -1 to 1; infinite where they are equal."""
+    return [metrics.psnr(r.numpy(), i.numpy(), peak=2.0) for r, i in zip(reference, images, strict=True)]

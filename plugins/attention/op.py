@@ -25,6 +25,7 @@ from typing import Any
 from onnx import NodeProto, TensorProto, TypeProto, defs, helper
 from onnx.defs import OpSchema
 
+from attncompile.plugins import schemas
 from attncompile.plugins.body import DOMAIN, LAYOUTS, overload_of
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.op import infer_output
@@ -100,7 +101,7 @@ def register() -> None:
         ],
     )  # fmt: skip
     schema.set_type_and_shape_inference_function(infer_outputs)
-    defs.register_schema(schema)
+    schemas.register(schema)
 
 
 def infer_outputs(context: Any) -> None:

@@ -22,7 +22,7 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.pattern import GridWindow
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.block_sparse import per_head
+from attncompile.plugins.block_sparse import chosen, per_head
 from attncompile.plugins.block_sparse.function import function
 from attncompile.plugins.block_sparse.op import OP_TYPE, Form, lists, node, register
 from attncompile.plugins.block_sparse.plan import LAUNCH, Plan, plan
@@ -108,8 +108,28 @@ class BlockSparseAttention:
         """Parameters that give each head its pattern."""
         return per_head.parameters(geometry, patterns)
 
+    def choice_geometry(self, site: AttentionSite, tokens: int) -> BlockGeometry | Verdict:
+        """The blocks that heads of this site choose among at one length, or why they cannot."""
+        try:
+            chosen.check_site(site)
+        except Unsupported as error:
+            return Verdict.of(error)
+        made = chosen.geometry(site, tokens)
+        return made if made.count >= 2 else Verdict.no("size", f"{tokens} tokens are one block")
+
+    def choice_parameters(self, geometry: BlockGeometry, texts: Sequence[str]) -> Parameters:
+        """Parameters with one text a head."""
+        return {"masked_rows": "zero", "edge": geometry.edge, "heads": list(texts)}
+
+    def choice_cost(self, site: AttentionSite, edge: int, stride: int, blocks: float, shape: Shape) -> Cost:
+        """Of the function bodies, scores and selection included."""
+        return chosen.cost_of(site, shape, edge, stride, blocks)
+
     def supports(self, site: AttentionSite, parameters: Parameters) -> Verdict:
         try:
+            if _chosen(parameters):
+                edge, chooser = chosen.check(site, parameters)
+                return Verdict.yes(f"blocks of {edge} that {chooser.way} chooses for each input")
             if "heads" in parameters:
                 geometry, seen = per_head.seen_of(site, parameters)
                 return Verdict.yes(f"{seen.sum() / (site.heads * geometry.all.sum()):.1%} of the blocks")
@@ -124,7 +144,7 @@ class BlockSparseAttention:
         supported = self.supports(site, parameters)
         if not supported.ok:
             return supported
-        if "heads" in parameters:
+        if "heads" in parameters:  # fixed or chosen
             return Verdict.no("approximate", "heads do without blocks that the site's mask shows")
         if site.mask.part("padding") is not None or _mask(site).empty_rows:
             try:
@@ -137,6 +157,8 @@ class BlockSparseAttention:
 
     def cost(self, site: AttentionSite, parameters: Parameters, shape: Shape) -> Cost:
         """Touched keys with padding; copying keys and starting groups are counted as flops."""
+        if _chosen(parameters):
+            return chosen.cost(site, parameters, shape)
         if "heads" in parameters:
             return per_head.cost(site, parameters, shape)
         made = _plan(site)
@@ -156,6 +178,8 @@ class BlockSparseAttention:
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` where ``supports`` says no, or for an opset without a body."""
+        if _chosen(parameters):
+            return chosen.lower(site, parameters, opset)
         if "heads" in parameters:
             return per_head.lower(site, parameters, opset)
         register()
@@ -188,6 +212,12 @@ class BlockSparseAttention:
         if parameters.get("mask", mask.digest) != mask.digest:
             raise Unsupported("other-mask", "these parameters are for another mask than the site's")
         return mask
+
+
+def _chosen(parameters: Parameters) -> bool:
+    """Whether heads choose their blocks when the model runs."""
+    texts = parameters.get("heads", ())
+    return isinstance(texts, list | tuple) and chosen.chooses(texts)
 
 
 def _rows(parameters: Parameters) -> str:

@@ -35,6 +35,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, defs, helper, numpy_helper
 from onnx.defs import OpSchema
 
+from attncompile.plugins import schemas
 from attncompile.plugins.attention.op import infer_outputs
 from attncompile.plugins.body import DOMAIN, LAYOUTS, overload_of
 from attncompile.plugins.neighborhood.call import Call
@@ -227,4 +228,4 @@ def register() -> None:
         ],
     )  # fmt: skip
     schema.set_type_and_shape_inference_function(infer_outputs)
-    defs.register_schema(schema)
+    schemas.register(schema)

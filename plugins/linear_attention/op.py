@@ -49,6 +49,7 @@ from onnx import TensorProto, TensorShapeProto, TypeProto, defs, helper
 from onnx.defs import OpSchema
 
 from attncompile.core.errors import Unsupported
+from attncompile.plugins import schemas
 from attncompile.plugins.body import DOMAIN
 
 VERSION = 1
@@ -97,7 +98,7 @@ def register() -> None:
     """Make the ops known to onnx (checker and shape inference); later calls do nothing."""
     for op in INPUTS:
         if not defs.has(op, VERSION, DOMAIN):
-            defs.register_schema(_schema(op))
+            schemas.register(_schema(op))
 
 
 def _schema(op: str) -> OpSchema:

@@ -18,6 +18,7 @@ import onnx.defs
 from onnx.defs import OpSchema
 
 from attncompile.core.errors import Unsupported
+from attncompile.plugins import schemas
 from attncompile.plugins.body import DOMAIN, LAYOUTS
 
 OP_TYPE = "NeighborhoodAttention"
@@ -277,4 +278,4 @@ def infer_output(context: Any) -> None:
 def register() -> None:
     """Make the schema known to ``onnx.checker`` and shape inference. Idempotent."""
     if not onnx.defs.has(OP_TYPE, domain=DOMAIN):
-        onnx.defs.register_schema(schema())
+        schemas.register(schema())

@@ -155,7 +155,7 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "a tile less": ("delta rule", {"change": _expressions(NK="NK - 1")}),
     "tiles that do not decay": ("gated delta rule", {"attribute": "elapsed", "device": nothing_elapsed}),
     "rates a token for rates a head": ("gated delta rule", {"change": _constants(BETA=1)}),
-    "states too often": ("gated delta rule, first state", {"change": _of(DELTA, _constants(CHUNK=64))}),
+    "states too seldom": ("gated delta rule, first state", {"change": _of(DELTA, _constants(CHUNK=256))}),
     "features of one sign": ("hedgehog", {"change": _of(APPLY, _constants(W=16))}),
     "weights of another head": ("hedgehog", {"change": _of(APPLY, _expressions(group="H // HKV + 1"))}),
     "more than it has": ("hedgehog, large", {"attribute": "added", "device": not_kept}),

@@ -93,3 +93,36 @@ def test_patterns_that_do_not_fit() -> None:
     ):  # fmt: skip
         with pytest.raises(Unsupported):
             BlockPattern(text).blocks(geometry)
+
+
+@pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (3, 5)])
+@pytest.mark.parametrize(("text", "share"), [("radial", 1.0), ("radial 0.5", 0.5)])
+def test_radial_attention_touches_blocks(text, share, prefix, suffix) -> None:
+    """Pair by pair, by the paper's formula: frames i and j, places k and l, s of them in a frame."""
+    grid, s, edge = TokenGrid((12, 4, 8), prefix, suffix), 32, 8
+    geometry, inner, width = BlockGeometry(grid.tokens, edge, False, grid), 12 * 32, share * 32
+    want = np.eye(geometry.count, dtype=bool)
+    for q in range(grid.tokens):
+        for p in range(grid.tokens):
+            if not (prefix <= q < prefix + inner and prefix <= p < prefix + inner):
+                want[q // edge, p // edge] = True
+                continue
+            (i, k), (j, at) = divmod(q - prefix, s), divmod(p - prefix, s)
+            g = 2 ** int(np.floor(np.log2(max(abs(i - j), 1))))
+            near = g <= width and abs(k - at) + 1 <= width / g
+            sampled = k == at and abs(i - j) % int(np.ceil(g / width)) == 0
+            if near or sampled or j == 0:
+                want[q // edge, p // edge] = True
+    assert 0.3 < want.mean() < 1
+    np.testing.assert_array_equal(BlockPattern(text).blocks(geometry), want)
+
+
+def test_radial_attention_needs_a_video() -> None:
+    for geometry in (PLAIN, BlockGeometry(143, 32, False, TokenGrid((11, 13)))):
+        with pytest.raises(Unsupported, match="frames, height and width"):
+            BlockPattern("radial").blocks(geometry)
+    with pytest.raises(Unsupported, match="no token"):
+        BlockPattern("radial 0.01").blocks(BlockGeometry(60, 16, False, TokenGrid((3, 4, 5))))
+    for text in ("radial x", "radial ", "radial -1"):
+        with pytest.raises(Unsupported, match="is no pattern"):
+            BlockPattern(text)

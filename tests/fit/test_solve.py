@@ -33,7 +33,7 @@ def entry(seed: int, tokens: int = 70, dim: int = WORDS, heads: int = 2, planted
                  key.astype(np.float32), value.astype(np.float32))  # fmt: skip
 
 
-def fit(kind: str, found: list[Entry], steps: int = 400, causal: bool = False, seed: int = 3) -> dict[str, np.ndarray]:
+def fit(kind: str, found: list[Entry], steps: int = 600, causal: bool = False, seed: int = 3) -> dict[str, np.ndarray]:
     return solve.learned(found, kind, SCALE, causal, 2 * WORDS, steps, seed, None)
 
 

@@ -1,4 +1,6 @@
-"""Tactics as the compiler sees them, on every architecture: they compile, spill nothing, and one a call is small."""
+"""Tactics of the kernels of softmax attention as the compiler sees them, on every architecture: those that are tried
+first compile and spill nothing in their loops, those that are tried last are small.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ pytestmark = [
 ]
 
 CLOSELY = (80, 90)
-"""Of these all is compiled; of the others every kernel once, at what needs most."""
+"""On these the calls of a test are all compiled; on the others the one or few of every op that need most."""
 
 GRIDS = {
     "clamped": {"grid": [64, 64], "kernel_size": [16, 16], "border": "clamp"},
@@ -77,8 +79,9 @@ def programs(call: OpCall, architecture: int) -> Sequence[Program]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_default_tactics(architecture: int, tmp_path: Path) -> None:
-    """The best tactic of every kernel at head dims 64 and 128: no register spills on sm_80 and sm_90, but for a few
-    numbers that the Gluon kernel of a window at 128 keeps from tile to tile, outside of its loops over keys.
+    """The tactic that is tried first. On sm_80 and sm_90, of dense and causal calls, windows and clamped neighborhoods
+    at head dims 64 and 128: no register spills, but for a few numbers that the Gluon kernel of a window at 128 keeps
+    from tile to tile, outside of its loops over keys. On the others it compiles, of a window and a neighborhood at 128.
     """
     calls = [attention(128, 0, 0), neighborhood(128, "clamped")]
     if architecture in CLOSELY:
@@ -103,8 +106,9 @@ def test_default_tactics(architecture: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tactics_of_lists(architecture: int, tmp_path: Path) -> None:
-    """The best of each head dim and edge of blocks: no register spills on sm_80 and sm_90. The Gluon kernel keeps a few
-    numbers outside of its loops over keys; in them it has no local memory, and fits twice where it has one consumer.
+    """The tactic that is tried first, at head dim 128 and blocks of 128, on sm_80 and sm_90 at 64 and with a bias too,
+    and on sm_90 the second: Triton's spills no registers on these two. The Gluon kernel keeps a few numbers outside of
+    its loops over keys; in them it has no local memory, and fits twice where it has one consumer.
     """
     calls = [listed(128, 128)]
     if architecture in CLOSELY:
@@ -130,7 +134,9 @@ def test_tactics_of_lists(architecture: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_call_has_a_small_tactic(architecture: int) -> None:
-    """Within what every launch may have without asking, at head dims from 32 to 256."""
+    """The tactic that is tried last is within what every launch may have without asking: with every optional input, of
+    video neighborhoods and of lists at head dim 256; on sm_80 and sm_90 also of windows at six head dims from 32 up.
+    """
     calls = [full(256), neighborhood(256, "video"), listed(256, 128)]
     if architecture in CLOSELY:
         calls += [attention(dim, 0, 0) for dim in (32, 64, 72, 128, 160, 256)]
@@ -142,8 +148,9 @@ def test_every_call_has_a_small_tactic(architecture: int) -> None:
 
 
 def test_parameters_are_the_arguments_for_every_kind_of_program() -> None:
-    """Both languages, both mechanisms, all optional inputs and outputs; the PTX without hidden parameters assembles:
-    that is how its cubin was made.
+    """All tactics on sm_80 and sm_90 of ``Attention``, bare and with every optional input and output, and of
+    ``NeighborhoodAttention``, bare and with a mask and a bias. The PTX without hidden parameters assembles: that is how
+    its cubin was made.
     """
     calls = [attention(64), full(64), neighborhood(64, "video")]
     with_mask = OpCall(

@@ -10,14 +10,15 @@ import pytest
 from polygraphy.json import load_json
 
 from attncompile.core.errors import BadArguments
-from attncompile.models import NAMES, export
+from attncompile.models import NAMES
 from attncompile.models.images import structured_images
 from attncompile.models.inputs import samples, write
+from tests.exports import exported
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_samples_run_and_differ(name: str, tmp_path: Path) -> None:
-    path = export(name, tmp_path / "m.onnx", exporter="torchscript").path
+def test_samples_run_and_differ(name: str) -> None:
+    path = exported(name, "torchscript", 17)
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     results = [session.run(None, sample) for sample in samples(name, 3, exporter="torchscript")]
     assert all(np.isfinite(array).all() for result in results for array in result)
@@ -34,11 +35,11 @@ def test_minilm_reads_sentences() -> None:
     assert (first["input_ids"][0, lengths[0] :] == 0).all()  # [PAD]
 
 
-def test_minilm_finds_the_sentence_that_means_the_same(tmp_path: Path) -> None:
+def test_minilm_finds_the_sentence_that_means_the_same() -> None:
     """The weights are the trained ones: a paraphrase is nearer than the other sentences."""
     from attncompile.models.minilm import tokenize
 
-    path = export("minilm", tmp_path / "m.onnx", dynamic=("batch", "sequence")).path
+    path = exported("minilm", dynamic=("batch", "sequence"))
     texts = ["It will rain on Thursday.", "Rain is expected on Thursday.", "How do I change a filter?", "A red bus."]
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     embedding = session.run(["sentence_embedding"], dict(tokenize(texts, 24)))[0]

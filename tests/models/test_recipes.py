@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from attncompile.core.errors import BadArguments
 from attncompile.models import NAMES, Options, export, recipe
 from attncompile.models.export import ExportFailed, build, quiet, resolve
+from tests.exports import described
 
 COMBINATIONS = [("torchscript", 17), ("torchscript", 18), ("dynamo", 18), ("dynamo", 23)]
 BUDGET = 1e-5  # relative L2 in fp32
@@ -40,8 +41,8 @@ def outputs_of_file(path: Path, inputs: dict[str, torch.Tensor]) -> list[np.ndar
 
 @pytest.mark.parametrize(("exporter", "opset"), COMBINATIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_file_equals_torch(name: str, exporter: str, opset: int, tmp_path: Path) -> None:
-    exported = export(name, tmp_path / "model.onnx", exporter=exporter, opset=opset)
+def test_file_equals_torch(name: str, exporter: str, opset: int) -> None:
+    exported = described(name, exporter, opset)
     inputs = dict(exported.built.inputs)
     graph = onnx.load(exported.path).graph
     assert [value.name for value in graph.input] == list(inputs)
@@ -73,11 +74,11 @@ DYNAMIC = [
 
 
 @pytest.mark.parametrize(("name", "exporter", "opset"), DYNAMIC)
-def test_dynamic_axes_hold_at_other_sizes(name: str, exporter: str, opset: int, tmp_path: Path) -> None:
+def test_dynamic_axes_hold_at_other_sizes(name: str, exporter: str, opset: int) -> None:
     axes = recipe(name).dynamic_axes
     if name == "llama" and opset == 23:
         axes = ("sequence",)  # a batch is refused there
-    exported = export(name, tmp_path / "model.onnx", exporter=exporter, opset=opset, dynamic=axes)
+    exported = described(name, exporter, opset, dynamic=axes)
     tokens = [19, 77] if "sequence" in axes else [None]
     for batch, length in [(1, tokens[0]), (3 if "batch" in axes else 1, tokens[-1])]:
         chosen = replace(exported.options, batch=batch, tokens=length, dynamic=())
@@ -99,9 +100,9 @@ def test_eager_attention_equals_sdpa(name: str, opset: int, tmp_path: Path) -> N
         assert relative_l2(a, b) <= BUDGET
 
 
-def test_mistral_window_is_active(tmp_path: Path) -> None:
+def test_mistral_window_is_active() -> None:
     """The far past does not reach a token that the near past does: 2 layers of window 16 see 31 tokens."""
-    exported = export("mistral", tmp_path / "model.onnx")
+    exported = described("mistral")
     embeds = exported.built.inputs["inputs_embeds"]
     assert embeds.shape == (1, 64, 128)
     reference = outputs_of_file(exported.path, {"inputs_embeds": embeds})[0]
@@ -132,7 +133,7 @@ def test_low_precision_files_hold_that_type(exporter: str, dtype: str, tmp_path:
 
 def test_padding_mask_becomes_an_input(tmp_path: Path) -> None:
     masked = onnx.load(export("llama", tmp_path / "m.onnx", padding_mask=True).path)
-    plain = onnx.load(export("llama", tmp_path / "p.onnx").path)
+    plain = onnx.load(described("llama").path)
     assert [value.name for value in masked.graph.input] == ["input_ids", "attention_mask"]
     assert [value.name for value in plain.graph.input] == ["input_ids"]
 

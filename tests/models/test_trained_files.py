@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import lzma
+import platform
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +36,39 @@ def test_the_file_is_the_recorded_one(name: str) -> None:
     assert len(data) == RUNS[name]["bytes"] < 40e6
     module = built(name, load(), committed(name), torch.float32).module  # every weight is in the file
     assert sum(parameter.numel() for parameter in module.parameters()) == RUNS[name]["parameters"]
+
+
+def test_held_windows_are_the_named_files_and_their_licences_stand_beside_them() -> None:
+    """The notice has a line for every window; of versions that this machine has, the text is compared."""
+    record = json.loads((DATA / "corpus.json").read_text())
+    versions = record["packages"] | {"python": f"python {record['python']}"}
+    notice = (DATA / "NOTICE").read_text()
+    listed = [line.split() for line in notice.splitlines() if re.match(r"\d+  ", line)]
+    files = [f.split("/", 1) for f in record["held"]["files"]]
+    assert len(files) == record["held"]["windows"]
+    assert [line[:4] for line in listed] == [[str(n), *versions[p].split(), f] for n, (p, f) in enumerate(files)]
+    assert all(len(line) > 4 for line in listed), "a licence for each"
+    for package, file in files:
+        apache = "Apache-2.0" in next(" ".join(line) for line in listed if line[3] == file)
+        assert f"\n{package}:" in notice or f" {package}:" in notice if apache else f"\n{package}\n---" in notice
+
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(lzma.decompress((DATA / "tokenizer.json.xz").read_bytes()).decode())
+    compared = 0
+    for (package, file), window in zip(files, corpus.held(DATA), strict=True):
+        root = next((root for name, root in corpus._roots() if name == package), None)
+        if root is not None and _here(package, record) == versions[package] and (root / file).is_file():
+            assert tokenizer.decode(window.tolist()) in (root / file).read_text(), file
+            compared += 1
+    assert compared or _here("torch", record) != versions["torch"]
+
+
+def _here(package: str, record: dict[str, Any]) -> str:
+    if package == "python":
+        return f"python {platform.python_version()}"
+    name = record["packages"][package].split()[0]
+    return f"{name} {importlib.metadata.version(name)}"
 
 
 def test_lm_knows_code() -> None:

@@ -56,7 +56,7 @@ def session(model: bytes) -> ort.InferenceSession:
     ids=["window 512", "window 256", "17x17 of 64x64"],
 )
 def test_windows_of_4096_tokens(parameters, floor, case, capsys) -> None:
-    at = case(queries=4096, heads=12, kv_heads=12, head_dim=64, value_dim=64, scale=0.125, static="grid" in parameters)
+    at = case(queries=4096, heads=6, kv_heads=6, head_dim=64, value_dim=64, scale=0.125, static="grid" in parameters)
     i = np.arange(4096)
     if "grid" in parameters:
         y, x = np.divmod(i, 64)

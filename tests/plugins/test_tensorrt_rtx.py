@@ -130,3 +130,24 @@ def built(at, model: onnx.ModelProto) -> tuple[list[str], list[str]]:
     fused = re.findall(r"(?m)^Name: \w*mha\w*", dump)
     matmuls = re.findall(r"(?m)^Name: matmul\w*", dump)
     return fused, matmuls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("text", ["pooled 0.25", "xattention 0.8"])
+def test_blocks_that_are_chosen_build(text, static, case) -> None:
+    """Scores, sorting and lists of any length in standard ops, at a dynamic length too."""
+    at = case(queries=512, static=static, heads=2, head_dim=64, value_dim=64, causal=True, dtype="float16")
+    made = at.model(mechanism("BlockSparseAttention"), {"edge": 64, "heads": [text] * 2})
+    log = _Log()
+    builder = trt.Builder(log)
+    network = builder.create_network()
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse(onnx.inliner.inline_local_functions(made).SerializeToString()), parser.get_error(0).desc()
+    config = builder.create_builder_config()
+    if not static:
+        profile = builder.create_optimization_profile()
+        for name in "qkv":
+            profile.set_shape(name, *((1, 2, n, 64) for n in (64, 512, 1024)))
+        config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None

@@ -26,11 +26,15 @@ SMS = 108
 ATTENTION = ("query", "key", "value", *OPTIONAL)
 NEIGHBORHOOD = ("query", "key", "value", "key_mask", "bias", "sinks")
 SPARSE = ("query", "key", "value", "rows", "columns", "kinds", "masks", *NEIGHBORHOOD[3:], "order", "counts")
-ORDERS = {"Attention": ATTENTION, "NeighborhoodAttention": NEIGHBORHOOD, "BlockSparseAttention": SPARSE, **INPUTS}
+ORDERS = {
+    "Attention": ATTENTION, "NeighborhoodAttention": NEIGHBORHOOD, "BlockSparseAttention": SPARSE,
+    "BlockScores": ("query", "key"), "BlockSelect": ("scores", "amount"), **INPUTS,
+}  # fmt: skip
 AXES = {
     "log_sum_exp": "BHN", "state": "BGCFE", "total": "BGCF", "mean": "BGCE", "top": "BGCF", "final_state": "BGFE",
     "written": "BMGE", "solved": "BGTLL",
     "final_total": "BGF", "whole_state": "BG1FE", "whole_total": "BG1F",
+    "scores": "BHtc", "rows": "BHr3", "columns": "e", "kinds": "e", "mass": "BHrc",
 }  # fmt: skip
 """Of inputs and outputs beside the operands, from the definitions of the ops."""
 OF_OPERANDS = {"query": "BNHD", "key": "BMGF", "value": "BMGE"}
@@ -94,6 +98,10 @@ LIST_TYPES = {
 }  # fmt: skip
 CHUNKED = ({"b": 1, "n": 1, "c": 1}, {"b": 2, "n": 37, "c": 2}, {"b": 3, "n": 256, "c": 8})
 """``c`` is the number of chunks of 32 tokens."""
+SCORED = ({"b": 1, "t": 1, "c": 1}, {"b": 2, "t": 37, "c": 10})
+CHOSEN = ("rows", "columns", "kinds", "mass")
+CHOSEN_TYPES = dict.fromkeys(CHOSEN[:3], "int32")
+SCORES_TYPE = {"scores": "float32"}
 WIDE = dict.fromkeys(("state", "total", "log_decay", "initial_state"), "float32")
 
 
@@ -154,6 +162,20 @@ CASES = [
          "total": ["b", 2, 1, 64]}, CHUNKED, {"query_map": "relu", "normaliser": "sum", "q_layout": "BNH0D"}, WIDE),
     Case("NeighborhoodAttention", "float16", operands("BNHD BNHD BNHD", m="n"), ({"b": 2, "n": 70}, {"b": 1, "n": 9}),
          {"kernel_size": [33], "grid": [-1], "causal": [1], "scale": 0.5}),
+    *(
+        Case("BlockScores", dtype, {n: x for n, x in operands(words, m="n").items() if n != "value"}, RUNS,
+             {"scale": 0.125, "stride": stride, "block": block, "causal": causal,
+              **{f"{n}_layout": w for n, w in zip("qk", words.split(), strict=False)}}, SCORES_TYPE, ("scores",))
+        for dtype, words, stride, block, causal in (
+            ("float16", "BNHD BNHD BNHD", 16, 64, 1), ("bfloat16", "BHND BNHD BNHD", 1, 1, 0),
+            ("float16", "BN0HD BN1HD BN2HD", 8, 64, 1),
+        )
+    ),
+    *(
+        Case("BlockSelect", "float32", {"scores": ["b", 6, "t", "c"], "amount": [heads]}, SCORED,
+             {"tiles": 4, "rule": rule, "causal": causal, "sinks": 2, "window": 1}, CHOSEN_TYPES, CHOSEN)
+        for heads, rule, causal in ((6, "mass", 1), (1, "share", 0))
+    ),
     *(
         Case("BlockSparseAttention", dtype, {**operands("BNHD BHND BNHD"), **lists(batch, heads), **more}, LISTED,
              {"scale": 0.125, "block": 64, **layouts("BNHD BHND BNHD BHND")}, LIST_TYPES, outputs)
@@ -255,11 +277,22 @@ def test_a_launch_is_what_python_computes(number: int, make: Maker, double: Doub
     assert double.count("unloaded") == double.count("loaded") == len(session_devices)
 
 
+def of_blocks(attributes: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of what chooses blocks: t tiles of queries, c blocks of keys, r rows of blocks, e entries of lists."""
+    found = dict(sizes)
+    if "stride" in attributes:
+        found |= {"t": -(-found["N"] // attributes["stride"]), "c": -(-found["M"] // attributes["block"])}
+    if "tiles" in attributes:
+        found |= {"r": -(-found["t"] // attributes["tiles"]), "3": 3}
+        found["e"] = found["B"] * found["H"] * found["r"] * found["c"]
+    return found
+
+
 def check_results(case: Case, shapes: Mapping[str, Shape], results: Sequence[Any]) -> None:
     """Sizes and types of the outputs, from the definitions."""
     sizes = {"1": 1}
     for name, shape in shapes.items():
-        axes = AXES.get(name, "")
+        axes = "" if case.op == "BlockSparseAttention" else AXES.get(name, "")
         if name in OF_OPERANDS:
             layout_of = str(case.attributes.get(f"{name[0]}_layout", "BNHD"))
             axes = layout_of.translate(str.maketrans("BNHD", OF_OPERANDS[name]))
@@ -271,10 +304,11 @@ def check_results(case: Case, shapes: Mapping[str, Shape], results: Sequence[Any
         sizes.setdefault("C", (sizes["M"] + chunk - 1) // chunk)
         tile = int(case.attributes.get("tile", 64))
         sizes |= {"L": tile, "T": -(-sizes["M"] // tile)}
+    sizes = of_blocks(case.attributes, sizes)
     written = str(case.attributes.get("o_layout", "BNHD")).replace("D", "E")
     for name, result in zip(case.outputs, results, strict=True):
         assert result.shape() == [sizes[a] for a in AXES.get(name, written)], name
-        assert result.element_type() == TYPES[case.dtype if name in ("output", "written") else "float32"]
+        assert result.element_type() == TYPES[case.dtype if name == "written" else case.all_types()[name]]
 
 
 def test_one_tensor_is_all_three_operands(make: Maker, double: Double) -> None:

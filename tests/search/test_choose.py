@@ -253,3 +253,10 @@ def test_what_is_kept_belongs_to_one_key(tmp_path: Path) -> None:
 
 def test_points_say_their_mean() -> None:
     assert Point(1.0, 0.1, (1.0, 3.0), 4.0, {}).mean == 2.0
+
+
+@pytest.mark.parametrize("damage", [0.1 * n for n in range(1, 40)])
+def test_the_only_candidate_is_tried_whatever_its_damage_rounds_to(damage: float) -> None:
+    one = Unit(("as it is", "other"), np.array([1.0, 0.5]), np.array([0.0, damage / 1e5]))
+    best, points = tune([SiteSpace("a", 1.0, 0.0, (one,))], Limits(0.5, 4, 0.99), lambda choice: [0.01] * 6)
+    assert best is not None and best.choice == {"a": (1,)} and points

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.grid import TokenGrid
 from attncompile.search import maps
 from attncompile.search.candidates import KEPT, candidates
 
@@ -32,13 +33,13 @@ def pairs(seen: np.ndarray, geometry: BlockGeometry, operands: maps.Operands) ->
     return visible if operands.open is None else visible & operands.open[None, :]
 
 
-@pytest.fixture(params=["plain", "causal", "padded", "projected"])
+@pytest.fixture(params=["plain", "causal", "padded", "causal padded", "projected"])
 def made(request) -> tuple[maps.Operands, BlockGeometry]:
     rng = np.random.default_rng(3)
     tokens, heads, kv_heads, dim, value_dim = 147, 4, 2, 8, 6
-    geometry = BlockGeometry(tokens, 32, request.param == "causal")
+    geometry = BlockGeometry(tokens, 32, "causal" in request.param)
     shown = None
-    if request.param == "padded":
+    if "padded" in request.param:  # causal: the first 40 queries, a block and more, see nothing
         shown = np.arange(tokens) < 90
         shown[:40] = False
     weights = rng.standard_normal((heads, value_dim, value_dim)) if request.param == "projected" else None
@@ -105,12 +106,40 @@ def test_candidates_hold_what_they_promise(causal) -> None:
     sizes = [int(b.sum()) for b in blocks[1:]]
     assert sizes == sorted(sizes)
     assert {p.kind for p in found} >= {"streaming", "slash", "blocks"}
-    for kind in ("slash", "blocks"):
-        kept = [float((mass * b).sum() / 12) for p, b in zip(found, blocks, strict=True) if p.kind == kind]
-        assert all(any(abs(k - level) < 0.12 and k >= level - 1e-9 for level in KEPT) for k in kept)
-    # Of all sets of blocks with the diagonal, the chosen ones hold a share with the fewest.
-    for p, b in zip(found, blocks, strict=True):
-        if p.kind == "blocks":
-            out = np.where(b | ~geometry.all, 0, mass)
-            chosen = np.where(b & ~np.eye(12, dtype=bool), mass, np.inf)
-            assert out.max() <= chosen.min() + 1e-12
+    offered = {b.tobytes() for b in blocks}
+    own = np.eye(12, dtype=bool)
+    # Of all sets of blocks with the diagonal, the offered ones hold each share with the fewest.
+    rest = np.sort(mass[geometry.all & ~own])[::-1]
+    held = (np.trace(mass) + np.concatenate([[0], np.cumsum(rest)])) / 12
+    fewest = {12 + int(np.argmax(held >= level)) for level in KEPT}
+    chosen = [b for p, b in zip(found, blocks, strict=True) if p.kind == "blocks"]
+    simple = {int(b.sum()) for p, b in zip(found, blocks, strict=True) if p.kind != "blocks"}
+    assert {int(b.sum()) for b in chosen} <= fewest <= {int(b.sum()) for b in chosen} | simple
+    for b in chosen:
+        assert np.where(b | ~geometry.all, 0, mass).max() <= np.where(b & ~own, mass, np.inf).min() + 1e-12
+    # Columns and diagonals: the first set that the greedy rule comes to which holds a share, and no fewer lines do.
+    for level in KEPT:
+        seen = own.copy()
+        lines = [geometry.all & (np.arange(12) == c)[None, :] for c in range(12)]
+        lines += [geometry.all & (np.subtract.outer(np.arange(12), np.arange(12)) == d) for d in range(-11, 12)]
+        while (mass * seen).sum() / 12 < level:
+            gains = [(mass * (line & ~seen)).sum() / max((line & ~seen).sum(), 1) for line in lines]
+            seen |= lines[int(np.argmax(gains))]
+        assert seen.tobytes() in offered, level
+
+
+def test_candidates_on_a_grid_are_neighborhoods_of_it() -> None:
+    """Those that fit, each side a share of the grid's; under a triangle, on a line, none."""
+    tokens = 16 * 24
+    grid = TokenGrid((16, 24))
+    mass = np.full((12, 12), 1 / 12)
+    texts = {
+        causal: [p.text for p in candidates(mass, BlockGeometry(tokens, 32, causal, grid), False)]
+        for causal in (False, True)
+    }
+    assert not any(t.startswith("grid") for t in texts[True])
+    kernels = [tuple(map(int, t[5:].split("x"))) for t in texts[False] if t.startswith("grid")]
+    assert (5, 7) in kernels and all(h % 2 == w % 2 == 1 and h <= 16 and w <= 24 for h, w in kernels)
+    assert "mean" not in texts[False]
+    line = BlockGeometry(tokens, 32, False, TokenGrid((tokens,)))
+    assert not any(p.text.startswith("grid") for p in candidates(mass, line, False))

@@ -10,8 +10,8 @@ import jsonschema
 import numpy as np
 import pytest
 
+from attncompile import html_parts, report_html, report_search
 from attncompile import report as reports
-from attncompile import report_html, report_search
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.measure import Timing
 from attncompile.report import ShapeTiming
@@ -83,14 +83,16 @@ def test_the_curve_has_every_point_that_is_finite() -> None:
 def test_bars_are_as_long_as_times() -> None:
     timing = Timing(0.4, 0.1, 0.25, 0.2, 0.3, 9, (0.25,) * 9, 2)
     drawn = report_search.latency_bars([ShapeTiming("usual", {}, timing)])
-    before, after = (float(w) for w in re.findall(r'<rect class="\w+" x="150" y="\d+" width="([\d.]+)"', drawn))
+    before, after = (float(w) for w in re.findall(r'class="bar \w+" style="width: ([\d.]+)%"', drawn))
     assert before == pytest.approx(4 * after, rel=0.01) and "400.0 ms" in drawn and "100.0 ms" in drawn
     assert report_search.latency_bars([]) == ""
 
 
 def test_both_colour_schemes_are_there() -> None:
-    style = report_search.STYLE
-    light, dark = style.split("@media (prefers-color-scheme: dark)")
-    names = set(re.findall(r"(--\w+):", light))
-    assert names and names == set(re.findall(r"(--\w+):", dark.split("}")[0]))
-    assert names >= set(re.findall(r"var\((--\w+)\)", style))
+    known = set()
+    for style in (html_parts.STYLE, report_search.STYLE):
+        light, dark = style.split("@media (prefers-color-scheme: dark)")
+        names = set(re.findall(r"(--\w+):", light))
+        assert names and names - {"--rule"} == set(re.findall(r"(--\w+):", dark.split("}")[0]))
+        known |= names
+        assert known >= set(re.findall(r"var\((--\w+)\)", style))

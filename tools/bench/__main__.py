@@ -60,6 +60,14 @@ def main() -> None:
     timed.add_argument("--rounds", type=int, default=25)
     timed.add_argument("--no-peers", action="store_true")
     timed.add_argument("--tactics", action="store_true", help="every tactic of every op, as it was prepared")
+    chosen = verbs.add_parser("prepare-selection", help="compile the kernels that choose blocks, and attention to them")
+    chosen.add_argument("out", type=Path)
+    chosen.add_argument("--arch", type=int, action="append", default=[])
+    picked = verbs.add_parser("selection", help="measure chosen blocks on this GPU; JSON to --out, the table to stdout")
+    picked.add_argument("bundle", type=Path)
+    picked.add_argument("--out", type=Path, default=Path("selection.json"))
+    picked.add_argument("--only", nargs="*", default=[])
+    picked.add_argument("--rounds", type=int, default=11)
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
     fitted.add_argument("--multiprocessors", type=int, default=132)
@@ -100,6 +108,16 @@ def main() -> None:
 
         result = run_linear(given.bundle, given.only, given.rounds, not given.no_peers)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    elif given.verb == "prepare-selection":
+        from selection import prepare as prepare_selection
+
+        prepare_selection(given.out, given.arch)
+    elif given.verb == "selection":
+        import selection
+
+        result = selection.run(given.bundle, given.only, given.rounds, given.out)
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(selection.table(result))
     elif given.verb == "fit":
         from fit import fit
 

@@ -47,7 +47,7 @@ def fit(result: dict[str, Any], multiprocessors: int) -> str:
 
 
 def fitted(cases: Sequence[dict[str, Any]], multiprocessors: int, parts: float) -> tuple[float, list[float]]:
-    """Constants for a given factor ``parts``, and the root mean square of their relative errors."""
+    """The mean square of the relative errors, and the constants, the given factor ``parts`` the last of them."""
     matrix = np.array([features(Work(**c["work"]), multiprocessors, parts) for c in cases])
     scaled = matrix / np.array([c["ms"] * 1e6 for c in cases])[:, None]
     constants = least_squares(scaled, np.ones(len(cases)))

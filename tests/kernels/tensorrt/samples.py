@@ -16,6 +16,9 @@ HALF, BRAIN, FLOAT, BOOL = TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProt
 INT32 = TensorProto.INT32
 
 
+_OTHERS = {"rows": INT32, "columns": INT32, "kinds": INT32}
+
+
 @dataclass(frozen=True)
 class Sample:
     """One node of ours. ``inputs`` in the schema's order, "" for one that is left out; ``sizes``: smallest, usual and
@@ -42,7 +45,7 @@ class Sample:
         kinds = dict.fromkeys(("output", "written"), next(iter(self.inputs.values()))[0])
         graph = helper.make_graph(
             [node], "g", [helper.make_tensor_value_info(n, k, d) for n, (k, d) in self.inputs.items()],
-            [helper.make_tensor_value_info(n, kinds.get(n, FLOAT), None) for n in self.outputs],
+            [helper.make_tensor_value_info(n, {**kinds, **_OTHERS}.get(n, FLOAT), None) for n in self.outputs],
         )  # fmt: skip
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(HOUSE, 1)], ir_version=10
@@ -120,7 +123,27 @@ CHUNKS, SUMS = (FLOAT, ("B", 2, "C", 32, 48)), (FLOAT, ("B", 2, "C", 32))
 WHOLE, WHOLE_SUM = (FLOAT, ("B", 2, 1, 32, 48)), (FLOAT, ("B", 2, 1, 32))
 LAST, LAST_SUM = (FLOAT, ("B", 2, 32, 48)), (FLOAT, ("B", 2, 32))
 
+SELECT = ("rows", "columns", "kinds", "mass")
+
+
+def scored(name: str, kind: int = HALF, layouts: str = "nnn", sizes: Any = None, **attributes: Any) -> Sample:
+    """Scores of blocks for 4 heads on 2."""
+    spelled = {f"{x}_layout": "BHND" for x, c in zip("qk", layouts, strict=False) if c == "h"}
+    given = {n: x for n, x in operands(kind, layouts=layouts, keys="N").items() if n != "value"}
+    return Sample(name, "BlockScores", given, ("query", "key"), ("scores",),
+                  {"scale": 0.25, "stride": 16, "block": 64, **spelled, **attributes}, sizes or LONG)  # fmt: skip
+
+
+def selected(name: str, heads: int = 4, **attributes: Any) -> Sample:
+    """Lists for 4 heads."""
+    given = {"scores": (FLOAT, ("B", 4, "T", "C")), "amount": (FLOAT, (heads,))}
+    return Sample(name, "BlockSelect", given, ("scores", "amount"), SELECT, {"tiles": 4, **attributes},
+                  {"B": (1, 2, 3), "T": (1, 30, 81), "C": (1, 8, 21)})  # fmt: skip
+
+
 QUICK = (
+    scored("scores of blocks", causal=1),
+    selected("lists of what weighs enough", causal=1),
     dense("dense"),
     dense("causal, bfloat16, heads first", kind=BRAIN, layouts="hhhh", attributes={"right": 0}),
     dense("window, mixed layouts", layouts="nhnh", attributes={"left": 9, "right": 3}),
@@ -147,6 +170,8 @@ QUICK = (
            "initial_state": LAST}, ("output", "final_state"), scale=0.5),
 )  # fmt: skip
 SLOW = (
+    scored("scores of pooled tokens, bfloat16", BRAIN, "hnn", stride=1, block=1),
+    selected("lists of a share", 1, rule="share", sinks=0, window=2),
     dense("log-sum-exp", outputs=("output", "log_sum_exp"), layouts="hhhn"),
     dense(
         "all inputs", {

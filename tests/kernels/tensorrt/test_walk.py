@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,28 @@ AXES = {
     "log_sum_exp": "BHN", "state": "BGCFE", "total": "BGCF", "mean": "BGCE", "top": "BGCF", "final_state": "BGFE",
     "written": "BMGE", "solved": "BGTLL",
     "final_total": "BGF", "whole_state": "BG1FE", "whole_total": "BG1F", "whole_mean": "BG1E",
+    "scores": "BHtc", "rows": "BHr3", "columns": "e", "kinds": "e", "mass": "BHrc",
 }  # fmt: skip
 """Of inputs and outputs beside the operands, from the definitions of the ops."""
 OF_OPERANDS = {"query": "BNHD", "key": "BMGF", "value": "BMGE"}
+
+
+def of_blocks(attributes: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of what chooses blocks: t tiles of queries, c blocks of keys, r rows of blocks, e entries of lists."""
+    found = dict(sizes)
+    if "stride" in attributes:
+        found |= {"t": -(-found["N"] // attributes["stride"]), "c": -(-found["M"] // attributes["block"])}
+    if "tiles" in attributes:
+        found |= {"r": -(-found["t"] // attributes["tiles"]), "3": 3}
+        found["e"] = found["B"] * found["H"] * found["r"] * found["c"]
+    return found
 
 
 def output_shapes(sample: Sample, shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
     """From the definitions of the ops. Without feature maps there are as many features as the head dim."""
     sizes = {"1": 1}
     for name, shape in shapes.items():
-        axes = AXES.get(name, "")
+        axes = "" if sample.op == "BlockSparseAttention" else AXES.get(name, "")
         if name in OF_OPERANDS:
             layout = str(sample.attributes.get(f"{name[0]}_layout", "BNHD"))
             axes = layout.translate(str.maketrans("BNHD", OF_OPERANDS[name]))
@@ -73,6 +86,7 @@ def output_shapes(sample: Sample, shapes: dict[str, tuple[int, ...]]) -> list[tu
         sizes.setdefault("C", (sizes["M"] + chunk - 1) // chunk)
         tile = int(sample.attributes.get("tile", 64))
         sizes |= {"L": tile, "T": -(-sizes["M"] // tile)}
+    sizes = of_blocks(sample.attributes, sizes)
     layout = str(sample.attributes.get("o_layout", "BNHD")).replace("D", "E")
     return [tuple(sizes[a] for a in AXES.get(name, layout)) for name in sample.outputs]
 

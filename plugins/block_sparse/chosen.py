@@ -1,0 +1,191 @@
+"""Sites whose heads choose their blocks when the model runs (``core/block_selection.py``): scores, selection, and
+attention to what was selected, by the parameters ``edge`` and ``heads``. Any length, static or dynamic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import NodeProto, numpy_helper
+
+from attncompile.core.block_pattern import BlockGeometry
+from attncompile.core.block_selection import SINKS, WINDOW, Chooser, is_selection
+from attncompile.core.errors import Unsupported
+from attncompile.core.mechanism import Cost, Lowering, Parameters, Shape
+from attncompile.core.site import AttentionSite
+from attncompile.plugins.block_select import function as select
+from attncompile.plugins.block_select.op import LISTS, SCORES, SELECT, masks
+from attncompile.plugins.block_select.op import register as register_selection
+from attncompile.plugins.block_sparse import chosen_body
+from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
+from attncompile.plugins.body import Body
+from attncompile.plugins.neighborhood.call import Call
+from attncompile.plugins.neighborhood.facts import check_bias, check_plain
+from attncompile.plugins.neighborhood.tiles import COPY
+
+LONG = 4096
+"""Tokens from which blocks of 128 are taken, as for patterns that are fixed; and for lengths that are not known."""
+
+OVERHEAD = 1.5
+"""Time of a score element in listed blocks, relative to one of dense attention, by the body: see ``START``."""
+
+PADDING = 1.1
+"""What rows are filled up by in the body's pieces: its length over the mean, of lengths that rise evenly."""
+
+
+def chooses(texts: Sequence[object]) -> bool:
+    """Whether some head chooses its blocks when the model runs."""
+    return any(isinstance(t, str) and is_selection(t) for t in texts)
+
+
+def causal(site: AttentionSite) -> bool:
+    return site.mask.part("causal") is not None
+
+
+def edge_of(site: AttentionSite) -> int:
+    """The usual edge for the site's length."""
+    tokens = site.query_length
+    return BLOCKS[0] if isinstance(tokens, int) and tokens < LONG else BLOCKS[1]
+
+
+def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
+    """The edge of blocks, and how heads choose.
+
+    Raises:
+        Unsupported: it is not softmax self-attention without a mask beyond causal, or the parameters are wrong.
+    """
+    check_site(site)
+    edge, texts = given.get("edge", 0) or edge_of(site), given.get("heads", ())
+    if edge not in BLOCKS or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+        raise Unsupported("parameters", f"edge is {' or '.join(map(str, BLOCKS))} and heads a list of patterns")
+    if len(texts) != site.heads:
+        raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")
+    if given.get("masked_rows", "zero") != "zero":
+        raise Unsupported("parameters", f"masked_rows {given['masked_rows']!r}", "every query sees its own block: zero")
+    return edge, Chooser.of([str(t) for t in texts])
+
+
+def check_site(site: AttentionSite) -> None:
+    """Raises ``Unsupported`` for a site whose heads cannot choose."""
+    check_plain(site)
+    if site.needs - {"body"}:
+        raise Unsupported("needs", f"a choice of blocks does not go with {', '.join(sorted(site.needs))}")
+    if site.query_length != site.key_length:
+        raise Unsupported("lengths", f"{site.query_length} queries over {site.key_length} keys are not self-attention")
+    foreign = [p.kind for p in site.mask.parts if p.kind != "causal"]
+    if foreign or site.mask.ends is not None:
+        raise Unsupported("mask", f"a mask of kind {', '.join(foreign) or 'key ends'}: estimates do not know of it")
+    check_bias(site)
+
+
+def fixed_elements(site: AttentionSite, shape: Shape, edge: int, stride: int) -> float:
+    """What scores and selection of all heads take in the body, in score elements of dense attention."""
+    heads, tokens = shape.batch * site.heads, shape.query_length
+    width = stride or edge
+    tiles = -(-tokens // width)
+    # One product of width * D (of D on pooled operands) for each square of tiles; pooling reads queries and keys once.
+    products = tiles**2 * (stride or 1) * site.head_dim / (site.head_dim + site.value_dim)
+    rows = -(-tokens // edge)
+    return START + float(heads * (products + SOFTMAX * tiles**2 + SORTED * rows**2 + tokens))
+
+
+START = 3e5
+"""Some two hundred small nodes. Measured, as ``OVERHEAD``, with ONNX Runtime 1.32 in processor time of one thread of a
+busy machine, at 1,024 and 4,096 tokens, 2 heads."""
+
+SOFTMAX = 1.0
+"""Of a score of tiles, beside its products: exponentials and sums."""
+
+SORTED = 12.0
+"""Of a block that is ranked: two sorted orders and what is gathered by them."""
+
+
+def cost(site: AttentionSite, given: Parameters, shape: Shape) -> Cost:
+    """Touched keys with padding; copies, scores and selection are counted as flops. Of a way by weight, which keeps as
+    much as it must, half of the blocks are assumed: the search knows better.
+    """
+    edge, chooser = check(site, given)
+    count = -(-shape.query_length // edge)
+    all_blocks = count * (count + 1) / 2 if causal(site) else count**2
+    shares = [a if chooser.way == "pooled" else 0.5 if a <= 1 else 1.0 for a in chooser.amounts]
+    blocks = sum(min(s, 1.0) for s in shares) * all_blocks * shape.batch
+    return cost_of(site, shape, edge, chooser.stride, blocks)
+
+
+def cost_of(site: AttentionSite, shape: Shape, edge: int, stride: int, blocks: float) -> Cost:
+    """``blocks`` of all heads and batch entries."""
+    of_element = 2.0 * (site.head_dim + site.value_dim)
+    elements = PADDING * OVERHEAD * blocks * edge**2
+    extra = OVERHEAD * COPY * PADDING * blocks * edge + fixed_elements(site, shape, edge, stride)
+    keys = blocks * edge / (shape.batch * site.heads * -(-shape.query_length // edge))
+    return Cost(of_element * (elements + extra), keys, elements)
+
+
+def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
+    """The three ops with their bodies, before them means of blocks where heads choose by those. Raises ``Unsupported``
+    as ``check``.
+    """
+    register()
+    register_selection()
+    edge, chooser = check(site, given)
+    call, late = Call.of(site, opset, 0, 0), causal(site)
+    base = f"{site.output.value}/chosen"
+    operands = (site.query, site.key)
+    sizes = select.Sizes(
+        site.heads, site.kv_heads, site.head_dim, site.dtype, (site.query.layout, site.key.layout), opset
+    )
+    names, before = tuple(o.value for o in operands), list[NodeProto]()
+    stride, block = chooser.stride, edge
+    if chooser.way == "pooled":
+        stride = block = 1
+        body, made = Body(opset), []
+        for operand, heads in zip(operands, (site.heads, site.kv_heads), strict=True):
+            made.append(select.pool(body, operand.value, operand.layout, edge, sizes, heads))
+        before = _prefixed(body, f"{base}/pooled", set(names))
+        names = tuple(f"{base}/pooled/{m}" for m in made)
+    said = {"scale": site.scale, "stride": stride, "block": block, "causal": int(late)}
+    picked = {"tiles": block // stride, "rule": chooser.rule, "causal": int(late), "sinks": SINKS, "window": WINDOW}
+    amount = np.array(chooser.amounts if len(set(chooser.amounts)) > 1 else chooser.amounts[:1], np.float32)
+    shape = masks(edge, late)
+    stored = [
+        numpy_helper.from_array(x, f"{SELECT}/{what}/{hashlib.sha256(x.tobytes()).hexdigest()[:16]}")
+        for what, x in (("amount", amount), ("masks", shape))
+    ]
+    lists = [f"{base}/{name}" for name in LISTS]
+    scores = select.node(SCORES, said, sizes, names, (f"{base}/scores",), f"{SCORES}/{site.id or base}")
+    chosen = select.node(
+        SELECT, picked, sizes, (f"{base}/scores", stored[0].name), (*lists, f"{base}/mass"),
+        f"{SELECT}/{site.id or base}",
+    )  # fmt: skip
+    form = Form(edge, "zero")
+    values = {"query": site.query.value, "key": site.key.value, "value": site.value.value, "masks": stored[1].name}
+    values |= dict(zip(LISTS, lists, strict=True))
+    attended = node(form, call, form.place(values), [site.output.value], f"{OP_TYPE}/{site.id or site.output.value}",
+                    f"chosen, causal {late}")  # fmt: skip
+    functions = (
+        select.function(SCORES, said, sizes), select.function(SELECT, picked, sizes),
+        chosen_body.function(attended, form, call, late),
+    )  # fmt: skip
+    return Lowering((*before, scores, chosen, attended), functions, tuple(stored))
+
+
+def _prefixed(body: Body, prefix: str, given: set[str]) -> list[NodeProto]:
+    """The body's nodes for a graph, where names are the model's: all but those of ``given`` values begin anew."""
+    found = []
+    for made in body.nodes:
+        copy = NodeProto()
+        copy.CopyFrom(made)
+        copy.name = f"{prefix}/{made.name}"
+        for values in (copy.input, copy.output):
+            for i, name in enumerate(values):
+                if name and name not in given:
+                    values[i] = f"{prefix}/{name}"
+        found.append(copy)
+    return found
+
+
+def geometry(site: AttentionSite, tokens: int) -> BlockGeometry:
+    """The blocks of a site at one length."""
+    return BlockGeometry(tokens, edge_of(site), causal(site))

@@ -24,6 +24,10 @@ Choice = Mapping[str, tuple[int, ...]]
 _MARGIN = 1.5
 """Where a mean counts, single errors may be negative: the rest may make up for this share of the budget less 1."""
 
+_SHARES = (0.9, 0.5, 0.2)
+"""Of what lies between the best choice of a price and the first that breaks the budget: so much is tried to be filled
+site by site."""
+
 _LADDER = 10
 """Halvings of a price down to which sites are looked at for what is left of a damage."""
 
@@ -138,14 +142,14 @@ def _bounded(
     return choose(spaces, scale * 2.0**good), scale * 2.0**good
 
 
-def within_damage(spaces: Sequence[SiteSpace], limit: float) -> dict[str, tuple[int, ...]]:
-    """The fastest choice of any price whose predicted damage is at most ``limit``, and what the rest of it allows: a
-    site that has to gain something comes with all its heads at once, so that prices leave gaps.
+def within_damage(spaces: Sequence[SiteSpace], limit: float, fill: bool = False) -> dict[str, tuple[int, ...]]:
+    """The fastest choice of any price whose predicted damage is at most ``limit``; with ``fill`` also what the rest
+    of it allows: a site that has to gain something comes with all its heads at once, so that prices leave gaps.
     """
     found, price = _bounded(spaces, lambda c: damage_of(spaces, c) <= limit, good=40.0, bad=-40.0)
     if damage_of(spaces, found) > limit:
         found = {}
-    return _filled(spaces, found, price, limit)
+    return _filled(spaces, found, price, limit) if fill else found
 
 
 def _filled(
@@ -282,6 +286,15 @@ def tune(
             target = min(max(target, low + 0.2), room)
         else:
             target = min(target, high - 0.2)
+    if best is not None and math.isfinite(high):
+        for share in _SHARES:
+            limit = best.damage + share * (math.exp(high) - best.damage)
+            choice = within_damage(spaces, limit, fill=True)
+            if time_of(spaces, choice) < best.time * base and all(p.choice != choice for p in points):
+                point = judged(choice)
+                if point.bound <= limits.budget:
+                    best = point
+                    break
     return best, points
 
 

@@ -77,9 +77,14 @@ def test_what_prices_leave_of_a_damage_is_used() -> None:
     heads = tuple(Unit(("dense", "half"), np.array([1.0, 0.5]), np.array([0.0, 0.1])) for _ in range(3))
     spaces = [SiteSpace(n, 3.0, 0.0, heads, 1.0, 1.5) for n in "ab"]
     assert set(choose(spaces, 4.9)) == {"a", "b"} and not choose(spaces, 5.1)
-    assert within_damage(spaces, 0.29) == {}
-    assert list(within_damage(spaces, 0.5).values()) == [(1, 1, 1)]
+    assert within_damage(spaces, 0.5) == {} == within_damage(spaces, 0.29, fill=True)
+    assert list(within_damage(spaces, 0.5, fill=True).values()) == [(1, 1, 1)]
     assert set(within_damage(spaces, 0.61)) == {"a", "b"}
+    # A search that is left between two prices tries it.
+    small = SiteSpace("c", 3.0, 0.0, tuple(Unit(u.labels, u.time, u.damage / 100) for u in heads), 1.0, 1.5)
+    best, _ = tune([*spaces, small], Limits(0.5, 2, 0.5, 1.0, together=True),
+                   lambda c: [damage_of([*spaces, small], c)] * 2)  # fmt: skip
+    assert best is not None and set(best.choice) == {"a", "c"}
 
 
 def errors_of(spaces: list[SiteSpace], spread: float, count: int, seed: int = 0):

@@ -1,8 +1,8 @@
 """What blocks that are chosen when the model runs cost on a CPU: `python tools/bench_chosen.py` prints a table.
 
 Each line is the attention of two heads of 64 alone, in ONNX Runtime, float32, on one thread: the body of
-`BlockSparseAttention` with the choice of its blocks, against product, mask, softmax, product. Times are processor times,
-medians of paired rounds. Random operands say nothing of accuracy, and `xattention` keeps as few blocks as it may.
+`BlockSparseAttention` with the choice of its blocks, against product, mask, softmax, product. Times are those of the
+processor, medians of paired rounds. Random operands say nothing of accuracy, and `xattention` keeps as few as it may.
 """
 
 from __future__ import annotations

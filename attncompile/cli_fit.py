@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +74,8 @@ def run(
     from attncompile.core.feature_map import KINDS
     from attncompile.fit import fitted
 
+    target = where if folder is None else folder / fitted.FILE
+    _check_target(target, (model, inputs))
     kinds = [opt.choice(k, KINDS, "--map") for k in map] or list(KINDS)
     options = pipeline.Options(
         inputs=inputs, profile=opt.parse_profile(profile), grid=opt.check_grid(grid), sites=tuple(site), jobs=jobs,
@@ -81,8 +84,6 @@ def run(
     )  # fmt: skip
     with console.progress(quiet) as progress, console.stdout_to_stderr():
         made, found = fitting.fit(model, options, tuple(k for k in KINDS if k in kinds), steps, width, progress)
-        target = where if folder is None else folder / fitted.FILE
-        target.parent.mkdir(parents=True, exist_ok=True)
         fitted.save(target, made)
         if folder is not None:
             (folder / "fit.json").write_text(report.dumps(_json(model, target, found)), encoding="utf-8")
@@ -96,6 +97,18 @@ def run(
         typer.echo(f"wrote {target}; use it: attncompile {model} --policy linear --inputs FILE --fitted {target}",
                    err=True)  # fmt: skip
     return 0
+
+
+def _check_target(target: Path, given: tuple[Path, ...]) -> None:
+    """Makes the folder of ``target`` before any work is done. Raises ``BadArguments`` where it cannot be written."""
+    if target.resolve() in {path.resolve() for path in given}:
+        raise BadArguments(f"--out {target} would overwrite what is read", "name another file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadArguments(f"cannot make the folder {target.parent}: {error.strerror}", "name another place") from None
+    if not os.access(target.parent, os.W_OK) or target.is_dir():
+        raise BadArguments(f"cannot write {target}", "name another place")
 
 
 def _json(model: Path, target: Path, found: FitReport) -> dict[str, Any]:

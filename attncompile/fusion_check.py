@@ -56,6 +56,7 @@ def check(
     # A body does not say its sizes as the op does.
     plain.graph.value_info.extend(v for v in lowered.graph.value_info if v.name in launched - known)
     deployed = _with_bodies(proto, unlaunched) if unlaunched is not None and _in_float32(plain, precision) else None
+    unseen = [] if deployed is not None else [n for n in AROUND_OURS if n in counts]
     if deployed is None:
         fused = fuse(plain, folder, half_norms=half_norms)
         for name, count in counts.items():
@@ -66,9 +67,12 @@ def check(
         deployed = fused.proto
     try:
         with tempfile.TemporaryDirectory(prefix="attncompile-fusions-") as scratch:
-            return _compare(plain, deployed, model, feeds, Path(scratch))
+            verdict = _compare(plain, deployed, model, feeds, Path(scratch))
     except AttncompileError as error:
         return Verdict.no("not_compared", error.message, error.hint)
+    if verdict.ok and unseen:
+        return Verdict.yes(f"{verdict.reason}; not compared: {', '.join(unseen)}")
+    return verdict
 
 
 def _in_float32(plain: ModelProto, precision: Precision | None) -> bool:
@@ -81,10 +85,12 @@ def _weights(proto: ModelProto) -> int:
 
 def _with_bodies(proto: ModelProto, unlaunched: ModelProto) -> ModelProto | None:
     """``unlaunched`` with the bodies that its nodes have in ``proto``, which read and write what its layouts say. None
-    where a node is not found there.
+    where a node is not found there, or is in a branch or a loop.
     """
     made = ModelProto()
     made.CopyFrom(unlaunched)
+    if any(n.domain == OURS for inner in [*g.graphs(made.graph)][1:] for n in inner.node):
+        return None  # bodies are put into the main graph only
     bodies = {(f.name, f.overload): f for f in proto.functions if f.domain == OURS}
     known = {n.name: n for n in set_aside(proto).graph.node if n.domain == OURS}
     for node in made.graph.node:

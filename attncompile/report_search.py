@@ -155,7 +155,7 @@ def curve(points: Sequence[CurvePoint], budget: float | None, metric: str) -> st
     shown = [p for p in points if math.isfinite(p.mean) and p.mean > 0 and p.time > 0]
     if not shown:
         return "<p>No model that was measured gave a finite error.</p>"
-    limit = None if budget is None else _badness(metric, budget)
+    limit = None if budget is None or not math.isfinite(budget) else _badness(metric, budget)
     errors = [e for p in shown for e in (p.mean, p.bound) if math.isfinite(e) and e > 0]
     errors += [limit] if limit else []
     low, high = math.log10(min(errors)) - 0.1, math.log10(max(errors)) + 0.1

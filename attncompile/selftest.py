@@ -113,7 +113,7 @@ def _feed(proto: ModelProto, batch: int, tokens: int) -> Feed:
         drawn = -np.abs(drawn) / 4 if v.name == "log_decay" else drawn
         if delta and v.name in ("key", "solved"):  # so that what is written does not grow from tile to tile
             drawn = drawn / np.sqrt(DIM)
-        drawn = 1 / (1 + np.exp(-drawn)) if v.name == "beta" else drawn
+        drawn = 1 / (1 + np.exp(-drawn)) if v.name in ("beta", "amount") else drawn
         feed[v.name] = drawn.astype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     return feed
 
@@ -239,14 +239,15 @@ def _scores() -> ModelProto:
 
 
 def _select() -> ModelProto:
-    """Of 9 blocks a share. Lists are no outputs: what lies between their rows is not written. The weights are."""
+    """Of 9 blocks a share. ``columns`` and ``kinds`` are no outputs: what lies between their rows is not written."""
     select_op.register()
     said = {"tiles": 4, "rule": "share", "causal": 1, "sinks": 1, "window": 0}
     given = {"scores": (TensorProto.FLOAT, ("batch", HEADS, 36, 9)), "amount": (TensorProto.FLOAT, (1,))}
     made = (*select_op.LISTS, "mass")
     node = select.node(select_op.SELECT, said, CHOICE, tuple(given), made, "select")
     mass = TensorProto.FLOAT, ("batch", HEADS, 9, 9)
-    return _model(node, select.function(select_op.SELECT, said, CHOICE), 0, given, {"mass": mass})
+    rows = TensorProto.INT32, ("batch", HEADS, 9, 3)
+    return _model(node, select.function(select_op.SELECT, said, CHOICE), 0, given, {"rows": rows, "mass": mass})
 
 
 DELTA = Form(causal=True, delta=True, decay="token", chunk=64)

@@ -54,6 +54,36 @@ def test_positions_of_the_same_shape_are_told_apart_by_the_table_that_they_index
         next_token(model("a", "b", tied=""))
 
 
+def test_what_looks_up_no_table_of_the_vocabularys_size_is_no_token() -> None:
+    """The mask beside embedded inputs; the tokens where outputs are labels of them."""
+    with pytest.raises(BadArguments, match="not clear which of the inputs attention_mask"):
+        next_token(model("attention_mask", tied=""))
+    labels = model("input_ids")
+    labels.graph.initializer[2].CopyFrom(numpy_helper.from_array(np.ones((WIDTH, 9), np.float32), "head"))
+    labels.graph.output[0].type.tensor_type.shape.dim[2].dim_value = 9
+    with pytest.raises(BadArguments, match="not clear which of the inputs input_ids"):
+        next_token(labels)
+
+
+def test_a_quantised_table_is_one() -> None:
+    given = model("attention_mask", "input_ids")
+    table = next(t for t in given.graph.initializer if t.name == "embedding")
+    table.CopyFrom(numpy_helper.from_array(np.zeros((VOCABULARY, WIDTH), np.int8), "quantised"))
+    given.graph.initializer.append(numpy_helper.from_array(np.float32(0.1).reshape(()), "step"))
+    given.graph.node.insert(0, helper.make_node("DequantizeLinear", ["quantised", "step"], ["embedding"]))
+    assert next_token(given) == NextToken("input_ids", "logits")
+
+
+def test_numbers_that_are_no_tokens_are_refused() -> None:
+    told, logits = NextToken("t", "y"), {"y": np.zeros((1, 3, 5), np.float32)}
+    with pytest.raises(BadArguments, match="none of 5 tokens"):
+        told.loss(logits, {"t": np.array([[0, 5, 1]])})
+    with pytest.raises(BadArguments, match="none of 5 tokens"):
+        told.loss(logits, {"t": np.array([[0, -100, 1]])})
+    with pytest.raises(BadArguments):
+        told.loss({"y": np.zeros((1, 1, 5), np.float32)}, {"t": np.array([[0]])})
+
+
 def test_a_model_without_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = model("input_ids")
     images.graph.input[0].type.tensor_type.shape.dim[1].dim_value = TOKENS + 1

@@ -332,7 +332,7 @@ def main() -> None:
             for i, row in enumerate(rows if given.time else ()):
                 path = written(row, i, folder / "timed")
                 before, after = (measure.open_session(p, lean=True) for p in (found.model.path, path))
-                row.measured = measure.paired_conclusive(before, after, found.feeds[1], budget_seconds=20.0).gain
+                row.measured = measure.paired_conclusive(before, after, found.feeds[-1], budget_seconds=20.0).gain
             if rows and given.time:
                 noted(rows.pop())
         finally:

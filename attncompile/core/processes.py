@@ -6,6 +6,7 @@ libraries print at the end of such a process would be seen.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -116,7 +117,8 @@ class _Process:
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have died meanwhile
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
         self._log.close()

@@ -66,7 +66,7 @@ def load(path: Path) -> Fitted:
         found = Fitted(index["model"], maps, index["settings"])
     except OSError as error:
         raise BadArguments(f"cannot read {path}: {error.strerror or error}", hint) from None
-    except (KeyError, ValueError, TypeError, zipfile.BadZipFile):
+    except (AttributeError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile):
         raise BadArguments(f"{path} holds no fitted maps", hint) from None
     if index["version"] != _VERSION:
         raise BadArguments(f"{path} is of version {index['version']}, not {_VERSION}", hint)

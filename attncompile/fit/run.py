@@ -35,6 +35,7 @@ from attncompile.search.arrays import save
 from attncompile.search.run import split
 from attncompile.search.slim import SlimModel
 from attncompile.search.whole_sites import CAPTURE_BYTES
+from attncompile.verification.next_token import next_token
 
 if TYPE_CHECKING:
     from attncompile.console import Progress
@@ -124,6 +125,7 @@ class Fit:
         known, held = split(len(feeds))
         self._known, self._held = known, held if len(feeds) > 1 else []
         self._executor: executors.Executor | None = None
+        self._language = next_token(found.model.proto) if settings.metric == "perplexity" else None
 
     def run(
         self, sites: Sequence[AttentionSite], given: Fitted | None = None
@@ -291,7 +293,7 @@ class Fit:
         baselines = {i: self._scratch / f"outputs-{i}.npz" for i in inputs}
         path = self._found.model.path.resolve()
         provider = self._settings.provider
-        self._executor.map([tasks.Baseline(path, files[i], baselines[i], provider) for i in inputs])
+        self._executor.map([tasks.Baseline(path, files[i], baselines[i], provider, self._language) for i in inputs])
         opset = self._found.index.model.opset
 
         def edit(site: AttentionSite, m: FeatureMaps) -> Edit:
@@ -301,7 +303,9 @@ class Fit:
             assert self._executor is not None
             written = slim.write(edits, "fitted.onnx")
             metric = self._settings.metric
-            work = [tasks.Error(written, stamp, files[i], baselines[i], metric, provider) for i in inputs]
+            work = [
+                tasks.Error(written, stamp, files[i], baselines[i], metric, provider, self._language) for i in inputs
+            ]
             return float(np.mean(self._executor.map(work)))
 
         self._progress.stage("run the model with fitted maps", sum(len(fitted.maps[s.id]) for s in sites) + 1)

@@ -101,5 +101,6 @@ def constants(name: str) -> CostModel:
     if name not in table():
         language, architecture = name.split("-")[:2]
         known = ", ".join(sorted(table()))
-        raise Unsupported("cost", f"no cost was measured for {language} kernels on sm_{architecture} (only {known})")
+        what = f"{language} kernels on sm_{architecture} of this kind, {name}"
+        raise Unsupported("cost", f"no cost was measured for {what} (only for {known})")
     return table()[name]

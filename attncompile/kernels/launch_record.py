@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from attncompile.core.errors import Unsupported
 from attncompile.kernels.entry import Entry
+from attncompile.kernels.expressions import parse, symbols_of
 from attncompile.kernels.records import Built, CallKernels, NodeCall
+from attncompile.kernels.symbols import OF_THE_DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +45,20 @@ def record(node: NodeCall, built: Built, key: str) -> LaunchRecord:
     if node.tensors is None or node.symbols is None:
         raise Unsupported(node.verdict.code, node.verdict.reason, node.verdict.hint)
     tensors = node.tensors
-    inputs, outputs = ports(entries_of(built, call))
+    entries = entries_of(built, call)
+    inputs, outputs = ports(entries)
     for wanted, there in ((inputs, tensors.inputs), (outputs, tensors.outputs)):
         absent = [name for name in wanted if name not in there]
         if absent:
             raise Unsupported("tensors", f"the kernels of {call.call.op} take '{absent[0]}', which the node lacks")
     if set(filter(None, tensors.outputs)) - set(outputs):
         raise Unsupported("tensors", f"the kernels of {call.call.op} do not write all outputs of the node")
+    numbers = [x for e in entries for x in (*e.grid, *(a.expression for a in e.arguments if a.kind == "int32"))]
+    unknown = {name for x in numbers for name in symbols_of(parse(x))} - {*node.symbols, *OF_THE_DEVICE}
+    if unknown:
+        raise Unsupported(
+            "symbols", f"the kernels of {call.call.op} take '{min(unknown)}', which the node's layouts do not say"
+        )
     said = {
         "symbols": dict(node.symbols), "outputs": {name: list(tensors.output_sizes[name]) for name in outputs},
         "shapes": {name: list(sizes) for name, sizes in tensors.input_sizes.items() if name in inputs},

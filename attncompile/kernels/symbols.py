@@ -27,6 +27,9 @@ from attncompile.core.kernel import STRIDE_UNIT, OpCall
 from attncompile.core.layout import part, unpacked
 from attncompile.kernels.expressions import Binary, Expression, Literal, Symbol, evaluate, fold, product
 
+OF_THE_DEVICE = ("SMS",)
+"""Symbols that are no node's: the GPU gives them."""
+
 OPERANDS = ("query", "key", "value", "output")
 BROADCAST: Mapping[str, str] = {
     "bias": "BHQK", "mask": "BHQK", "key_mask": "B--K", "sinks": "H", "key_lengths": "B", "rows": "BH**",

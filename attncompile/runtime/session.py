@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def exact_norms(version: str) -> dict[str, str]:
     """Provider options without which ONNX Runtime before 1.27 adds up squares of fp16 in fp16, in norms of sums: those
     that the model has, and those that its own optimizer makes.
     """
-    major, minor = (int(n) for n in version.split(".")[:2])
+    major, minor = map(int, re.findall(r"\d+", version)[:2])
     return {} if (major, minor) >= (1, 27) else {"enable_skip_layer_norm_strict_mode": "1"}
 
 

@@ -223,6 +223,7 @@ class Search:
             self._found.model.hash, self.feeds,
             {**self._settings.to_json(), "version": __version__, "sites": [*self._heads, *self._whole],
              "whole": [dict(e.decision.parameters) for edits in self._whole.values() for e in edits],
+             "heads": [repr((p.geometry, [t for t, _ in p.ways])) for p in self._heads.values()],
              "policy": repr(self._policy), "exact": [(e.site.id, e.decision.mechanism) for e in self._exact],
              "gpu": self._gpu.said if self._gpu else ""},
         )  # fmt: skip
@@ -476,9 +477,9 @@ class Search:
         while len(found) < len(self._known):
             part = self._known[len(found) : len(found) + max(self._settings.jobs, _PART)]
             found += self.errors(choice, spaces, part, self._settings.metric)
-            while seen < len(found):
-                seen = min(seen + _PART, len(self._known))
-                if seen <= len(found) and limits.lost(found[:seen], len(self._known)):
+            while seen < (step := min(seen + _PART, len(self._known))) <= len(found):
+                seen = step
+                if limits.lost(found[:seen], len(self._known)):
                     return found[:seen]
         return found
 
@@ -662,7 +663,9 @@ class Search:
     def _seen(self, plan: _HeadPlan, texts: Sequence[str]) -> np.ndarray:
         """Bool [H, R, R]: what heads that choose meet on the first calibration input."""
         assert self._slim is not None and self._executor is not None
-        model = self._slim.with_outputs(plan.spec.read, "seen.onnx")
+        # Workers keep sessions by their paths.
+        name = f"seen-{list(self._heads).index(plan.site.id)}.onnx"
+        model = self._slim.with_outputs(plan.spec.read, name)
         task = tasks.Seen(
             model, self._files[self._known[0]], (plan.spec,), {plan.site.id: texts}, self._settings.provider
         )

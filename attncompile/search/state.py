@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from attncompile.core.errors import BadArguments
 from attncompile.core.folder import write_file
 from attncompile.search.arrays import load, save
 
@@ -33,12 +34,16 @@ def key_of(model_hash: str, feeds: Sequence[Mapping[str, np.ndarray]], options: 
 
 
 class State:
-    """``folder`` is made when it is needed. ``resumed`` counts the pieces that were there already."""
+    """``folder`` is made when it is needed. ``resumed`` counts the pieces that were there already. Raises
+    ``BadArguments`` where the folder holds something else.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
         self.resumed = 0
         known = folder / _KEY
+        if folder.is_dir() and any(folder.iterdir()) and not known.is_file():
+            raise BadArguments(f"{folder} is not a search's: it holds other files", "move them, or name another folder")
         if not known.is_file() or known.read_text(encoding="ascii") != key:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)

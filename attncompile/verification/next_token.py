@@ -14,6 +14,7 @@ from attncompile.core.errors import BadArguments
 _INTEGERS = (TensorProto.INT64, TensorProto.INT32)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _KEEPS = frozenset({"Cast", "Identity"})
+_TABLES = _KEEPS | {"DequantizeLinear"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,18 @@ class NextToken:
     logits: str
 
     def loss(self, outputs: Mapping[str, np.ndarray], feed: Mapping[str, np.ndarray]) -> float:
-        """Mean negative log-likelihood of the next token in nats; NaN where logits are not finite. ValueError where
-        there is no next token.
+        """Mean negative log-likelihood of the next token in nats; NaN where logits are not finite. Raises
+        ``BadArguments`` where there is no next token, or a number that is no token.
         """
-        return metrics.next_token_loss(outputs[self.logits], feed[self.tokens])
+        logits, tokens = outputs[self.logits], feed[self.tokens]
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < logits.shape[-1]:
+            raise BadArguments(
+                f"{self.tokens} holds numbers that are none of {logits.shape[-1]} tokens", "use --metric kl"
+            )
+        try:
+            return metrics.next_token_loss(logits, tokens)
+        except ValueError as error:
+            raise BadArguments(f"{self.tokens}: {error}", "give inputs of two tokens and more") from None
 
 
 def next_token(proto: ModelProto) -> NextToken:
@@ -45,13 +54,15 @@ def next_token(proto: ModelProto) -> NextToken:
             "logits, which this model does not have",
             "use kl or top1_agreement, which need no tokens",
         )
-    if len(pairs) > 1:  # masks and positions have the same shape: tokens look up a table of the vocabulary's size
-        looked_up = {(name, size) for name, size in _lookups(proto, {i.name for i, _ in pairs})}
-        pairs = [(i, o) for i, o in pairs if (i.name, _dims(o)[-1]) in looked_up]
+    # Masks and positions have the same shape, and labels of tokens that of logits: tokens look up a table of the
+    # vocabulary's size.
+    looked_up = {(name, size) for name, size in _lookups(proto, {i.name for i, _ in pairs})}
+    pairs = [(i, o) for i, o in pairs if (i.name, _dims(o)[-1]) in looked_up]
     if len(pairs) != 1:
         names = ", ".join(dict.fromkeys(i.name for i in inputs))
         raise BadArguments(
-            f"metric perplexity: it is not clear which of the inputs {names} holds the tokens of which output's logits",
+            f"metric perplexity: it is not clear which of the inputs {names} holds the tokens of which output's logits "
+            "(tokens look up a stored table with as many rows as there are logits)",
             "use kl or top1_agreement, which need no tokens",
         )
     return NextToken(pairs[0][0].name, pairs[0][1].name)
@@ -73,5 +84,7 @@ def _lookups(proto: ModelProto, names: set[str]) -> Iterator[tuple[str, int]]:
     for node in proto.graph.node:
         if node.op_type in _KEEPS and node.input[0] in origin:
             origin[node.output[0]] = origin[node.input[0]]
+        elif node.op_type in _TABLES and node.input[0] in sizes:
+            sizes[node.output[0]] = sizes[node.input[0]]
         elif node.op_type == "Gather" and node.input[1] in origin and node.input[0] in sizes:
             yield origin[node.input[1]], sizes[node.input[0]]

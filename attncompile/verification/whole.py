@@ -190,7 +190,7 @@ def _worst(outputs: Sequence[OutputComparison], metric: str) -> float:
     if not found or any(math.isnan(v) for v in found):
         return math.nan
     if metric == "perplexity":
-        return math.expm1(sum(map(math.log1p, found)) / len(found))
+        return float(np.expm1(sum(map(math.log1p, found)) / len(found)))
     return min(found) if metric in HIGHER_IS_BETTER else max(found)
 
 
@@ -233,7 +233,7 @@ def _compare_output(
     if metric == "perplexity":
         if language is not None:
             told, feed = language
-            rise = math.expm1(told.loss({name: b}, feed) - told.loss({name: a}, feed))
+            rise = float(np.expm1(told.loss({name: b}, feed) - told.loss({name: a}, feed)))
             metrics = replace(metrics, perplexity=rise)
         return OutputComparison(name, iteration, metrics, Verdict.yes())
     value = getattr(metrics, metric)

@@ -5,7 +5,7 @@ attention to what was selected, by the parameters ``edge`` and ``heads``. Any le
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from onnx import NodeProto, numpy_helper
@@ -141,9 +141,9 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
     if chooser.way == "pooled":
         stride = block = 1
         body, made = Body(opset), []
-        for operand, heads in zip(operands, (site.heads, site.kv_heads), strict=True):
-            made.append(select.pool(body, operand.value, operand.layout, edge, sizes, heads))
-        before = _prefixed(body, f"{base}/pooled", set(names))
+        for name, operand, heads in zip("qk", operands, (site.heads, site.kv_heads), strict=True):
+            made.append(select.pool(body, name, operand.layout, edge, sizes, heads))
+        before = _prefixed(body, f"{base}/pooled", dict(zip("qk", names, strict=True)))
         names = tuple(f"{base}/pooled/{m}" for m in made)
     said = {"scale": site.scale, "stride": stride, "block": block, "causal": int(late)}
     picked = {"tiles": block // stride, "rule": chooser.rule, "causal": int(late), "sinks": SINKS, "window": WINDOW}
@@ -171,8 +171,10 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
     return Lowering((*before, scores, chosen, attended), functions, tuple(stored))
 
 
-def _prefixed(body: Body, prefix: str, given: set[str]) -> list[NodeProto]:
-    """The body's nodes for a graph, where names are the model's: all but those of ``given`` values begin anew."""
+def _prefixed(body: Body, prefix: str, given: Mapping[str, str]) -> list[NodeProto]:
+    """The body's nodes for a graph, where names are the model's: those of ``given`` values become the graph's, all
+    others begin anew.
+    """
     found = []
     for made in body.nodes:
         copy = NodeProto()
@@ -180,8 +182,8 @@ def _prefixed(body: Body, prefix: str, given: set[str]) -> list[NodeProto]:
         copy.name = f"{prefix}/{made.name}"
         for values in (copy.input, copy.output):
             for i, name in enumerate(values):
-                if name and name not in given:
-                    values[i] = f"{prefix}/{name}"
+                if name:
+                    values[i] = given.get(name) or f"{prefix}/{name}"
         found.append(copy)
     return found
 

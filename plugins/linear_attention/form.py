@@ -48,6 +48,8 @@ class Form:
             raise bad("decays, the delta rule and a first state need a triangle")
         if self.delta and (self.decay == "channel" or self.normaliser != "none") and self.chunk > 1:
             raise bad("the delta rule in chunks has neither gates for every channel nor a normaliser")
+        if self.delta and self.chunk % self.tile:
+            raise bad(f"chunk {self.chunk} of the delta rule", f"whole tiles of {TILE} tokens, or at most {TILE}")
         if self.key_map == "softmax" and (self.normaliser != "none" or self.key_weight):
             raise bad("a softmax over the keys is normalised already")
 

@@ -192,7 +192,13 @@ class _Writer:
     def causal(self) -> Lowering:
         decay = self._decay()
         facts = facts_of(self.site)
-        first = {"initial_state": facts.past_state} if facts.past_state else {}
+        first = {}
+        if facts.past_state:  # of any float type: states are wide
+            first = {"initial_state": self.value("initial_state")}
+            self.nodes.append(helper.make_node(
+                "Cast", [facts.past_state], [first["initial_state"]], name=first["initial_state"],
+                to=float_type(self.sizes.state_type)[0],
+            ))  # fmt: skip
         if facts.update == "delta":
             return self._delta(decay, first)
         made = {n: self.value(n) for n in ("state", *(["total"] if self.form.sums else []))}

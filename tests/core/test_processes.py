@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +55,14 @@ def test_one_that_dies(function: str) -> None:
     with Processes(function, 2) as processes, luck as caught:
         processes.map(["fine", "die"])
     assert (caught.value.request, caught.value.code) == ("die", 7) and caught.value.said.endswith("out of luck")
+
+
+def test_one_that_died_meanwhile(function: str) -> None:
+    """It is noticed by the next request, and closing it says nothing else."""
+    with pytest.raises(ProcessDied), Processes(function, 1) as processes:
+        ((pid, _, _),) = processes.map(["fine"])
+        os.kill(pid, signal.SIGKILL)
+        processes.map([b" " * 200_000])
 
 
 def test_a_function_that_is_not_there() -> None:

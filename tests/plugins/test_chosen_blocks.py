@@ -16,9 +16,11 @@ from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Shape
 from attncompile.kernels import calls
 from attncompile.plugins import kernels, mechanism
+from attncompile.plugins.block_select import function as select_body
 from attncompile.plugins.block_select import reference as select
 from attncompile.plugins.block_sparse import chosen
 from attncompile.plugins.block_sparse.reference import reference
+from attncompile.plugins.body import Body
 from attncompile.targets import precision
 from tests.plugins.conftest import relative_error
 
@@ -69,6 +71,17 @@ def test_a_site_is_the_definition(case_, static, case, tolerance) -> None:
     assert not inlined.functions and {n.domain for n in inlined.graph.node} == {""}
     names = [n.name for n in model.graph.node]
     assert len(set(names)) == len(names)
+
+
+def test_values_of_the_model_may_have_any_names() -> None:
+    """Also those that a body would give its own."""
+    body, sizes = Body(18), select_body.Sizes(1, 1, 8, "float32", ("BHND", "BHND"), 18)
+    made = select_body.pool(body, "k", "BHND", 64, sizes, 1)
+    taken = next(o for n in body.nodes for o in n.output)
+    found = chosen._prefixed(body, "site/pooled", {"k": taken})
+    written = [o for n in found for o in n.output]
+    assert taken not in written and f"site/pooled/{made}" in written
+    assert any(taken in n.input for n in found)
 
 
 def test_one_model_for_all_lengths(case, tolerance) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from attncompile.core.errors import BadArguments
 from attncompile.search.choose import (
     Limits,
     Point,
@@ -249,6 +250,13 @@ def test_what_is_kept_belongs_to_one_key(tmp_path: Path) -> None:
     assert State(tmp_path / "s", "another").arrays("a-1") is None
     again.remove()
     assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(BadArguments, match="holds other files"):
+        State(tmp_path, "key")
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
 
 
 def test_points_say_their_mean() -> None:

@@ -285,3 +285,34 @@ def test_an_output_that_is_read_as_it_is() -> None:
         proto = g.model(turned, g.op("Neg", y)) if twice else g.model(turned)
         result = fuse(proto, Path())
         assert "outputs" not in result.counts and layouts(ours(result.proto))[3] == "BHND"
+
+
+@pytest.mark.parametrize("way", ["gather", "slice", "split"])
+def test_one_place_of_an_output_is_cut_as_before(way: str) -> None:
+    """The class token: the output must not become a tensor of that token alone."""
+    g = Graph(**dict.fromkeys("qkv", (B, H, 2, D)))
+    y = g.op("Attention", "q", "k", "v", domain="attncompile", scale=0.25, **{f"{x}_layout": "BHND" for x in "qkvo"})
+    turned = g.op("Transpose", y, perm=[0, 2, 1, 3])
+    if way == "gather":
+        ends = [g.op("Gather", turned, np.array(0), axis=1)]
+    elif way == "slice":
+        ends = [g.op("Slice", turned, np.array([0]), np.array([1]), np.array([1]))]
+    else:
+        ends = g.op("Split", turned, np.array([1, 1]), outputs=2, axis=1)
+    proto = g.model(*(g.op("Neg", e) for e in ends))
+    result = fuse(proto, Path())
+    sizes = [[d.dim_value for d in o.type.tensor_type.shape.dim] for o in result.proto.graph.output]
+    assert sizes == [[d.dim_value for d in o.type.tensor_type.shape.dim] for o in proto.graph.output]
+    for one, two in zip(run(written_out(proto), 3, {}), run(written_out(result.proto), 3, {}), strict=True):
+        assert one.shape == two.shape and np.allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_in_the_last_axis_stay_outside() -> None:
+    """Attention on channels first, as in convolutional models: kernels of linear attention alone read such columns."""
+    g = Graph(x=(B, 3 * C, N))
+    turned = g.op("Transpose", g.op("Reshape", "x", np.array([B, 3, H, D, N])), perm=[1, 0, 2, 4, 3])
+    parts = [g.op("Gather", turned, np.array(i), axis=0) for i in range(3)]
+    proto = g.model(g.op("Attention", *parts, domain="attncompile", scale=0.25,
+                         **{f"{x}_layout": "BHND" for x in "qkvo"}))  # fmt: skip
+    result = fuse(proto, Path())
+    assert not any(unpacked(x).endswith("N") for x in layouts(ours(result.proto))) and same(proto, result.proto)

@@ -243,7 +243,7 @@ def launches(
             tensors[formal].fill_(torch.nan)
         try:
             launch = run_program(program, compiled[program.tactic], tensors, call.attributes, stream)
-            error = max(far(tensors[f], want[n]) for f, n in outputs.items())
+            error = float(torch.tensor([far(tensors[f], want[n]) for f, n in outputs.items()]).max())  # NaN stays
         except AttncompileError as problem:
             found.append((program.tactic, None, str(problem)))
             continue

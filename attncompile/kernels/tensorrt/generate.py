@@ -13,6 +13,7 @@ from attncompile.kernels.calls import DOMAIN
 from attncompile.kernels.entry import Compiled, Entry
 from attncompile.kernels.expressions import parse, symbols_of
 from attncompile.kernels.records import NodeCall
+from attncompile.kernels.symbols import OF_THE_DEVICE
 from attncompile.kernels.tensorrt.plugin import NAMESPACE, VERSION, Plugin, PluginTensor
 
 ELEMENTS = {
@@ -21,8 +22,6 @@ ELEMENTS = {
     "int64": TensorProto.INT64,
 }  # fmt: skip
 """Element types of kernels' arguments, as ONNX numbers them."""
-OF_THE_DEVICE = ("SMS",)
-"""Symbols that are no node's: the GPU that the engine is built for gives them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def operands(view: View) -> int:
             if formal.name not in ("query", "key", "value") or not node.input[place]:
                 continue
             said = found[0].s.decode() if found else "BNHD"
-            lies = _source(view, node.input[place], said)
+            lies = _source(view, node.input[place], said, node.op_type.startswith("Linear"))
             if lies is None:
                 continue
             value, layout = lies
@@ -82,8 +82,8 @@ def _written(view: View, node: NodeProto, place: int) -> bool:
             axes = _moved(view, reader, reader.output[0], axes, order)
         except _Other:
             break
-        if len(order) != len(pieces):
-            break  # an axis of the output was cut: its pieces have no letter
+        if len(order) != len(pieces) or any(a.number is not None for a in order):
+            break  # an axis of the output was cut, or only one place of it is read
         value, turned = reader.output[0], turned or reader.op_type == "Transpose"
         said = "".join(letters[id(a)] for axis in axes for a in axis if a.size != 1)
         if turned and said.endswith("D"):
@@ -108,8 +108,10 @@ def _types(view: View) -> list[str]:
     return sorted({n.op_type for n in view.all() if n.domain == OURS and defs.has(n.op_type, 1, OURS)})
 
 
-def _source(view: View, value: str, layout: str) -> tuple[str, str] | None:
-    """``(tensor, layout)`` that says the same as ``value`` in ``layout``, with fewer copies; the furthest one."""
+def _source(view: View, value: str, layout: str, columns: bool) -> tuple[str, str] | None:
+    """``(tensor, layout)`` that says the same as ``value`` in ``layout``, with fewer copies; the furthest one.
+    ``columns``: whether tokens may be its last axis, which kernels of linear attention alone can read.
+    """
     chain: list[NodeProto] = []
     root = value
     while (node := view.maker(root, *_MOVES)) is not None:
@@ -118,7 +120,7 @@ def _source(view: View, value: str, layout: str) -> tuple[str, str] | None:
     while chain and any(n.op_type not in _FREE for n in chain):
         try:
             found = _layout(view, value, chain, layout)
-            if found is not None:
+            if found is not None and (columns or unpacked(found[1]) != _COLUMNS):
                 return found
         except _Other:
             pass

@@ -228,7 +228,7 @@ class View:
         nodes = list(self._nodes.values())
         del graph.node[:]
         graph.node.extend(nodes)
-        read = {v for n in nodes for v in g.reads(n)} | self._outputs
+        read = {v for n in nodes for v in g.reads(n)} | self._outputs | {i.name for i in graph.input}
         left = [t for t in graph.initializer if t.name in read]
         if len(left) != len(graph.initializer):
             kept = [TensorProto.FromString(t.SerializeToString()) for t in left]

@@ -159,7 +159,7 @@ CASES = (
     Linear("a step, packed", replace(RETENTION, initial=True), (2, 1, 1, 4, 2, 16, 16), PACKED, step=True),
     Linear("steps, channels first", replace(RETENTION, decay="token"), (1, 3, 3, 2, 2, 16, 24), COLUMNS, step=True),
     Linear("a step", replace(RETENTION, decay="token", initial=True), (2, 1, 1, 4, 2, 32, 48), step=True),
-    Linear("steps, sums", Form("elu+1", "relu", "sum", 1e-3, 0.5, 0.7, causal=True, chunk=1), (2, 5, 5, 3, 1, 40, 72),
+    Linear("steps, sums", Form("elu+1", "relu", "sum", 1e-3, 40.0, 0.7, causal=True, chunk=1), (2, 5, 5, 3, 1, 40, 72),
            MIXED, "bfloat16", step=True),
     Linear("steps, retention, first state and sums", Form("exp", "exp", "sum", 1e-3, causal=True, decay="head", chunk=1,
            initial=True), (1, 7, 7, 2, 2, 16, 24), HEADS_FIRST, step=True),

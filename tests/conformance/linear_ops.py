@@ -164,8 +164,9 @@ def _output(said: Mapping[str, Any], given: Tensors, rounded: Round) -> dict[str
             g = h // (heads // groups)
             fq = _chunks(_map(given["query"][b : b + 1, :, h : h + 1], said["query_map"]), chunk)[0, 0]
             s, state = sums[b, g], given["state"][b, g]
-            if s.shape[-1] > 1:  # factors of a pair multiply to at most 1, and 2^1023 holds each
-                weights = (rounded(fq) * torch.exp(s)) @ (rounded(fk[b, g]) * torch.exp(-s)).transpose(-1, -2)
+            if s.shape[-1] > 1:  # pair by pair: behind a closed gate a factor of one token alone would be infinite
+                apart = torch.exp((s[:, :, None] - s[:, None]).clamp(max=0))
+                weights = torch.einsum("clf,cmf,clmf->clm", rounded(fq), rounded(fk[b, g]), apart)
             else:
                 apart = torch.exp((s - s.transpose(-1, -2)).clamp(max=0))
                 weights = rounded(fq) @ rounded(fk[b, g]).transpose(-1, -2) * apart

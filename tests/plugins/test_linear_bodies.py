@@ -177,8 +177,10 @@ def check(form: Form, at: Sizes, step: bool = False, seed: int = 1) -> None:
     got = run(model(form, at, given, step), at, given)
     limit = {"float32": 3e-6, "float16": 2e-3, "double": 1e-13}[at.dtype]
     assert far(got["output"], output) < limit
+    # What the delta rule writes in chunks is of the operands' type, between two ops; other sums are wide throughout.
+    wide = limit if form.delta and form.chunk > 1 else min(limit, 3e-6)
     if "final_state" in got:
-        assert far(got["final_state"], state) < min(limit, 3e-6)
+        assert far(got["final_state"], state) < wide
     if "final_total" in got:
         assert far(got["final_total"], total) < min(limit, 3e-6)
 

@@ -280,7 +280,7 @@ def test_a_launch_is_what_python_computes(number: int, make: Maker, double: Doub
 def of_blocks(attributes: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
     """Sizes of what chooses blocks: t tiles of queries, c blocks of keys, r rows of blocks, e entries of lists."""
     found = dict(sizes)
-    if "stride" in attributes:
+    if isinstance(attributes.get("stride"), int):  # of tiles; a neighborhood has one for every axis
         found |= {"t": -(-found["N"] // attributes["stride"]), "c": -(-found["M"] // attributes["block"])}
     if "tiles" in attributes:
         found |= {"r": -(-found["t"] // attributes["tiles"]), "3": 3}

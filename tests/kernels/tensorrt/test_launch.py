@@ -18,6 +18,7 @@ import torch
 
 from attncompile.kernels.tensorrt.register import register
 from attncompile.plugins import kernels
+from attncompile.plugins.block_select.op import SCORES, SELECT
 from attncompile.plugins.linear_attention.op import COMBINE, SOLVE, STEP
 from tests.kernels.tensorrt.conftest import Prepared, prepare
 from tests.kernels.tensorrt.interpreted_job import Job
@@ -26,6 +27,11 @@ from tests.kernels.tensorrt.samples import QUICK, SAMPLES, Sample
 from tests.kernels.tensorrt.walk import Launch, check_entry, walk
 
 ROOT = Path(__file__).parents[3]
+
+
+CHOOSING = {SCORES, SELECT}
+"""Their launches are walked as all are; what they give is compared in tests/conformance/test_selection.py, and on a GPU
+in tests/kernels/test_launch_selection.py."""
 
 
 class Machine:
@@ -102,7 +108,7 @@ def walked(trt: Any, one: Prepared, multiprocessors: int) -> list[Launch]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sample", [*SAMPLES, *LARGE], ids=str)
+@pytest.mark.parametrize("sample", [s for s in (*SAMPLES, *LARGE) if s.op not in CHOOSING], ids=str)
 def test_results_on_the_gpu(sample: Sample, newest: Any, on_gpu: tuple[Machine, dict[str, Prepared]]) -> None:
     """Every op, all outputs of every tactic at three shapes, against float64."""
     machine, prepared = on_gpu
@@ -134,7 +140,7 @@ def outputs_of(launch: Launch, sizes: Mapping[str, int], device: str) -> dict[st
 
 
 def test_every_op_is_compared_at_three_shapes() -> None:
-    for op in kernels():
+    for op in set(kernels()) - CHOOSING:
         alike = [s for s in (*SAMPLES, *LARGE) if s.op == op]
         assert sum(len(points(s)) for s in alike) >= 3, op
         assert op in (COMBINE, STEP, SOLVE) or any(s in LARGE for s in alike), op
@@ -178,8 +184,9 @@ def jobs(trt: Any, prepared: dict[str, Prepared], samples: Iterable[Sample]) -> 
 @pytest.mark.slow
 def test_results_in_the_interpreter(newest: Any, prepared: dict[str, Prepared]) -> None:
     """Without a GPU: what would be launched, by the interpreter, with the same inputs and references, of every op."""
-    found = jobs(newest[0], prepared, QUICK)
-    assert {s.op for s in QUICK} == set(kernels())
+    compared = [s for s in QUICK if s.op not in CHOOSING]
+    found = jobs(newest[0], prepared, compared)
+    assert {s.op for s in compared} == set(kernels()) - CHOOSING
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.tensorrt.interpreted"], input=json.dumps([j.to_json() for j in found]),
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
@@ -191,4 +198,4 @@ def test_results_in_the_interpreter(newest: Any, prepared: dict[str, Prepared]) 
     assert [(x["sample"], x["tactic"], x["wrong"]) for x in said if x["wrong"] and not x["planted"]] == []
     assert [x["sample"] for x in said if x["planted"] and not x["wrong"]] == []
     assert {x["sample"] for x in said if x["planted"]} == set(PLANTED)
-    assert {x["sample"] for x in said} == {s.name for s in QUICK}
+    assert {x["sample"] for x in said} == {s.name for s in compared}

@@ -92,8 +92,7 @@ def fixed_elements(site: AttentionSite, shape: Shape, edge: int, stride: int) ->
 
 
 START = 3e5
-"""Some two hundred small nodes. Measured, as ``OVERHEAD``, with ONNX Runtime 1.32 in processor time of one thread of a
-busy machine, at 1,024 and 4,096 tokens, 2 heads."""
+"""Some two hundred small nodes. As ``OVERHEAD`` an estimate, held against ``tools/bench_chosen.py``."""
 
 SOFTMAX = 1.0
 """Of a score of tiles, beside its products: exponentials and sums."""

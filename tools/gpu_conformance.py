@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -188,20 +187,11 @@ class Interpreter:
     def launch(
         self, call: OpCall, wide: OpCall, program: Program, tensors: Mapping[str, Any], layouts: Mapping[str, str]
     ) -> None:
-        from tests.conformance.launch import value
+        from tests.conformance.launch import interpreted
 
         strided = {n: symbols.Strided(tuple(x.shape), tuple(x.stride())) for n, x in tensors.items()}
         known = {**symbols.of_tensors(strided, call.attributes, layouts), "SMS": 4}
-        module, _, attribute = program.function.partition(":")
-        function = getattr(import_module(module), attribute)
-        # Kernels address memory by strides and not by shapes.
-        named = {
-            **program.constants,
-            **{a.name: value(a.expression, known) if a.kind == "int32" else tensors[a.name] for a in program.arguments},
-        }
-        for name in function.arg_names:
-            named.setdefault(name, None)
-        function[tuple(value(x, known) for x in program.grid)](**named)
+        interpreted(program, tensors, known)
 
 
 PASSED = ("right", "launched")

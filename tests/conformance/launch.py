@@ -124,6 +124,24 @@ def value(expression: str, known: Mapping[str, int]) -> int:
     return int(eval(expression, {"__builtins__": {}}, {**functions, **known}))
 
 
+def call(made: Program, given: Mapping[str, Any], grid: Sequence[int]) -> None:
+    """Runs a kernel in the interpreter on arguments by their names, tensors and numbers."""
+    module, _, attribute = made.function.partition(":")
+    function = getattr(import_module(module), attribute)
+    named = {**made.constants, **given}
+    for name in function.arg_names:
+        named.setdefault(name, None)  # as the compiler does: what is neither an argument nor a constant is None
+    function[tuple(grid)](**named)
+
+
+def interpreted(made: Program, tensors: Mapping[str, Any], known: Mapping[str, int]) -> None:
+    """Runs a kernel in the interpreter on ``tensors``, with the numbers that its expressions give of ``known``. Kernels
+    address memory by strides and not by shapes.
+    """
+    given = {a.name: value(a.expression, known) if a.kind == "int32" else tensors[a.name] for a in made.arguments}
+    call(made, given, [value(x, known) for x in made.grid])
+
+
 def run(
     case: Case, made: Program, expressions: Mapping[str, str] | None = None, constants: Mapping[str, Any] | None = None,
     grid_of: Sequence[str] | None = None,
@@ -139,10 +157,5 @@ def run(
             arguments[argument.name] = value((expressions or {}).get(argument.name, argument.expression), known)
         else:
             arguments[argument.name] = at[argument.name]
-    module, _, attribute = made.function.partition(":")
-    function = getattr(import_module(module), attribute)
-    given = {**made.constants, **(constants or {}), **arguments}
-    for name in function.arg_names:
-        given.setdefault(name, None)  # as the compiler does: what is neither an argument nor a constant is None
-    function[tuple(value(x, known) for x in grid_of or made.grid)](**given)
+    call(made, {**(constants or {}), **arguments}, [value(x, known) for x in grid_of or made.grid])
     return {name: at[name].float().numpy() for name in case.call.outputs}

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -34,24 +34,11 @@ HEDGEHOG = "attncompile.plugins.linear_attention.kernel_hedgehog"
 CAUSAL = "attncompile.plugins.linear_attention.kernel_causal"
 
 
-def interpreted(made: Program, tensors: Tensors, known: Mapping[str, int]) -> None:
-    module, _, attribute = made.function.partition(":")
-    function = getattr(import_module(module), attribute)
-    given: dict[str, Any] = dict(made.constants)
-    for argument in made.arguments:
-        given[argument.name] = (
-            launch.value(argument.expression, known) if argument.kind == "int32" else tensors[argument.name]
-        )
-    for name in function.arg_names:
-        given.setdefault(name, None)
-    function[tuple(launch.value(x, known) for x in made.grid)](**given)
-
-
 def verdict(case: Linear, **options: Any) -> str:
     """What is wrong with either tactic's outputs; empty if nothing is."""
     want, low = linear.expected(case), linear.low(case)
     for small in (False, True):
-        got = linear.run(case, interpreted, small, **options)
+        got = linear.run(case, launch.interpreted, small, **options)
         said = wrong(got["output"], want["output"], low, case.dtype)
         if not said and "final_state" in want:  # sums of products of halves, whose decays are rounded to halves
             far = np.linalg.norm(got["final_state"] - want["final_state"]) / np.linalg.norm(want["final_state"])
@@ -185,7 +172,7 @@ def earlier_tokens(decay: str) -> str:
         return at
 
     with patch.object(linear, "tensors", drawn):
-        got = [linear.run(case, interpreted, small)["output"][:, :40] for small in (False, True)]
+        got = [linear.run(case, launch.interpreted, small)["output"][:, :40] for small in (False, True)]
     return "" if all(np.isfinite(x).all() for x in got) else "a later key reaches earlier tokens"
 
 

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -20,7 +19,7 @@ from attncompile.kernels import symbols
 from attncompile.plugins.block_select.kernel import ScoresKernel, SelectKernel
 from attncompile.plugins.block_select.op import SCORES
 from tests.conformance.interpret import mend
-from tests.conformance.launch import value
+from tests.conformance.launch import interpreted
 from tests.conformance.selection import CASES, Selection, random_selections, verdict
 
 WIDTH = 64
@@ -45,15 +44,7 @@ def launcher(change: Change = lambda p: p, width: int = WIDTH) -> Callable[..., 
             select = SelectKernel()
             program = select.program(select.general(select.call(call)), width)
         program = change(program)
-        module, _, attribute = program.function.partition(":")
-        function = getattr(import_module(module), attribute)
-        named = {
-            **program.constants,
-            **{a.name: value(a.expression, known) if a.kind == "int32" else tensors[a.name] for a in program.arguments},
-        }
-        for name in function.arg_names:
-            named.setdefault(name, None)
-        function[tuple(value(x, known) for x in program.grid)](**named)
+        interpreted(program, tensors, known)
 
     return launch
 

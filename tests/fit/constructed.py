@@ -7,11 +7,11 @@ are normal: with large weights no small feature map holds their softmax.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from tests.search.constructed import feeds
 
 WORDS = 6
 
@@ -71,15 +71,4 @@ def words(count: int, tokens: int = 96, seed: int = 1) -> list[dict[str, np.ndar
 
 
 def normal(count: int, tokens: int = 96, width: int = WORDS, seed: int = 1) -> list[dict[str, np.ndarray]]:
-    rng = np.random.default_rng(seed)
-    return [{"x": rng.standard_normal((1, tokens, width)).astype(np.float32)} for _ in range(count)]
-
-
-def write(folder: Path, model: onnx.ModelProto, given: list[dict[str, np.ndarray]]) -> tuple[Path, Path]:
-    """Paths of the model and of Polygraphy's JSON of the inputs."""
-    from polygraphy.json import save_json
-
-    path, inputs = folder / "model.onnx", folder / "inputs.json"
-    onnx.save(model, path)
-    save_json(given, str(inputs))
-    return path, inputs
+    return feeds(count, tokens, width, seed)

@@ -22,6 +22,7 @@ from attncompile.plugins.linear_attention.fitted import fitted_reference
 from attncompile.report import Report
 from tests.fit import constructed
 from tests.passes import attention_graphs
+from tests.search.constructed import write
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("brief")
@@ -41,7 +42,7 @@ mechanisms = ["FittedLinearAttention"]
 def written(folder: Path, kind: str = "words", count: int = 8, **changed: Any) -> tuple[Path, Path]:
     make = constructed.words if kind == "words" else constructed.normal
     feeds = make(count, changed.get("tokens", 96))
-    return constructed.write(folder, constructed.build(**changed), feeds)
+    return write(folder, constructed.build(**changed), feeds)
 
 
 def fitted(folder: Path, model: Path, inputs: Path, capfd: Any, *more: str) -> tuple[fit.Fitted, dict[str, Any]]:
@@ -139,7 +140,7 @@ def test_a_site_that_cannot_gain_or_leaves_keys_out_is_not_fitted(tmp_path: Path
     assert report.sites[0].decision.reason == report.fit.sites[0].refused
     assert "cannot leave some out" in report.fit.sites[0].refused
     short = constructed.words(2, tokens=4)
-    model, inputs = constructed.write(tmp_path, constructed.build(tokens=4), short)
+    model, inputs = write(tmp_path, constructed.build(tokens=4), short)
     report = compiled(model, inputs, tmp_path / "short")
     assert report.fit is not None and "predicted gain" in report.fit.sites[0].refused
     assert report.sites[0].decision.reason == report.fit.sites[0].refused
@@ -208,7 +209,7 @@ def test_what_is_judged_is_what_the_model_then_does(
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     rng = np.random.default_rng(4)
     feeds = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
-    path, inputs = constructed.write(tmp_path, model, feeds)
+    path, inputs = write(tmp_path, model, feeds)
     maps, said = fitted(tmp_path, path, inputs, capfd, "--steps", "30")
     (of_site,) = said["sites"]
     assert len(of_site["maps"]) == (2 if mask == "causal" else 3)
@@ -218,7 +219,7 @@ def test_what_is_judged_is_what_the_model_then_does(
 
     # Held-out inputs choose nothing: others in their place leave the maps as they are.
     feeds[1]["x"] = feeds[1]["x"] * 3
-    path, inputs = constructed.write(tmp_path, model, feeds)
+    path, inputs = write(tmp_path, model, feeds)
     again, other = fitted(tmp_path, path, inputs, capfd, "--steps", "30")
     assert [m.digest for m in again.maps["site0"]] == [m.digest for m in maps.maps["site0"]]
     assert other["sites"][0]["maps"][0]["output"] != of_site["maps"][0]["output"]

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import warnings
-from importlib import import_module
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -18,6 +17,7 @@ import torch
 
 from attncompile.kernels import build, calls
 from attncompile.plugins import kernels
+from tests.conformance import launch
 from tests.conformance.interpret import mend
 from tests.kernels.tensorrt import results
 from tests.kernels.tensorrt.interpreted_job import Job
@@ -37,12 +37,7 @@ def interpret(job: Job) -> str:
         for name, (kind, shape) in job.outputs.items()
     }
     values = [*(given[n] for n in job.inputs), *job.numbers, *got.values()]
-    module, _, attribute = made.function.partition(":")
-    function = getattr(import_module(module), attribute)
-    named = {**made.constants, **{a.name: x for a, x in zip(made.arguments, values, strict=True)}}
-    for name in function.arg_names:
-        named.setdefault(name, None)
-    function[tuple(job.grid)](**named)
+    launch.call(made, {a.name: x for a, x in zip(made.arguments, values, strict=True)}, job.grid)
     return "; ".join(results.problems(sample, call, job.sizes, given, got))
 
 

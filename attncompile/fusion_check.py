@@ -23,8 +23,9 @@ from attncompile.runtime import layout
 from attncompile.targets import graph as g
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.engine import save
-from attncompile.targets.onnxruntime_cuda import ASIDE, OURS, set_aside
+from attncompile.targets.onnxruntime_cuda import ASIDE, set_aside
 from attncompile.targets.ort_fusions import AROUND_OURS, fuse
+from attncompile.targets.ort_fusions.view import OURS
 
 if TYPE_CHECKING:
     from attncompile.targets.base import Precision

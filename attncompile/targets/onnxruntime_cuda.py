@@ -27,9 +27,7 @@ from attncompile.targets.base import BuildResult, Precision
 from attncompile.targets.engine import save
 from attncompile.targets.kernels import KernelKit, NodeKernel, by_name
 from attncompile.targets.ort_fusions import fuse
-
-OURS = "attncompile"
-"""Domain of our ops."""
+from attncompile.targets.ort_fusions.view import OURS
 
 ASIDE = "kept:"
 """Before the overload of a node that inlining is to leave alone."""

@@ -37,7 +37,7 @@ from onnx import NodeProto, TensorProto, TensorShapeProto, TypeProto, defs, help
 from onnx.defs import OpSchema
 
 from attncompile.plugins import schemas
-from attncompile.plugins.body import DOMAIN, overload_of
+from attncompile.plugins.body import DOMAIN, LAYOUTS, overload_of
 
 SCORES, SELECT = "BlockScores", "BlockSelect"
 VERSION = 1
@@ -92,7 +92,7 @@ def _scores() -> OpSchema:
             OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "of the products", required=True),
             _required("stride", "edge of a tile"), _required("block", "keys of a block"),
             _attribute("causal", 0, "whether later tiles are hidden"),
-            *(_attribute(f"{x}_layout", "BNHD", "axis order: BNHD | BHND") for x in "qk"),
+            *(_attribute(f"{x}_layout", "BNHD", LAYOUTS[0]) for x in "qk"),
         ],
     )  # fmt: skip
     schema.set_type_and_shape_inference_function(_of_scores)

@@ -24,8 +24,6 @@ from attncompile.plugins.body import DOMAIN, LAYOUTS
 OP_TYPE = "NeighborhoodAttention"
 VERSION = 1
 
-_LAYOUTS = ("BNHD", "BHND")
-
 
 @dataclass(frozen=True, slots=True)
 class Neighborhood:
@@ -267,7 +265,7 @@ def infer_output(context: Any) -> None:
     value = context.get_input_type(2)
     if query.tensor_type.HasField("shape") and value is not None and value.tensor_type.HasField("shape"):
         layout = [context.get_attribute(f"{x}_layout") for x in "qo"]
-        q, o = (a.s.decode() if a is not None and a.s else _LAYOUTS[0] for a in layout)
+        q, o = (a.s.decode() if a is not None and a.s else "BNHD" for a in layout)
         dims = dict(zip(q, query.tensor_type.shape.dim, strict=True))
         dims["D"] = value.tensor_type.shape.dim[-1]
         for axis in o:

@@ -186,3 +186,12 @@ def test_nothing_compared_is_no_pass(tmp_path: Path) -> None:
     model = pipeline.load(with_gelu(tmp_path))
     verdict = fusion_check.check(model.proto, model, None, [], {"GELU": 1}, model.proto)
     assert not verdict.ok
+
+
+@needs_compiler
+def test_above_the_limit_operands_are_not_compared_and_it_is_said(
+    tmp_path: Path, no_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion_check, "WIDENED", 0)
+    notes, _ = launched(tmp_path, precision="fp16")
+    assert any("not compared: " in n and "operands" in n for n in notes)

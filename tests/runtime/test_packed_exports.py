@@ -20,8 +20,9 @@ from attncompile.gate import Edit
 from attncompile.passes.replace import apply
 from attncompile.pipeline import Options
 from attncompile.plugins import mechanism
-from attncompile.targets.onnxruntime_cuda import OURS, _inlined_but, set_aside
+from attncompile.targets.onnxruntime_cuda import _inlined_but, set_aside
 from attncompile.targets.ort_fusions import fuse
+from attncompile.targets.ort_fusions.view import OURS
 
 GRAPHS = Path(__file__).parents[2] / "models/zoo/graphs"
 FREE = ("Reshape", "Squeeze", "Unsqueeze", "Identity")

@@ -594,11 +594,11 @@ def test_large_external_weights_are_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("dinov2", {"GELU": 2}),
-        ("so400m", {"GELU": 2}),
-        ("mistral", {"rotary halves": 4, "RMS norm": 5}),
+        ("dinov2", {"GELU": 2, "residual and norm": 4}),
+        ("so400m", {"GELU": 2, "residual and norm": 5}),
+        ("mistral", {"rotary halves": 4, "RMS norm": 5, "residual and norm": 4}),
         ("wan", {"rotary pairs": 4, "GELU": 2, "RMS norm": 6, "modulated norm": 5, "norm in fp16": 7,
-                 "gated residual in fp16": 4}),
+                 "gated residual in fp16": 4, "residual and norm": 6}),
     ],
 )  # fmt: skip
 def test_exports(name: str, expected: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,7 +613,9 @@ def test_exports(name: str, expected: dict[str, int], tmp_path: Path, monkeypatc
         for left in ("e2e_models", "e2e_ours"):
             sys.modules.pop(left, None)
     proto = onnx.load(path)
-    result = fuse(proto, tmp_path)
+    without = fuse(proto, tmp_path).counts
+    assert {**expected, "residual and norm": 0}.items() <= {"residual and norm": 0, **without}.items()
+    result = fuse(proto, tmp_path, half_norms=True)
     assert expected.items() <= result.counts.items()
     assert not {"Tanh", "Erf", "ScatterND", "Pow", "ReduceMean"} & set(ops(result))
     wide = {HALF: FLOAT}

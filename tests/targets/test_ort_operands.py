@@ -276,6 +276,14 @@ def test_an_output_is_written_where_it_is_wanted(batch: int) -> None:
     assert not COPIES & {n.op_type for n in result.proto.graph.node} and same(proto, result.proto)
 
 
+def test_an_output_of_any_batch_and_length() -> None:
+    g = Graph(**dict.fromkeys("qkv", ("b", H, "n", D)))
+    y = g.op("Attention", "q", "k", "v", domain="attncompile", scale=0.25, **{f"{x}_layout": "BHND" for x in "qkvo"})
+    proto = g.model(g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, C])))
+    result = fuse(proto, Path())
+    assert result.counts == {"outputs": 1} and same(proto, result.proto, b=3, n=5)
+
+
 def test_an_output_that_is_read_as_it_is() -> None:
     said = {f"{x}_layout": "BHND" for x in "qkvo"}
     for columns, twice in ((True, False), (False, True)):

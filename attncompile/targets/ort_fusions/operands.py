@@ -91,11 +91,13 @@ def _written(view: View, node: NodeProto, place: int) -> bool:
     if best is None or best[1] == layout or view.is_output(output):
         return False
     value, said = best
-    shape, target = view.shape(value), reshape_target(view.shape(value) or (), ())
-    if shape is None or target is None:
-        return False
     size = dict(zip(layout, sizes, strict=True))
-    made = view.value(f"{output}/{said}", view.kind(output), tuple(size[x] for x in said))
+    laid = tuple(size[x] for x in said)
+    shape = view.shape(value)
+    target = None if shape is None else reshape_target(shape, laid)
+    if target is None:
+        return False
+    made = view.value(f"{output}/{said}", view.kind(output), laid)
     for old in found:
         node.attribute.remove(old)
     node.attribute.append(helper.make_attribute("o_layout", said))

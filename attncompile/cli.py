@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from attncompile.compare import Feeds
     from attncompile.pipeline import Options
 
-EXECUTORS = ("local", "ray")
-PROVIDERS = ("cpu", "cuda")
 VERBS = ("compile", "inspect", "explain", "plan", "verify", "profile", "bench", "fit", "kernels", "env")
 
 _UsageError = typer.BadParameter.__bases__[0]
@@ -337,7 +335,7 @@ def _bench(
 
     With --device cuda either may be a folder that --target onnxruntime-cuda wrote; inputs and outputs stay on the GPU.
     """
-    device = opt.choice(device, PROVIDERS, "--device")
+    device = opt.choice(device, opt.PROVIDERS, "--device")
     options = _options(inputs=inputs, profile=profile, seed=seed, threads=threads)
     as_json = _as_json(format)
 
@@ -433,8 +431,8 @@ def _options(**given: Any) -> Options:
         if known.get("max_error") is not None:
             raise BadArguments("--density and --max-error exclude each other", "keep one of the two")
     if "executor" in known:
-        opt.choice(known["executor"], EXECUTORS, "--executor")
-        opt.choice(known["provider"], PROVIDERS, "--provider")
+        opt.choice(known["executor"], opt.EXECUTORS, "--executor")
+        opt.choice(known["provider"], opt.PROVIDERS, "--provider")
     if known.get("require_sites") is not None and known["require_sites"] < 0:
         raise BadArguments("--require-sites is negative", "give the number of sites that must be found")
     if known.get("plan") is not None and known.get("dry_run"):

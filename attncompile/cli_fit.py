@@ -65,8 +65,8 @@ def run(
     opt.existing(inputs, "--inputs")
     if metric is not None:
         opt.choice(metric, opt.METRICS, "--metric")
-    opt.choice(executor, ("local", "ray"), "--executor")
-    opt.choice(provider, ("cpu", "cuda"), "--provider")
+    opt.choice(executor, opt.EXECUTORS, "--executor")
+    opt.choice(provider, opt.PROVIDERS, "--provider")
     where = out or Path(f"{model.stem}.fitted.npz")
     folder = where if where.is_dir() or where.suffix != ".npz" else None
 

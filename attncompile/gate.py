@@ -63,7 +63,7 @@ EXTRA_CASES_BELOW = 1 << 26
 
 LEAN_ABOVE = 1 << 27
 """Score elements of one run (8 heads of 4,096 tokens) above which sites are timed in sessions that give memory back:
-with ONNX Runtime's arenas two runs of a site of 6 heads and 8,192 tokens and its replacement held 11 GB."""
+ONNX Runtime's arenas keep the scores of both."""
 
 EXTRA_MEMORY_CAP = 1 << 27
 """Bytes of a float64 intermediate above which the extra cases are judged on sampled query rows."""

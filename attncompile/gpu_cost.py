@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from attncompile.core.block_selection import SINKS, WINDOW
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Kernel, OpCall
 from attncompile.core.mechanism import Lowering, Shape
@@ -114,8 +115,8 @@ class GpuCost:
         sizes = {"scores": (shape.batch, heads, -(-length // cut[0]), -(-tokens // edge)), "amount": (heads,)}
         select = OpCall(
             "BlockSelect", "float32", heads, heads, 1, 1,
-            {"tiles": cut[1] // cut[0], "causal": int(causal), "rule": "mass" if stride else "share", "sinks": 1,
-             "window": 0},
+            {"tiles": cut[1] // cut[0], "causal": int(causal), "rule": "mass" if stride else "share",
+             "sinks": SINKS, "window": WINDOW},
             dict.fromkeys(sizes, "float32"), sizes, outputs=("rows", "columns", "kinds", "mass"), batch=shape.batch,
         )  # fmt: skip
         pooled = 0.0

@@ -118,11 +118,6 @@ def top1_agreement(reference: np.ndarray, ours: np.ndarray) -> float:
     return float(np.mean(np.argmax(reference, axis=-1) == np.argmax(ours, axis=-1)))
 
 
-def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:
-    """exp of ``next_token_loss``."""
-    return math.exp(next_token_loss(logits, tokens))
-
-
 def next_token_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
     """Mean negative log-likelihood in nats that ``logits`` [..., N, vocabulary] give to the next of ``tokens``
     [..., N]. Raises ValueError for fewer than two tokens or shapes that do not match.

@@ -4,7 +4,7 @@ convolution of the values beside. Inputs and outputs are those of ``dit``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attncompile.models.dit import denoiser
@@ -61,10 +61,10 @@ def attention(width: int, heads: int, side: int) -> torch.nn.Module:
 
 def _lit(options: Options) -> Built:
     size = _LIT[options.size]
-    if options.layers:
-        size = replace(size, layers=options.layers)
     side = side_of(options.tokens, size.side)
-    model, built = denoiser(options, size.heads, size.width // size.heads, size.layers, side, size.labels)
+    model, built = denoiser(
+        options, size.heads, size.width // size.heads, options.layers or size.layers, side, size.labels
+    )
     for block in model.get_submodule("transformer_blocks").children():
         block.attn1 = attention(size.width, size.heads, side)
     seed_weights(model, options.seed)

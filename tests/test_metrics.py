@@ -54,10 +54,10 @@ def test_top1_agreement() -> None:
     assert metrics.top1_agreement(r, o) == 0.5
 
 
-def test_perplexity() -> None:
-    assert metrics.perplexity(np.zeros((1, 3, 8)), np.array([[1, 2, 3]])) == pytest.approx(8.0)
+def test_next_token_loss() -> None:
+    assert metrics.next_token_loss(np.zeros((1, 3, 8)), np.array([[1, 2, 3]])) == pytest.approx(math.log(8))
     with pytest.raises(ValueError, match="next-token"):
-        metrics.perplexity(np.zeros((1, 1, 8)), np.array([[1]]))
+        metrics.next_token_loss(np.zeros((1, 1, 8)), np.array([[1]]))
 
 
 def test_nan_never_gives_a_good_number() -> None:

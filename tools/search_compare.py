@@ -99,7 +99,7 @@ def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
     grids = [p.text for p in patterns if p.kind == "grid"]
     if grids:
         found["neighborhood"] = [*sorted(grids, key=lambda t: math.prod(int(x) for x in t[5:].split("x")))]
-    radial = sorted({p.text for p in patterns if p.kind == "radial"})
+    radial = sorted({p.text for p in patterns if p.kind == "radial"}, key=lambda t: float([*t.split(), "1"][1]))
     if radial:
         found["radial"] = [*radial]
     for kind in ("slash", "blocks"):

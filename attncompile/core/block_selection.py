@@ -31,6 +31,9 @@ STRIDE = 16
 """Edge of the tiles of ``xattention`` where the text names none."""
 
 STRIDES = (4, 8, 16, 32)
+SLACK = 2.0**-10
+"""What a share is lessened by before it is rounded up."""
+
 SINKS, WINDOW = 1, 0
 """First blocks, and distance from a row's own block, that are always kept."""
 
@@ -164,7 +167,7 @@ def kept(
         before = np.cumsum(sorted_mass, axis=-1) - sorted_mass
         wanted = (before < amount).sum(axis=-1)[..., None]
     else:
-        wanted = np.ceil(amount * visible.sum(axis=1)[:, None] - 2.0**-10).astype(int)
+        wanted = np.ceil(amount * visible.sum(axis=1)[:, None] - SLACK).astype(int)
     wanted = np.minimum(np.maximum(wanted, least), visible.sum(axis=1)[:, None])
     out = np.zeros(mass.shape, bool)
     np.put_along_axis(out, order, np.broadcast_to(np.arange(columns) < wanted, mass.shape), -1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ class Fit:
         fitted = Fitted(self._found.model.hash, {s.id: maps[s.id] for s in chosen}, settings)
         distances = self._judge(chosen, fitted, places, known, held)
         found, together = self._measure(chosen, fitted, distances, files, slim)
-        return fitted, self._report(sites, refused, found, together)
+        return fitted, replace(self._report(sites, refused, found, together), settings=fitted.settings)
 
     def _report(
         self, sites: Sequence[AttentionSite], refused: Sequence[FitSite], found: Mapping[str, FitSite],

@@ -585,12 +585,12 @@ class Search:
         return self._heads[site].dense if site in self._heads else None
 
     def blocks(self, choice: Choice) -> dict[str, tuple[int, int]]:
-        """Of each site of ``choice`` with lists the edge of its blocks and how many of them all its heads have."""
+        """Of each site of ``choice`` with fixed lists the edge of its blocks and how many all its heads have."""
         found = {}
         for site, picks in choice.items():
             if site in self._heads:
                 plan = self._heads[site]
-                if self._as_a_whole(site, picks):
+                if self._as_a_whole(site, picks) or plan.modes[0][picks[0]]:
                     continue
                 share = sum(float(s[k]) for s, k in zip(plan.shares, picks, strict=True))
                 found[site] = (plan.geometry.edge, round(share * int(plan.geometry.all.sum())))

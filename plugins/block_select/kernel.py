@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 
@@ -181,9 +181,9 @@ class SelectKernel:
         return Work(0.0, 0.0, 0.0, 4.0 * columns * (batch * heads * tiles + 2 * rows), rows)
 
 
-def _verdict(check: object, call: OpCall) -> Verdict:
+def _verdict(check: Callable[[OpCall], None], call: OpCall) -> Verdict:
     try:
-        check(call)  # type: ignore[operator]
+        check(call)
     except Unsupported as error:
         return Verdict.of(error)
     return Verdict.yes("any lengths")
@@ -192,7 +192,7 @@ def _verdict(check: object, call: OpCall) -> Verdict:
 def _tactics(call: OpCall) -> list[Tactic]:
     """Best first, by rule; the last one is small."""
     dim = padded(call.head_dim)
-    small = _tactic(32 if dim > 128 else 64, TILE, 4, 1) if dim <= 128 else _tactic(16, TILE, 4, 1)
+    small = _tactic(64 if dim <= 128 else 16, TILE, 4, 1)
     if dim > 128:
         return [_tactic(64, TILE, 4, 2), small]
     if dim != split(call.head_dim)[0]:  # in two parts: 128 rows spill on sm_80

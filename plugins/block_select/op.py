@@ -28,7 +28,7 @@ has room for C entries, the rest of which are not written. Partial, and of kind 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -36,15 +36,13 @@ import numpy as np
 from onnx import NodeProto, TensorProto, TensorShapeProto, TypeProto, defs, helper
 from onnx.defs import OpSchema
 
+from attncompile.core.block_selection import SLACK as SLACK
 from attncompile.plugins import schemas
 from attncompile.plugins.body import DOMAIN, LAYOUTS, overload_of
 
 SCORES, SELECT = "BlockScores", "BlockSelect"
 VERSION = 1
 RULES = ("mass", "share")
-SLACK = 2.0**-10
-"""What a share is lessened by before it is rounded up."""
-
 LISTS = ("rows", "columns", "kinds")
 """Outputs of ``BlockSelect`` that ``BlockSparseAttention`` reads."""
 
@@ -185,6 +183,3 @@ def _give(context: Any, place: int, element: int, dims: Sequence[Dim]) -> None:
     for dim in dims:
         shape.dim.add().CopyFrom(dim)
     context.set_output_type(place, made)
-
-
-INFER: Mapping[str, Callable[[Any], None]] = {SCORES: _of_scores, SELECT: _of_select}

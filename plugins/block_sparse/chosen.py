@@ -20,13 +20,11 @@ from attncompile.plugins.block_select.op import LISTS, SCORES, SELECT, masks
 from attncompile.plugins.block_select.op import register as register_selection
 from attncompile.plugins.block_sparse import chosen_body
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
+from attncompile.plugins.block_sparse.per_head import LONG
 from attncompile.plugins.body import Body
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import check_bias, check_plain
 from attncompile.plugins.neighborhood.tiles import COPY
-
-LONG = 4096
-"""Tokens from which blocks of 128 are taken, as for patterns that are fixed; and for lengths that are not known."""
 
 OVERHEAD = 1.5
 """Time of a score element in listed blocks, relative to one of dense attention, by the body: see ``START``."""
@@ -45,7 +43,7 @@ def causal(site: AttentionSite) -> bool:
 
 
 def edge_of(site: AttentionSite) -> int:
-    """The usual edge for the site's length."""
+    """The usual edge for the site's length; of one that is not known the larger."""
     tokens = site.query_length
     return BLOCKS[0] if isinstance(tokens, int) and tokens < LONG else BLOCKS[1]
 

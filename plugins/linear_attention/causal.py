@@ -22,6 +22,11 @@ chunks, which kernels like, are gone through in such pieces.
 """
 
 
+def chunk_of(keys: int | str, most: int = CAUSAL_CHUNK) -> int:
+    """Tokens of a chunk that a body likes: kernels take powers of two, short sequences are one chunk."""
+    return min(most, 1 << max(4, (keys - 1).bit_length())) if isinstance(keys, int) else most
+
+
 def closed(wide: str) -> float:
     """The logarithm of a decay that leaves nothing in this type: of lower ones, minus infinity too, sums have no
     difference.

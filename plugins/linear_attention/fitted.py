@@ -16,7 +16,7 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.site import AttentionSite, Need, Operand
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import float_type
-from attncompile.plugins.linear_attention.causal import CAUSAL_CHUNK
+from attncompile.plugins.linear_attention.causal import CAUSAL_CHUNK, chunk_of
 from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.function import function, node
 from attncompile.plugins.linear_attention.op import APPLY, OUTPUT, STATE, STATES, register
@@ -198,7 +198,7 @@ class _Writer:
         else:
             given |= {"normaliser": "mala"}
             query, key = self.scaled(query, "query"), self.scaled(key, "key")
-        form = Form(causal=self.causal, chunk=self.chunk() if self.causal else 0, **given)
+        form = Form(causal=self.causal, chunk=chunk_of(self.site.key_length) if self.causal else 0, **given)
         sizes = self.sizes(query, key, dim)
         v, out = site.value.value, {"output": site.output.value}
         made = {n: self.value(n) for n in ("state", "total", *(["mean"] if form.means else []))}
@@ -211,10 +211,6 @@ class _Writer:
             self.op(STATE, form, sizes, {"key": key.value, "value": v} | of_key, made)
             self.op(APPLY, form, sizes, {"query": query.value, **made} | of_query, out)
         return Lowering(tuple(self.nodes), tuple(self.functions), tuple(self.stored))
-
-    def chunk(self) -> int:
-        keys = self.site.key_length
-        return min(CAUSAL_CHUNK, 1 << max(4, (keys - 1).bit_length())) if isinstance(keys, int) else CAUSAL_CHUNK
 
     def sizes(self, query: Operand, key: Operand, dim: int) -> Sizes:
         s = self.site

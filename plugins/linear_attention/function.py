@@ -59,9 +59,9 @@ def attributes(op_type: str, form: Form, sizes: Sizes) -> dict[str, Any]:
     if "query" in formal:
         said |= {"query_map": form.query_map, "normaliser": form.normaliser, "epsilon": form.epsilon,
                  "floor": form.floor, "scale": form.scale}  # fmt: skip
-    if op_type in (STATE, STATES, OUTPUT, DELTA):
+    if op_type in op.CHUNKED:
         said["chunk"] = form.chunk
-    if op_type in (SOLVE, DELTA):
+    if op_type in op.TILED:
         said["tile"] = form.tile
     return said | {f"{n[0]}_layout": layout for n, layout in layouts.items() if n in formal}
 

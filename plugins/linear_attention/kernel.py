@@ -296,7 +296,7 @@ LONGEST_GATED = 128
 """Under gates of every channel, whose kernels take no longer ones. Not measured."""
 
 FILLS = 264
-"""Blocks of ``LinearAttentionOutput`` that a large GPU has twice a multiprocessor."""
+"""Blocks that fill a large GPU twice."""
 
 
 def preferred_chunk(decay: str, heads: int, tokens: int, value_dim: int) -> int:

@@ -14,16 +14,14 @@ from attncompile.core.mechanism import Candidate, Cost, Lowering, Parameters, Sh
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import float_type
+from attncompile.plugins.linear_attention import causal
 from attncompile.plugins.linear_attention.causal import CAUSAL_CHUNK, CHANNEL_CHUNK
 from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.function import function, node
-from attncompile.plugins.linear_attention.kernel import preferred_chunk
+from attncompile.plugins.linear_attention.kernel import FILLS, preferred_chunk
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, register
 from attncompile.plugins.linear_attention.reference import reference
 from attncompile.plugins.linear_attention.site import facts_of, form_of, head_decays, sizes_of
-
-BLOCKS = 264
-"""Batch entries times heads times chunks that fill a large GPU twice."""
 
 LEAST = 1024
 """Tokens of a chunk, so that partial states are small beside keys and values."""
@@ -120,13 +118,10 @@ def chunk_of(site: AttentionSite) -> int:
     """Tokens of a chunk: what a body likes under a triangle; else as many chunks as fill a GPU, of equal length."""
     facts = facts_of(site)
     if facts.causal:
-        most = CHANNEL_CHUNK if facts.decay == "channel" else CAUSAL_CHUNK
-        if isinstance(site.key_length, int):  # kernels take powers of two; short sequences are one chunk
-            most = min(most, 1 << max(4, (site.key_length - 1).bit_length()))
-        return most
+        return causal.chunk_of(site.key_length, CHANNEL_CHUNK if facts.decay == "channel" else CAUSAL_CHUNK)
     if not isinstance(site.key_length, int) or not isinstance(site.batch, int):
         return 0
-    most = min(BLOCKS // max(1, site.batch * site.kv_heads), site.key_length // LEAST)
+    most = min(FILLS // max(1, site.batch * site.kv_heads), site.key_length // LEAST)
     for count in range(most, 1, -1):
         if site.key_length % count == 0 and site.key_length // count % 64 == 0:
             return site.key_length // count

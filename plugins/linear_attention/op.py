@@ -89,8 +89,8 @@ _OPERANDS = ("query", "key", "value", "output")
 _FLOATS = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")]
 _WIDE = ["tensor(float)", "tensor(double)"]
 _KEYS = (STATE, STATES, OUTPUT, STEP, SOLVE, DELTA)
-_CHUNKED = (STATE, STATES, OUTPUT, DELTA)
-_TILED = (SOLVE, DELTA)
+CHUNKED = (STATE, STATES, OUTPUT, DELTA)
+TILED = (SOLVE, DELTA)
 _QUERIES = (APPLY, OUTPUT, STEP)
 
 
@@ -140,9 +140,9 @@ def _attributes(op: str) -> list[OpSchema.Attribute]:
         add("epsilon", 0.0, "added to the sum")
         add("floor", -inf, "least value of the sum")
         add("scale", 1.0, "factor of the result")
-    if op in _CHUNKED:
+    if op in CHUNKED:
         add("chunk", 0, "tokens of a chunk; 0: all of them")
-    if op in _TILED:
+    if op in TILED:
         add("tile", 64, "tokens whose dependence on one another is solved at once")
     for name in _OPERANDS:
         if name in (*INPUTS[op], *OUTPUTS[op]):

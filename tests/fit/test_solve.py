@@ -29,7 +29,7 @@ def entry(seed: int, tokens: int = 70, dim: int = WORDS, heads: int = 2, planted
     if planted:
         said = rng.integers(0, WORDS, tokens)
         key, query = fixed.standard_normal((WORDS, dim))[said], fixed.standard_normal((heads, WORDS, dim))[:, said]
-    return Entry(*(np.ascontiguousarray(a, np.float32) for a in (query[:, rows],)), rows,
+    return Entry(np.ascontiguousarray(query[:, rows], np.float32), rows,
                  key.astype(np.float32), value.astype(np.float32))  # fmt: skip
 
 

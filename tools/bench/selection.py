@@ -93,9 +93,8 @@ def prepare(out: Path, architectures: Sequence[int]) -> None:
     """Compile what the cases need, on a machine that needs no GPU."""
     import triton
 
-    known = kernels()
-    calls = {key_of(general(known, c)): general(known, c) for case in CASES for c in case.calls()}
-    built = build([], list(calls.values()), known, architectures or ARCHITECTURES, Cache.default())
+    calls = [c for case in CASES for c in case.calls()]
+    built = build([], calls, kernels(), architectures or ARCHITECTURES, Cache.default())
     write(out, built, triton.__version__)
 
 

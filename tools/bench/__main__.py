@@ -20,7 +20,8 @@ def main() -> None:
     make = verbs.add_parser("prepare", help="compile the kernels of all cases into a bundle")
     make.add_argument("out", type=Path)
     make.add_argument("--arch", type=int, action="append", default=[])
-    make.add_argument("--sweep", type=int, default=0, help="this many configurations from a seed in place of the cases")
+    make.add_argument("--sweep", type=int, default=0, help="this many configurations from --seed in place of the cases")
+    make.add_argument("--seed", type=int, default=0)
     measure = verbs.add_parser("kernels", help="measure on this GPU; JSON to --out, the table to stdout")
     measure.add_argument("bundle", type=Path)
     measure.add_argument("--out", type=Path, default=Path("kernels.json"))
@@ -29,6 +30,7 @@ def main() -> None:
     measure.add_argument("--no-peers", action="store_true")
     measure.add_argument("--without", nargs="*", default=[], metavar="PEER", help="natten compiles for minutes")
     measure.add_argument("--sweep", type=int, default=0, help="as it was prepared")
+    measure.add_argument("--seed", type=int, default=0, help="likewise")
     whole = verbs.add_parser(
         "e2e",
         help="whole models: prepare compiles (no GPU), export makes all files (no GPU), run measures, table prints",
@@ -70,6 +72,7 @@ def main() -> None:
     picked.add_argument("--rounds", type=int, default=11)
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
+    fitted.add_argument("--withheld", type=Path, help="a sweep with another seed, to judge by")
     fitted.add_argument("--multiprocessors", type=int, default=132)
     for verb, text in (("table", "print a result"), ("plot", "draw a result")):
         show = verbs.add_parser(verb, help=text)
@@ -80,12 +83,12 @@ def main() -> None:
     if given.verb == "prepare":
         from kernels import prepare
 
-        prepare(given.out, given.arch, sweep(given.sweep) if given.sweep else CASES)
+        prepare(given.out, given.arch, sweep(given.sweep, given.seed) if given.sweep else CASES)
     elif given.verb == "kernels":
         from kernels import run
         from report import table
 
-        cases = sweep(given.sweep) if given.sweep else CASES
+        cases = sweep(given.sweep, given.seed) if given.sweep else CASES
         result = run(
             given.bundle, given.only, given.rounds, None if given.no_peers else given.without, cases, given.out
         )
@@ -121,7 +124,8 @@ def main() -> None:
     elif given.verb == "fit":
         from fit import fit
 
-        print(fit(json.loads(given.result.read_text(encoding="utf-8")), given.multiprocessors))
+        results = [json.loads(p.read_text(encoding="utf-8")) for p in (given.result, given.withheld) if p is not None]
+        print(fit(results[0], given.multiprocessors, *results[1:]))
     else:
         from report import plot, table
 

@@ -18,13 +18,18 @@ FEWEST = 4
 """Configurations that say how far off a fit is, at least."""
 
 
-def fit(result: dict[str, Any], multiprocessors: int) -> str:
-    """TOML of the constants, by model, and a table of errors as comments."""
+def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | None = None) -> str:
+    """TOML of the constants, by model, and a table of errors as comments. All of ``other`` is withheld, without it
+    every second launch of ``result``.
+    """
     lines = [f"# Fitted by `python tools/bench fit` to a sweep on one {result['gpu']}, {result['when']}; nanoseconds."]
     every = list(launches(result))
+    beside = None if other is None else list(launches(other))
     for name in sorted({c["model"] for c in every}):
         cases = [c for c in every if c["model"] == name]
         used, withheld = cases[::2], cases[1::2]
+        if beside is not None:
+            used, withheld = cases, [c for c in beside if c["model"] == name]
         if len(withheld) < FEWEST:
             lines += [f"# {name}: {len(cases)} configurations are too few", ""]
             continue

@@ -54,6 +54,7 @@ def main() -> None:
     made = verbs.add_parser("prepare-linear", help="compile the kernels of linear attention into a bundle")
     made.add_argument("out", type=Path)
     made.add_argument("--arch", type=int, action="append", default=[])
+    made.add_argument("--only", nargs="*", default=[])
     made.add_argument("--tactics", action="store_true", help="all that are worth a try, of every op")
     timed = verbs.add_parser("linear", help="measure linear attention on this GPU; JSON to --out, lines to stdout")
     timed.add_argument("bundle", type=Path)
@@ -102,7 +103,7 @@ def main() -> None:
         else:
             from linear import prepare as prepare_linear
 
-        prepare_linear(given.out, given.arch)
+        prepare_linear(given.out, given.arch, given.only)
     elif given.verb == "linear":
         if given.tactics:
             from linear_tactics import run as run_linear

@@ -283,9 +283,9 @@ class Search:
         else:
             found = geometry if isinstance(geometry, BlockGeometry) else found
             for texts in selections():
-                stride = BlockSelection(texts[0]).stride
+                family = BlockSelection(texts[0]).family
                 try:
-                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, stride)
+                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, family)
                 except Unsupported as error:
                     self._unknown.add(error.message)
                     continue

@@ -24,7 +24,7 @@ POOLED = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7)
 HELD = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Shares of the estimated weight that blocks which are chosen by antidiagonals hold."""
 
-THETAS = (2, 4, 6, 8, 12)
+THETAS = (0.5, 1, 2, 4, 6, 8, 12)
 """Distances from the anchor of blocks that are chosen by it, in logits."""
 
 GRID_SHARES = (0.15, 0.25, 0.375, 0.5, 0.75)

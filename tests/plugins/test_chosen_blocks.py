@@ -115,12 +115,16 @@ def test_half(case, tolerance) -> None:
     assert np.quantile(rows, 0.95) < tolerance["float16"] and not np.isnan(got).any()
 
 
-@pytest.mark.parametrize("wrong", ["causal", "window", "amount"])
-def test_a_planted_bug_is_seen(wrong, case, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "way"),
+    [*((w, "xattention") for w in ("causal", "window", "amount")),
+     *((w, "anchor") for w in ("causal", "window", "amount", "reduce", "span", "sinks"))],
+)  # fmt: skip
+def test_a_planted_bug_is_seen(wrong, way, case, monkeypatch) -> None:
     at = case(queries=449, causal=True, scale=0.9, heads=2)
-    texts = ["xattention 0.5", "xattention 0.7"]
+    texts = [f"{way} {amount}" for amount in ((0.5, 0.7) if way == "xattention" else (0.1, 0.4))]
     want = expected(at, texts, 64)
-    changed = {"causal": 0, "window": 1}
+    changed = {"causal": 0, "window": 1, "reduce": "sum", "span": 32, "sinks": 0}
     if wrong == "amount":
         texts.reverse()
 

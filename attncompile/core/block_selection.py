@@ -103,8 +103,8 @@ class BlockSelection:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the scores of a way are made for blocks of one edge, in the words of ``BlockScores``; ``pooled``: the operands
-    that are means of blocks.
+    """How the scores of a way are made for blocks of one edge, in the words of ``BlockScores``; ``pooled``: which
+    operands are means of blocks.
     """
 
     stride: int
@@ -193,8 +193,8 @@ def weights(
     for x, turned in ((query, True), (key, False)):
         whole = np.zeros((high * stride, x.shape[1]), np.float32)
         whole[: len(x)] = x
-        cut = whole.reshape(high, stride, -1)
-        tiles.append((cut[:, ::-1] if turned else cut).reshape(high, -1))
+        pieces = whole.reshape(high, stride, -1)
+        tiles.append((pieces[:, ::-1] if turned else pieces).reshape(high, -1))
     of_queries, of_keys = tiles
     count = geometry.count
     out = np.zeros((count, count), np.float32)

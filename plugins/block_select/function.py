@@ -169,7 +169,7 @@ def _select(body: Body, said: Mapping[str, Any], sizes: Sizes) -> list[str]:
 
 
 def _near(body: Body, amount: str, always: str, place: str, row: str | None) -> str:
-    """Bool [B, H, R, C]: blocks within ``amount`` of the anchor. ``row``: the last block that is seen, if not all are."""
+    """Bool [B, H, R, C]: blocks within ``amount`` of the anchor. ``row``: the last that is seen, if not all are."""
     hidden = _float(body, -np.inf)
     anchor = body.op("ReduceMax", body.op("Where", always, "scores", hidden), body.ints(-1), keepdims=1)
     near = body.op("GreaterOrEqual", "scores", body.op("Sub", anchor, amount))

@@ -25,8 +25,8 @@ def scores(
 ):  # fmt: skip
     """query [B, NQ, H, DK], key [B, NK, H / group, DK] by strides in 8 elements -> scores [B, H, T, C] float32. BN
     tiles are whole blocks of keys; ``HIGHEST``: the highest of a block, not their sum. Grid: ceil(T / BM) *
-    ceil(C / (BN * STRIDE / BLOCK)), H, B; columns go fastest, or where a query stands for SPAN > 1 keys rows do, so that
-    keys are read once.
+    ceil(C / (BN * STRIDE / BLOCK)), H, B; columns go fastest, or where a query stands for SPAN > 1 keys rows do, so
+    that keys are read once.
     """
     query, key = moved(query, q_o), moved(key, k_o)
     MEMBERS: tl.constexpr = BLOCK // STRIDE
@@ -125,8 +125,8 @@ def weigh(line, mass, members, C, WIDTH: tl.constexpr):
 
 @triton.jit
 def put(columns, first, c, kept, own, written):
-    """Append what is ``kept`` of one piece to a row that begins at ``first``, where ``written`` entries stand behind its
-    own block's -> how many then do, and whether its own is kept.
+    """Append what is ``kept`` of one piece to a row that begins at ``first``, where ``written`` entries stand behind
+    its own block's -> how many then do, and whether its own is kept.
     """
     rest = (kept & (c != own)).to(tl.int32)
     place = 1 + written + tl.cumsum(rest, 0) - rest

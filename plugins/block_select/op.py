@@ -7,10 +7,10 @@ the score of a tile of queries a and a tile of keys c is the sum of the products
 
 tokens past the end counting as zero. ``scores`` [B, H, T, C] float32 are log sum exp s[a, c] over the tiles c of each
 block of keys, with T = ceil(Nq / stride) tiles of queries and C = ceil(Nk / block) blocks of keys; -inf where there is
-none: tiles past the end do not exist, and with ``causal`` tiles c >= (a + 1) * ``span`` are hidden, where a query stands
-for ``span`` keys (Nq = ceil(Nk / span)). ``block`` is a multiple of ``stride``. With stride and block of 1 on pooled
-operands it is the score of their means. With ``reduce`` = max it is the highest s[a, c] of a block instead: with a
-stride of 1 and queries that are means of blocks (``span`` = ``block``) that of the one key which they look at most.
+none: tiles past the end do not exist, and with ``causal`` tiles c >= (a + 1) * ``span`` are hidden, where a query
+stands for ``span`` keys (Nq = ceil(Nk / span)). ``block`` is a multiple of ``stride``. With stride and block of 1 on
+pooled operands it is the score of their means. With ``reduce`` = max it is the highest s[a, c] of a block instead: with
+a stride of 1 and queries that are means of blocks (``span`` = ``block``) that of the one key which they look at most.
 
 ``BlockSelect`` makes the lists of ``BlockSparseAttention`` of such scores. ``tiles`` rows of scores make one row of
 blocks; the weights of its blocks are the mean over the rows that exist of their softmax over all blocks. Blocks are
@@ -23,8 +23,8 @@ then by falling weight, equal ones by their place. Of each head
 - ``rule`` = anchor: not ranked, but every block whose score is at least the anchor, the highest score of those that are
   always kept, less ``amount`` (in float32; -inf where none is, so that all are kept); ``tiles`` is 1.
 
-Blocks that are always kept are kept whatever ``amount`` says; from 1 on (share), above 1 (mass) or of infinity (anchor) a
-head keeps all.
+Blocks that are always kept are kept whatever ``amount`` says; from 1 on (share), above 1 (mass) or of infinity
+(anchor) a head keeps all.
 ``rows`` [B, H, R, 3], ``columns`` and ``kinds`` [B * H * R * C] are as ``BlockSparseAttention`` takes them: every row
 has room for C entries, the rest of which are not written. Partial, and of kind 0, is the row's own block with
 ``causal``, else the last block of keys, since how far it reaches is not known; columns rise from there. ``mass``

@@ -133,8 +133,8 @@ def wrong_lists(case: Selection, scores: np.ndarray, got: Mapping[str, np.ndarra
 
 
 def far(listed: np.ndarray, mass: np.ndarray, case: Selection) -> str:
-    """Whether ``listed`` is more than ``amount`` - CLOSE asks for and less than ``amount`` + CLOSE does; other rules than
-    mass are exact. ``mass``: of rule anchor, scores.
+    """Whether ``listed`` is more than ``amount`` - CLOSE asks for and less than ``amount`` + CLOSE does; other rules
+    than mass are exact. ``mass``: of rule anchor, scores.
     """
     slack = CLOSE if case.rule == "mass" else 0.0
     amount = np.array(case.amount, np.float32).astype(np.float64)
@@ -143,8 +143,6 @@ def far(listed: np.ndarray, mass: np.ndarray, case: Selection) -> str:
     )
     bad = (less & ~listed) | (listed & ~more)
     return f"{int(bad.sum())} blocks of {bad.size} are wrong, the first at {np.argwhere(bad)[0]}" if bad.any() else ""
-
-
 
 
 def _anchored(name: str, keys: int, block: int = 64, **more: Any) -> Selection:
@@ -183,6 +181,7 @@ CASES = (
               amount=(math.inf, 20.0), dim=72),
     _anchored("anchor, equal scores", 400, values="equal", amount=(0.0,), heads=(1, 1)),
     _anchored("anchor, nothing always kept", 300, causal=False, sinks=0, window=-1, amount=(0.25,), heads=(1, 1)),
+    _anchored("anchor, many rows, their own blocks as others", 590, 16, window=-1, amount=(0.5,), heads=(1, 1), dim=16),
     Selection("the highest of tiles", reduce="max", tokens=(210, 210), amount=(0.8,), heads=(1, 1)),
     Selection("sums of keys by mean queries", span=64, stride=1, rule="share", amount=(0.4,), tokens=(6, 350)),
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""``tools/bench selection`` as far as it goes without a GPU: every case has kernels, and what a case is compared with is
-the definition.
+"""``tools/bench selection`` as far as it goes without a GPU: every case has kernels, and what a case is compared with
+is the definition.
 """
 
 from __future__ import annotations

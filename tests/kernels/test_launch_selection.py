@@ -29,8 +29,8 @@ pytestmark = [
 ]
 WHOLE = Selection("attended to", heads=(4, 2), tokens=(777, 777), dim=64, amount=(0.6,), seed=5)
 SEVERAL = Selection("1,500 blocks", stride=1, block=1, tokens=(1500, 1500), rule="share", amount=(0.1,), heads=(1, 1))
-AROUND = Selection("attended to around an anchor", heads=(4, 2), tokens=(13, 777), dim=64, stride=1, reduce="max", span=64,
-                   rule="anchor", amount=(0.4, 0.2, 0.0, 3.0), seed=5)  # fmt: skip
+AROUND = Selection("attended to around an anchor", heads=(4, 2), tokens=(13, 777), dim=64, stride=1, reduce="max",
+                   span=64, rule="anchor", amount=(0.4, 0.2, 0.0, 3.0), seed=5)  # fmt: skip
 FAR = Selection("1,100 blocks", stride=1, block=1, tokens=(1100, 1100), rule="anchor", amount=(0.5,), heads=(1, 1))
 TESTED = (*CASES, WHOLE, SEVERAL, AROUND, FAR)
 

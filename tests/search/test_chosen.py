@@ -89,7 +89,9 @@ def check(found: report.Report, folder: Path) -> list[str]:
     """The texts of the only site's heads."""
     assert found.outcome == "replaced" and found.approximate and found.search is not None, found.warnings
     shown = found.search.sites["site0"]
-    assert {h.kind for h in shown} <= {"pooled", "xattention", "anchor", "dense"} and any(h.kind != "dense" for h in shown)
+    assert {h.kind for h in shown} <= {"pooled", "xattention", "anchor", "dense"} and any(
+        h.kind != "dense" for h in shown
+    )
     for head in shown:
         assert head.seen.shape == head.mass.shape and head.seen.diagonal().all()
         if head.kind != "dense":
@@ -117,8 +119,8 @@ def test_heads_follow_what_moves(tmp_path: Path) -> None:
 
 
 def test_by_an_anchor_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What moves draws every query as the first tokens do: it is near the anchor. A search that broke off after its scores
-    takes them up.
+    """What moves draws every query as the first tokens do: it is near the anchor. A search that broke off after its
+    scores takes them up.
     """
     monkeypatch.setattr(run, "selections", lambda: [[t for t in way if "anchor" in t] for way in selections()][-1:])
     given = feeds((TOKENS, 1410, 1450, 1490) * 3)

@@ -172,9 +172,10 @@ QUICK = (
 SLOW = (
     scored("scores of pooled tokens, bfloat16", BRAIN, "hnn", stride=1, block=1),
     selected("lists of a share", 1, rule="share", sinks=0, window=2),
-    Sample("the highest scores of keys", "BlockScores", {"query": (HALF, ("B", "R", 4, 32)), "key": (HALF, ("B", 2, "N", 32))},
-           ("query", "key"), ("scores",), {"scale": 0.25, "stride": 1, "block": 64, "span": 64, "reduce": "max",
-           "causal": 1, "k_layout": "BHND"}, {**LONG, "R": (1, 2, 6)}),
+    Sample("the highest scores of keys", "BlockScores",
+           {"query": (HALF, ("B", "R", 4, 32)), "key": (HALF, ("B", 2, "N", 32))}, ("query", "key"), ("scores",),
+           {"scale": 0.25, "stride": 1, "block": 64, "span": 64, "reduce": "max", "causal": 1, "k_layout": "BHND"},
+           {**LONG, "R": (1, 2, 6)}),
     selected("lists around an anchor", causal=1, rule="anchor", tiles=1, sinks=1),
     dense("log-sum-exp", outputs=("output", "log_sum_exp"), layouts="hhhn"),
     dense(

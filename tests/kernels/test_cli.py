@@ -172,7 +172,7 @@ def test_all_asks_for_the_standard_matrix(
     assert len(asked["calls"]) == 176 and asked["architectures"] == ARCHITECTURES
     assert (folder / "standard.bundle" / "bundle.json").is_file()
     assert main(["kernels", "build", "--all", "-q", "--dtype", "bfloat16", "--arch", "90a"]) == 0
-    assert len(asked["calls"]) == 78 and asked["architectures"] == (90,)
+    assert len(asked["calls"]) == 88 and asked["architectures"] == (90,)
     capfd.readouterr()
 
 

@@ -264,7 +264,7 @@ def wrong(case: Choice, at: dict[str, torch.Tensor]) -> str:
             said = wrong_list(case, got, listed.tolist(), r, r + 1 if case.causal else count)
             if said:
                 return f"list of row {r}, head {h}: {said}"
-            i = min(r * case.block + 77 % case.block, case.tokens - 1)
+            i = min(r * case.block + case.block * 3 // 5, case.tokens - 1)
             at_keys = (listed[:, None] * case.block + torch.arange(case.block, device=listed.device)).reshape(-1)
             at_keys = at_keys[at_keys <= i] if case.causal else at_keys
             weights = torch.softmax(whole[at_keys] @ at["query"][0, i, h].double() * DIM**-0.5, 0)

@@ -181,6 +181,21 @@ def test_a_gpu_of_unknown_cost_keeps_what_is_fixed(tmp_path: Path, monkeypatch: 
         assert heads.choice_time(site, geometry, subject, {}, gpu, family).fixed > fixed.fixed
 
 
+def test_an_anchor_has_a_cost_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that were never timed are not judged by the times of those that choose by weight."""
+    target, known = OnGpu(), cost.constants("gluon-90")
+    monkeypatch.setattr(base, "get", lambda name: target)
+    monkeypatch.setattr(outputs, "target", lambda name, precision: target)
+    measured = {k: v for k, v in cost.table().items() if not k.endswith(("-highest", "-near"))}
+    measured |= {"triton-90-scores": known, "triton-90-select": known}
+    monkeypatch.setattr(cost, "table", lambda: measured)
+    made = constructed.write(tmp_path, moving(False), feeds((TOKENS,) * 4))
+    found = compiled(made, tmp_path, max_error=0.3, target="on-gpu", precision="fp16")
+    (said,) = (w for w in found.warnings if "when the model runs" in w)
+    assert said.startswith("no head chooses its blocks by anchor when the model runs: no cost was measured")
+    assert "triton-90-highest" in said
+
+
 def test_units_of_a_site_take_one_mode() -> None:
     """The best of each mode is found, never a mixture of two."""
     mode = np.array([0, 0, 1, 1])

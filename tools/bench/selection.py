@@ -96,12 +96,14 @@ CASES = (
     *(Choice(f"xattention-s16-{n}", t, S16, wanted=4.0 if t == 131072 else 0.0) for t, n in SIZES),
     *(Choice(f"xattention-s8-{n}", t, ("xattention", 8)) for t, n in SIZES),
     *(Choice(f"pooled-{n}", t, POOLED) for t, n in SIZES),
-    *(Choice(f"anchor-{n}", t, ANCHOR) for t, n in SIZES[1:]),
+    *(Choice(f"anchor-{n}", t, ANCHOR) for t, n in SIZES),
     Choice("xattention-s16-b64-32k", 32768, S16, 64),
     Choice("xattention-s16-gqa-32k", 32768, S16, kv_heads=8),
     Choice("xattention-s16-full-32k", 32768, S16, causal=False),
     Choice("pooled-full-32k", 32768, POOLED, causal=False),
     Choice("anchor-gqa-32k", 32768, ANCHOR, kv_heads=8),
+    Choice("anchor-b64-32k", 32768, ANCHOR, 64),
+    Choice("anchor-full-8k", 8192, ANCHOR, causal=False),
     Choice("anchor-full-32k", 32768, ANCHOR, causal=False),
 )
 

@@ -70,8 +70,8 @@ def table() -> Mapping[str, CostModel]:
 def model_name(program: Program, architecture: int) -> str:
     """Which constants hold: ``gluon-90``; ``-window`` for windows of a sequence, whose blocks are short; ``-lists`` for
     lists of blocks; ``-scores`` and ``-select`` for what makes them, around an anchor ``-highest`` and ``-near``;
-    ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-linear``; and ``-pair`` where two
-    blocks share a multiprocessor.
+    ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-linear``; and ``-pair`` where
+    two blocks share a multiprocessor.
     """
     pair = "-pair" if program.constants.get("CONSUMERS") == 1 else ""
     return f"{program.language}-{architecture}{_kind(program)}{pair}"

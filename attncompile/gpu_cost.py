@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from attncompile.core.block_selection import SINKS, WINDOW
+from attncompile.core.block_selection import RULES, SINKS, WINDOW, Cut, Family
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Kernel, OpCall
 from attncompile.core.mechanism import Lowering, Shape
@@ -99,30 +99,29 @@ class GpuCost:
         )  # fmt: skip
         return self._launch(call) + self.barrier
 
-    def selection(self, site: AttentionSite, shape: Shape, edge: int, stride: int, causal: bool) -> float:
-        """Predicted time of the two launches that choose blocks of ``edge``, by tiles of ``stride`` tokens or (0) by
-        means of blocks, which the target makes with ops of its own: what those move is counted. Raises ``Unsupported``
-        as ``gain``.
+    def selection(self, site: AttentionSite, shape: Shape, edge: int, family: Family, causal: bool) -> float:
+        """Predicted time of the two launches that choose blocks of ``edge``, and of the means of blocks in front, which
+        the target makes with ops of its own: what those move is counted. Raises ``Unsupported`` as ``gain``.
         """
-        heads, tokens = site.heads, shape.query_length
-        cut = (stride, edge) if stride else (1, 1)
-        length = tokens if stride else -(-tokens // edge)
+        heads, tokens, cut = site.heads, shape.query_length, Cut.of(family, edge)
+        rows = -(-tokens // edge)
+        queries, keys = (rows if n in cut.pooled else tokens for n in ("query", "key"))
         scores = OpCall(
             "BlockScores", self._dtype(site), heads, site.kv_heads, site.head_dim, site.head_dim,
-            {"stride": cut[0], "block": cut[1], "causal": int(causal), "scale": site.scale}, outputs=("scores",),
-            batch=shape.batch, query_length=length, key_length=length,
+            {"reduce": "sum", "span": 1, **cut.attributes, "causal": int(causal), "scale": site.scale},
+            outputs=("scores",), batch=shape.batch, query_length=queries, key_length=keys,
         )  # fmt: skip
-        sizes = {"scores": (shape.batch, heads, -(-length // cut[0]), -(-tokens // edge)), "amount": (heads,)}
+        sizes = {"scores": (shape.batch, heads, -(-queries // cut.stride), rows), "amount": (heads,)}
         select = OpCall(
             "BlockSelect", "float32", heads, heads, 1, 1,
-            {"tiles": cut[1] // cut[0], "causal": int(causal), "rule": "mass" if stride else "share",
-             "sinks": SINKS, "window": WINDOW},
+            {"tiles": cut.tiles, "causal": int(causal), "rule": RULES[family[0]], "sinks": SINKS, "window": WINDOW},
             dict.fromkeys(sizes, "float32"), sizes, outputs=("rows", "columns", "kinds", "mass"), batch=shape.batch,
         )  # fmt: skip
         pooled = 0.0
-        if not stride:
+        if cut.pooled:
             bandwidth = cost.constants(f"gluon-{self.architecture}").bandwidth
-            pooled = 2.0 * shape.batch * tokens * site.head_dim * (heads + site.kv_heads) * POOLING / bandwidth * 1e-6
+            meant = sum({"query": heads, "key": site.kv_heads}[n] for n in cut.pooled)
+            pooled = 2.0 * shape.batch * tokens * site.head_dim * meant * POOLING / bandwidth * 1e-6
         return pooled + self._launch(scores) + self._launch(select) + 2 * self.barrier
 
     def before(self, site: AttentionSite, shape: Shape) -> float:

@@ -2,7 +2,8 @@
 
 Each line is the attention of two heads of 64 alone, in ONNX Runtime, float32, on one thread: the body of
 `BlockSparseAttention` with the choice of its blocks, against product, mask, softmax, product. Times are those of the
-processor, medians of paired rounds. Random operands say nothing of accuracy, and `xattention` keeps as few as it may.
+processor, medians of paired rounds. Random operands say nothing of accuracy: `xattention` keeps as few as it may, and
+`anchor` what is above its first and own blocks by chance, a third.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.plugins.conftest import Case
 HEADS, HEAD_DIM = 2, 64
 SIZES = ((1024, 64, False), (2048, 64, True), (4096, 128, True))
 """Tokens, edge of the blocks, whether causal."""
-CHOICES = ("pooled 0.1", "pooled 0.25", "pooled 0.5", "xattention 0.01")
+CHOICES = ("pooled 0.1", "pooled 0.25", "pooled 0.5", "xattention 0.01", "anchor 0")
 
 
 def dense(tokens: int, causal: bool) -> ModelProto:

@@ -9,6 +9,7 @@ import numpy as np
 from onnx import NodeProto
 
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_selection import Family
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import ChoosingMechanism, HeadMechanism, Mechanism, Shape, understood
 from attncompile.core.site import AttentionSite
@@ -160,7 +161,7 @@ def choice_geometry(mechanism: Mechanism, site: AttentionSite, binding: Mapping[
 
 def choice_time(
     site: AttentionSite, geometry: BlockGeometry, mechanism: ChoosingMechanism, binding: Mapping[str, int],
-    gpu: GpuCost | None, stride: int,
+    gpu: GpuCost | None, family: Family,
 ) -> BlockTime:  # fmt: skip
     """Of a site whose heads choose, what choosing takes included; a head that is dense among them costs all blocks.
     Raises ``Unsupported`` where nothing is known of the GPU's time.
@@ -169,14 +170,14 @@ def choice_time(
     of_head = int(geometry.all.sum())
     few, many = site.heads * geometry.count, site.heads * of_head
     if gpu is not None:
-        picked = gpu.selection(site, shape, geometry.edge, stride, geometry.causal)
+        picked = gpu.selection(site, shape, geometry.edge, family, geometry.causal)
         least, most = (picked + gpu.lists(site, shape, geometry.edge, n) for n in (few, many))
         dense = gpu.before(site, shape)
     else:
         dense = dense_cost(site, shape).elements
         least, most = (
             dense
-            / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, stride, n * shape.batch, shape), shape)
+            / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, family, n * shape.batch, shape), shape)
             for n in (few, many)
         )
     slope = (most - least) / max(many - few, 1)

@@ -187,7 +187,7 @@ class Search:
         self._heads: dict[str, _HeadPlan] = {}
         self._whole: dict[str, list[Edit]] = {}
         self._refusals: dict[str, str] = {}
-        self._unknown: set[str] = set()
+        self._unknown: dict[str, set[str]] = {}
         self._opset = found.index.model.opset
         self._least = max(policy.min_gain, gpu.least_gain if gpu is not None else 0.0)
         self._files = [scratch / "inputs" / f"{i}.npz" for i in range(len(feeds))]
@@ -237,8 +237,10 @@ class Search:
         self._slim = SlimModel(self._found.index.model, self._scratch / "models")
         self._score_heads()
         spaces = self._joined([self._space(p) for p in self._heads.values()], self._whole_spaces())
-        if self._unknown:
-            self._warnings.append(f"no head chooses its blocks when the model runs: {'; '.join(sorted(self._unknown))}")
+        offered = any(p.ways for p in self._heads.values())
+        for message, ways in sorted(self._unknown.items()):
+            by = f" by {' or '.join(sorted(ways))}" if offered else ""
+            self._warnings.append(f"no head chooses its blocks{by} when the model runs: {message}")
         if self._state.resumed:
             self._progress.note(f"{self._state.resumed} pieces of an earlier search were taken up")
         return self._weighed(spaces)
@@ -283,11 +285,11 @@ class Search:
         else:
             found = geometry if isinstance(geometry, BlockGeometry) else found
             for texts in selections():
-                stride = BlockSelection(texts[0]).stride
+                family = BlockSelection(texts[0]).family
                 try:
-                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, stride)
+                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, family)
                 except Unsupported as error:
-                    self._unknown.add(error.message)
+                    self._unknown.setdefault(error.message, set()).add(family[0])
                     continue
                 ways.append((texts, taken))
         if isinstance(found, Verdict) or (time is None and not ways):

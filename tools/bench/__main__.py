@@ -66,6 +66,7 @@ def main() -> None:
     chosen = verbs.add_parser("prepare-selection", help="compile the kernels that choose blocks, and attention to them")
     chosen.add_argument("out", type=Path)
     chosen.add_argument("--arch", type=int, action="append", default=[])
+    chosen.add_argument("--only", nargs="*", default=[])
     picked = verbs.add_parser("selection", help="measure chosen blocks on this GPU; JSON to --out, the table to stdout")
     picked.add_argument("bundle", type=Path)
     picked.add_argument("--out", type=Path, default=Path("selection.json"))
@@ -115,7 +116,7 @@ def main() -> None:
     elif given.verb == "prepare-selection":
         from selection import prepare as prepare_selection
 
-        prepare_selection(given.out, given.arch)
+        prepare_selection(given.out, given.arch, given.only)
     elif given.verb == "selection":
         import selection
 

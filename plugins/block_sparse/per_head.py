@@ -29,8 +29,11 @@ OVERHEAD = 1.4
 """Time of a score element in blocks of a row, relative to one of dense attention: smaller products, and masks. Measured
 with ONNX Runtime 1.32 on 2 busy cores at 1,024 and 4,096 tokens."""
 
-MOVE = COPY
-"""Cost of bringing one row of a head's query to its order and of its output back, or of a key and its value to it."""
+MOVE = 20.0
+"""Cost of bringing one row of a head's query to its order and its output back, or a key and its value to it, in score
+elements. ``tools/bench_orders.py`` gave 19 to 22 where operands have the layout BHND, 5 to 12 where the body would have
+turned them anyway (2 busy cores).
+"""
 
 LARGEST = 1 << 24
 """Blocks of all heads beyond which a site is refused: its lists would not be small any more."""

@@ -91,7 +91,7 @@ def around(site: AttentionSite, made: Arrangement, lower: Callable[[AttentionSit
             helper.make_node("Gather", [flat, index], [output], name=f"{name}/{what}", axis=1),
         ]
 
-    inner = {}
+    inner: dict[str, Operand] = {}
     for what, operand, of, places, heads, dim in (
         ("query", site.query, made.heads, made.queries, site.heads, site.head_dim),
         ("key", site.key, made.key_heads, made.keys, site.kv_heads, site.head_dim),
@@ -101,7 +101,10 @@ def around(site: AttentionSite, made: Arrangement, lower: Callable[[AttentionSit
         inner[what] = Operand(f"{name}/{what}", "BHND")
         before += gathered(operand.value, dim, table, inner[what].value, what)
     output = Operand(f"{name}/attended", "BHND")
-    attended = lower(replace(site, **inner, output=output, kv_heads=len(made.key_heads)))
+    attended = lower(replace(
+        site, query=inner["query"], key=inner["key"], value=inner["value"], output=output,
+        kv_heads=len(made.key_heads),
+    ))  # fmt: skip
     back = np.empty_like(made.queries)
     place = np.arange(made.queries.shape[1])
     for at, head in enumerate(made.heads):

@@ -31,7 +31,7 @@ with ONNX Runtime 1.32 on 2 busy cores at 1,024 and 4,096 tokens."""
 
 MOVE = 20.0
 """Cost of bringing one row of a head's query to its order and its output back, or a key and its value to it, in score
-elements. ``tools/bench_orders.py`` gave 19 to 22 where operands have the layout BHND, 5 to 12 where the body would have
+elements. ``tools/bench_chosen.py`` gave 19 to 22 where operands have the layout BHND, 5 to 12 where the body would have
 turned them anyway (2 busy cores).
 """
 

@@ -69,7 +69,8 @@ def sections(found: SearchReport) -> Iterable[str]:
         yield "<h2>Attention maps and what each head computes</h2>"
         yield (
             f"<p>{_key('mass')}where the weight lies, the mean over the calibration inputs: queries go down, keys to "
-            f"the right.{_key('seen')}blocks that are computed.</p>"
+            f"the right, tokens as they stand or in the order that a pattern names.{_key('seen')}blocks that are "
+            "computed.</p>"
         )
     for site, heads in found.sites.items():
         figures = "".join(head_figure(number, head) for number, head in enumerate(heads))

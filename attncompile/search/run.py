@@ -628,6 +628,16 @@ class Search:
                 found[site] = (plan.geometry.edge, round(share * int(plan.geometry.all.sum())))
         return found
 
+    def turned(self, choice: Choice) -> set[str]:
+        """Sites of ``choice`` whose heads are brought to orders of their own."""
+        found = set()
+        for site, picks in choice.items():
+            if site in self._heads and not self._as_a_whole(site, picks):
+                texts = [offered[k] for offered, k in zip(self._heads[site].offered, picks, strict=True)]
+                if any(not is_selection(text) and BlockPattern(text).order for text in texts):
+                    found.add(site)
+        return found
+
     def density(self, choice: Choice) -> float:
         """Blocks over dense blocks, of all sites that have heads to choose for."""
         have = whole = 0.0

@@ -20,18 +20,24 @@ from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.core.errors import AttncompileError
 from attncompile.core.grid import TokenGrid
 from attncompile.core.plan import Decision, Plan
+from attncompile.gpu_cost import MOVING, gpu_cost
+from attncompile.kernels import cost
 from attncompile.passes.detect import detect
+from attncompile.passes.evaluate import World
 from attncompile.passes.grid import parse_grid
+from attncompile.passes.index import GraphIndex
 from attncompile.passes.load import load
 from attncompile.passes.symbols import profile_for
 from attncompile.pipeline import Options
-from attncompile.plugins import mechanism
+from attncompile.plugins import kernels, mechanism
+from attncompile.plugins.block_sparse import per_head
 from attncompile.plugins.block_sparse.reference import reference
 from attncompile.search import executors, heads, maps, orders, tasks
 from tests.passes import attention_graphs
 from tests.plugins.conftest import Case, relative_error
 from tests.plugins.test_head_orders import ranks
 from tests.search import constructed
+from tests.test_gpu_cost import OnGpu
 
 GRID = TokenGrid((5, 9, 14))  # 630 tokens
 KINDS = ("local", "column", "place", "dense")
@@ -209,8 +215,6 @@ def test_the_search_takes_orders(video, tmp_path: Path) -> None:
 
 def test_what_moving_takes_is_paid_for(video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where moving heads takes longer than all that it saves, no order is taken."""
-    from attncompile.plugins.block_sparse import per_head
-
     monkeypatch.setattr(per_head, "MOVE", 1000.0)
     found = compiled(video, tmp_path, grid="5x9x14")
     assert found.search is not None and found.search.sites
@@ -277,14 +281,8 @@ def test_plans_that_are_refused(text, grid, said, tmp_path: Path) -> None:
     assert said in refused.value.message and refused.value.hint
 
 
-def test_the_time_of_moving_heads_on_both_machines() -> None:
+def test_the_time_of_moving_heads_on_both_machines(tmp_path: Path) -> None:
     """By hand: bytes of queries, keys, values and outputs, each read and written; four launches."""
-    from attncompile.gpu_cost import MOVING, gpu_cost
-    from attncompile.kernels import cost
-    from attncompile.plugins import kernels
-    from attncompile.plugins.block_sparse import per_head
-    from tests.test_gpu_cost import OnGpu
-
     subject = mechanism("BlockSparseAttention")
     at = Case(batch=2, queries=GRID.tokens, static=True, heads=4, kv_heads=2, head_dim=64, value_dim=32)
     site = at.site(grid=GRID)
@@ -297,9 +295,22 @@ def test_the_time_of_moving_heads_on_both_machines() -> None:
     of_element = 2.0 * (64 + 32)
     want = of_element * (per_head.MOVE * rows + per_head.LAUNCH)
     assert (moved.fixed - time.fixed) * (of_element + 40) == pytest.approx(want, rel=1e-6)
-    gpu = gpu_cost(lambda binding: None, kernels(), "fp16", OnGpu())  # type: ignore[arg-type, return-value]
+
+    def milliseconds(elements: int) -> float:
+        return (4 * constants.launch + 2 * 2 * elements * MOVING / constants.bandwidth) * 1e-6
+
     constants = cost.constants("gluon-90")
-    bytes_ = 2 * 2 * 2 * GRID.tokens * 4 * (64 + 64 + 32 + 32)
-    assert gpu.moving(site, heads.shape_of(site, {})) == pytest.approx(
-        (4 * constants.launch + MOVING * bytes_ / constants.bandwidth) * 1e-6
+    gpu = gpu_cost(lambda binding: None, kernels(), "fp16", OnGpu())  # type: ignore[arg-type, return-value]
+    want = milliseconds(2 * GRID.tokens * 4 * (64 + 64 + 32 + 32))
+    assert gpu.moving(site, heads.shape_of(site, {})) == pytest.approx(want)
+    # Of a lowering that is there: what its gathers give.
+    spec = replace(GQA, head_dim=64, scale=0.125)
+    model = load(attention_graphs.save(attention_graphs.build(spec), tmp_path))
+    (found,) = detect(model, profile_for(model, {}), grid=parse_grid("11x19")).sites
+    world = World(GraphIndex(model), {})
+    gpu = gpu_cost(lambda binding: world, kernels(), "fp16", OnGpu())
+    plain, turned = (
+        gpu.milliseconds(found, subject.lower(found, {"masked_rows": "zero", "edge": 64, "heads": [text] * 4}, 18), {})
+        for text in ("sinks 0 window 1", "order 1,0 sinks 0 window 1")
     )
+    assert turned - plain == pytest.approx(milliseconds(2 * GQA.length * 64 * (4 + 2 + 2 + 4)))

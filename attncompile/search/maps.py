@@ -105,33 +105,32 @@ def _weights(
 
 def masses(operands: Operands, geometry: BlockGeometry, head: int) -> np.ndarray:
     """float32 [R, R]: the share of their weight that a row's queries give to each block of keys, on average."""
-    out = np.zeros((geometry.count, geometry.count), np.float32)
-    for r, weights in _weights(operands, geometry, head, range(geometry.count)):
-        mass = weights.reshape(len(weights), -1, geometry.edge).sum(axis=2)
-        total = mass.sum(axis=1, keepdims=True)
-        out[r, : mass.shape[1]] = (mass / np.where(total > 0, total, 1)).mean(axis=0)
-    return out
+    (found,) = ordered_masses(operands, geometry, head, [])
+    return np.asarray(found)
 
 
 def ordered_masses(
     operands: Operands, geometry: BlockGeometry, head: int, orders: Sequence[np.ndarray]
 ) -> np.ndarray:  # fmt: skip
-    """float32 [O, R, R]: ``masses`` of a site that is not causal with its tokens in each of ``orders`` [N]. The scores
-    are computed once.
+    """float32 [1 + O, R, R]: ``masses``, and what they are with the tokens in each of ``orders`` [N] of a site that is
+    not causal. Scores are computed once.
     """
     edge, tokens, count = geometry.edge, geometry.tokens, geometry.count
     starts = np.arange(0, tokens, edge)
-    sizes = np.minimum(edge, tokens - starts)
+    sizes = np.minimum(edge, tokens - starts).astype(np.float32)
     rows_of = [np.argsort(places) // edge for places in orders]  # the row of each token
-    out = np.zeros((len(orders), count, count), np.float32)
+    out = np.zeros((1 + len(orders), count, count), np.float32)
     for r, weights in _weights(operands, geometry, head, range(count)):
-        shares = weights[:, :tokens]
-        total = shares.sum(axis=1, keepdims=True)
-        shares = shares / np.where(total > 0, total, 1)
-        here = slice(r * edge, r * edge + len(shares))
-        for o, places in enumerate(orders):
-            np.add.at(out[o], rows_of[o][here], np.add.reduceat(shares[:, places], starts, axis=1))
-    return out / sizes[:, None].astype(np.float32)
+        mass = weights.reshape(len(weights), -1, edge).sum(axis=2)
+        total = mass.sum(axis=1, keepdims=True)
+        total[total <= 0] = 1
+        out[0, r, : mass.shape[1]] = (mass / total).sum(axis=0)
+        if orders:
+            weights /= total
+        here = slice(r * edge, r * edge + len(weights))
+        for of_order, places, rows in zip(out[1:], orders, rows_of, strict=True):
+            np.add.at(of_order, rows[here], np.add.reduceat(weights[:, places], starts, axis=1))
+    return np.asarray(out / sizes[:, None])
 
 
 def score(

@@ -97,18 +97,14 @@ class Masses:
 
     def __call__(self, threads: int) -> dict[str, np.ndarray]:
         values = _captured(self.model, self.feed, self.sites, threads, self.provider)
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for site in self.sites:
             entries = site.operands(values)
             heads, geometry = range(entries[0].heads), entries[0].geometry(site.geometry)
-            found[site.site] = np.stack(
-                [np.mean([maps.masses(e, geometry, h) for e in entries], axis=0) for h in heads]
-            ).astype(np.float32)
-            if site.orders and geometry.grid is not None:
-                orders = [geometry.grid.ordered(order) for order in site.orders]
-                made = [np.mean([maps.ordered_masses(e, geometry, h, orders) for e in entries], axis=0) for h in heads]
-                for o, order in enumerate(site.orders):
-                    found[ordered_name(site.site, order)] = np.stack([m[o] for m in made]).astype(np.float32)
+            orders = [] if geometry.grid is None else [geometry.grid.ordered(order) for order in site.orders]
+            made = [np.mean([maps.ordered_masses(e, geometry, h, orders) for e in entries], axis=0) for h in heads]
+            names = [site.site, *(ordered_name(site.site, order) for order in site.orders)]
+            found |= {name: np.stack([m[i] for m in made]).astype(np.float32) for i, name in enumerate(names)}
         return found
 
 

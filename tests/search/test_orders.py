@@ -71,9 +71,9 @@ def weights(operands: maps.Operands, head: int) -> np.ndarray:
 
 
 def test_maps_in_another_order(operands: maps.Operands) -> None:
-    looked = [(0, 2, 1), (2, 0, 1), (1, 2, 0)]
+    looked = [(), (0, 2, 1), (2, 0, 1), (1, 2, 0)]
     for head in range(4):
-        found = maps.ordered_masses(operands, BLOCKS, head, [SMALL.ordered(order) for order in looked])
+        found = maps.ordered_masses(operands, BLOCKS, head, [SMALL.ordered(order) for order in looked[1:]])
         share = weights(operands, head)
         for order, mass in zip(looked, found, strict=True):
             block = [place // BLOCKS.edge for place in ranks(SMALL, order)]

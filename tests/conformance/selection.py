@@ -44,6 +44,8 @@ class Selection:
     values: str = "ordinary"
     seed: int = 0
     packed: bool = False
+    factor: float = 0.0
+    """Of scores; 0: 1 / sqrt(dim)."""
 
     def __str__(self) -> str:
         return self.name
@@ -54,7 +56,7 @@ class Selection:
 
     @property
     def scale(self) -> float:
-        return float(np.float32(self.dim**-0.5))
+        return float(np.float32(self.factor or self.dim**-0.5))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -249,7 +249,7 @@ def wrong(case: Choice, at: dict[str, torch.Tensor]) -> str:
             free = torch.tensor([c for c in listed.tolist() if c not in (0, r)], device=mass.device)
             if len(rest) and len(free) and float(mass[free].min()) < float(mass[rest].max()) - 1e-5:
                 return f"list of row {r}, head {h}: a block with more weight is left out"
-            i = min(r * case.block + 77, case.tokens - 1)
+            i = min(r * case.block + case.block * 3 // 5, case.tokens - 1)
             at_keys = (listed[:, None] * case.block + torch.arange(case.block, device=listed.device)).reshape(-1)
             at_keys = at_keys[at_keys <= i] if case.causal else at_keys
             weights = torch.softmax(whole[at_keys] @ at["query"][0, i, h].double() * DIM**-0.5, 0)

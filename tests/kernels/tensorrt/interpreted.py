@@ -13,8 +13,6 @@ import warnings
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch
-
 from attncompile.kernels import build, calls
 from attncompile.plugins import kernels
 from tests.conformance import launch
@@ -32,10 +30,7 @@ def interpret(job: Job) -> str:
     programs = kernels()[call.op].programs(build.general(kernels(), call), 80)
     made = next(p for p in programs if p.tactic == job.tactic)
     given = results.inputs(sample, call, job.sizes)
-    got = {
-        name: torch.full(tuple(shape), torch.nan, dtype=getattr(torch, results.OUTPUTS[kind]))
-        for name, (kind, shape) in job.outputs.items()
-    }
+    got = {name: results.poisoned(kind, shape) for name, (kind, shape) in job.outputs.items()}
     values = [*(given[n] for n in job.inputs), *job.numbers, *got.values()]
     launch.call(made, {a.name: x for a, x in zip(made.arguments, values, strict=True)}, job.grid)
     return "; ".join(results.problems(sample, call, job.sizes, given, got))

@@ -16,10 +16,11 @@ from tests.conformance import linear_ops, vectorised
 from tests.conformance.block_lists import words
 from tests.conformance.budget import wrong, wrong_sums
 from tests.conformance.case import Case, laid
+from tests.kernels.tensorrt import choosing
 from tests.kernels.tensorrt.samples import DENSE, HOOD, SAMPLES, Sample, linear
 
 TORCH = {1: "float32", 10: "float16", 16: "bfloat16", 9: "bool", 6: "int32", 7: "int64"}
-OUTPUTS = {0: "float32", 1: "float16", 7: "bfloat16"}
+OUTPUTS = {0: "float32", 1: "float16", 7: "bfloat16", 3: "int32"}
 """TensorRT's numbers of element types."""
 
 POINTS = (
@@ -58,6 +59,12 @@ LARGE = (
 """Of each op that multiplies large tiles: sums of chunks, single steps and single tiles need little shared memory."""
 
 
+def poisoned(kind: int, shape: Sequence[int], device: str = "cpu") -> torch.Tensor:
+    """An output of TensorRT's type ``kind`` before a launch."""
+    dtype = getattr(torch, OUTPUTS[kind])
+    return torch.full(tuple(shape), torch.nan if dtype.is_floating_point else -(1 << 30), dtype=dtype, device=device)
+
+
 def points(sample: Sample, among: Sequence[Mapping[str, int]] = POINTS) -> list[dict[str, int]]:
     """Sizes of the sample's dynamic axes, which agree with each other; one of none where all are static."""
     found: list[dict[str, int]] = []
@@ -65,6 +72,7 @@ def points(sample: Sample, among: Sequence[Mapping[str, int]] = POINTS) -> list[
         full = dict(point)
         full["R"] = -(-full["N"] // 64)
         full["R4"] = full["B"] * 4 * full["R"]
+        full["T"] = 4 * full["C"] - 1
         if "chunk" in sample.attributes:
             full["C"] = -(-full["N"] // sample.attributes.get("tile", sample.attributes["chunk"]))
         sizes = {n: full[n] for n in sample.sizes}
@@ -84,7 +92,10 @@ def layout(sample: Sample, operand: str) -> str:
 
 def inputs(sample: Sample, call: OpCall, sizes: Mapping[str, int], device: str = "cpu") -> dict[str, torch.Tensor]:
     """As the network has them: contiguous, in the node's layouts and types."""
-    given = _linear(sample, sizes) if sample.op.startswith("Linear") else _softmax(sample, call, sizes)
+    if sample.op in choosing.CHOOSING:
+        given = choosing.inputs(call, _in_order(sample, sizes))
+    else:
+        given = _linear(sample, sizes) if sample.op.startswith("Linear") else _softmax(sample, call, sizes)
     found = {}
     for name, array in given.items():
         x = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, TORCH[sample.inputs[name][0]]))
@@ -98,6 +109,10 @@ def problems(
 ) -> Iterator[str]:  # fmt: skip
     """What is wrong with each output, as the network has it, of a launch on ``given``."""
     logical = {n: _logical(x, layout(sample, n)) if n in OPERANDS else x for n, x in (given | got).items()}
+    if sample.op in choosing.CHOOSING:
+        arrays = {n: x.float().cpu().numpy() if x.is_floating_point() else x.cpu().numpy() for n, x in logical.items()}
+        yield from choosing.problems(call, _in_order(sample, sizes), arrays, {n: arrays[n] for n in got})
+        return
     results = {n: logical[n].detach().double().cpu().numpy() for n in got}
     if not sample.op.startswith("Linear"):
         arrays = {n: logical[n].cpu() for n in given}
@@ -168,16 +183,20 @@ def lists(
     return found
 
 
+def _in_order(sample: Sample, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Of the inputs, operands in BNHD."""
+    at = shapes(sample, sizes)
+    named = {n: dict(zip(layout(sample, n), x, strict=True)) for n, x in at.items() if n in OPERANDS}
+    return at | {n: tuple(x[a] for a in "BNHD") for n, x in named.items()}
+
+
 POSITIVE = ("total", "initial_total", "key_weight")
 
 
 def _linear(sample: Sample, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Of the kinds that ops before this one give: sums are positive, logarithms of decays are not."""
     rng, found = np.random.default_rng(1), {}
-    for name, shape in shapes(sample, sizes).items():
-        if name in OPERANDS:
-            at = dict(zip(layout(sample, name), shape, strict=True))
-            shape = tuple(at[a] for a in "BNHD")
+    for name, shape in _in_order(sample, sizes).items():
         x = rng.standard_normal(shape).astype(np.float32)
         if name in POSITIVE:
             x = np.abs(x) + np.float32(0.5)

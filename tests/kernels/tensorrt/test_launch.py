@@ -22,16 +22,11 @@ from attncompile.plugins.block_select.op import SCORES, SELECT
 from attncompile.plugins.linear_attention.op import COMBINE, SOLVE, STEP
 from tests.kernels.tensorrt.conftest import Prepared, prepare
 from tests.kernels.tensorrt.interpreted_job import Job
-from tests.kernels.tensorrt.results import LARGE, OUTPUTS, SMALL, inputs, points, problems
+from tests.kernels.tensorrt.results import LARGE, SMALL, inputs, points, poisoned, problems
 from tests.kernels.tensorrt.samples import QUICK, SAMPLES, Sample
 from tests.kernels.tensorrt.walk import Launch, check_entry, walk
 
 ROOT = Path(__file__).parents[3]
-
-
-CHOOSING = {SCORES, SELECT}
-"""Their launches are walked as all are; what they give is compared in tests/conformance/test_selection.py, and on a GPU
-in tests/kernels/test_launch_selection.py."""
 
 
 class Machine:
@@ -108,7 +103,7 @@ def walked(trt: Any, one: Prepared, multiprocessors: int) -> list[Launch]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sample", [s for s in (*SAMPLES, *LARGE) if s.op not in CHOOSING], ids=str)
+@pytest.mark.parametrize("sample", (*SAMPLES, *LARGE), ids=str)
 def test_results_on_the_gpu(sample: Sample, newest: Any, on_gpu: tuple[Machine, dict[str, Prepared]]) -> None:
     """Every op, all outputs of every tactic at three shapes, against float64."""
     machine, prepared = on_gpu
@@ -133,22 +128,21 @@ def test_results_on_the_gpu(sample: Sample, newest: Any, on_gpu: tuple[Machine, 
 
 def outputs_of(launch: Launch, sizes: Mapping[str, int], device: str) -> dict[str, Any]:
     """Poisoned, of the types and shapes that the plugin says."""
-    return {
-        name: torch.full(shape, torch.nan, dtype=getattr(torch, OUTPUTS[int(kind)]), device=device)
-        for name, shape, kind in zip(launch.outputs, launch.shapes(sizes), launch.output_types, strict=True)
-    }
+    kinds = zip(launch.outputs, launch.output_types, launch.shapes(sizes), strict=True)
+    return {name: poisoned(int(kind), shape, device) for name, kind, shape in kinds}
 
 
 def test_every_op_is_compared_at_three_shapes() -> None:
-    for op in set(kernels()) - CHOOSING:
+    for op in kernels():
         alike = [s for s in (*SAMPLES, *LARGE) if s.op == op]
         assert sum(len(points(s)) for s in alike) >= 3, op
-        assert op in (COMBINE, STEP, SOLVE) or any(s in LARGE for s in alike), op
+        assert op in (COMBINE, STEP, SOLVE, SCORES, SELECT) or any(s in LARGE for s in alike), op
 
 
 PLANTED = {
     "dense": "NK", "neighborhood": "k_n", "lists of a file": "NK", "states of chunks": "NK", "chunks combined": "C",
     "whole state applied": "NQ", "states before chunks": "NK", "output of chunks": "NQ",
+    "scores of blocks": "NQ", "lists of what weighs enough": "TQ",
     "a token at a time": "NK", "tiles of the delta rule solved": "NK", "what the delta rule writes": "NK",
 }  # fmt: skip
 """Of a sample of each op, the int32 argument that is one less."""
@@ -184,9 +178,8 @@ def jobs(trt: Any, prepared: dict[str, Prepared], samples: Iterable[Sample]) -> 
 @pytest.mark.slow
 def test_results_in_the_interpreter(newest: Any, prepared: dict[str, Prepared]) -> None:
     """Without a GPU: what would be launched, by the interpreter, with the same inputs and references, of every op."""
-    compared = [s for s in QUICK if s.op not in CHOOSING]
-    found = jobs(newest[0], prepared, compared)
-    assert {s.op for s in compared} == set(kernels()) - CHOOSING
+    found = jobs(newest[0], prepared, QUICK)
+    assert {s.op for s in QUICK} == set(kernels())
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.tensorrt.interpreted"], input=json.dumps([j.to_json() for j in found]),
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
@@ -198,4 +191,4 @@ def test_results_in_the_interpreter(newest: Any, prepared: dict[str, Prepared]) 
     assert [(x["sample"], x["tactic"], x["wrong"]) for x in said if x["wrong"] and not x["planted"]] == []
     assert [x["sample"] for x in said if x["planted"] and not x["wrong"]] == []
     assert {x["sample"] for x in said if x["planted"]} == set(PLANTED)
-    assert {x["sample"] for x in said} == {s.name for s in compared}
+    assert {x["sample"] for x in said} == {s.name for s in QUICK}

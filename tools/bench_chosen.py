@@ -6,8 +6,8 @@ Each line is the attention of two heads of 64 alone, in ONNX Runtime, float32, o
 processor, medians of paired rounds. Random operands say nothing of accuracy, and `xattention` keeps as few as it may.
 
 In the second table heads have a window of one block to each side, of tokens as they stand, and of tokens in another
-order of the grid's axes, gathers included. `row` is what they add, in score elements of dense attention for each row
-of a head that is moved (of query and output, of key and value): `MOVE` in `plugins/block_sparse/per_head.py`.
+order of the grid's axes, gathers included. `row` is what they add, in score elements of dense attention for two rows
+of a head that are moved (of query and output, of key and value): twice `MOVE` in `plugins/block_sparse/per_head.py`.
 """
 
 from __future__ import annotations

@@ -33,11 +33,6 @@ class Arrangement:
     queries: np.ndarray
     keys: np.ndarray
 
-    @property
-    def rows(self) -> int:
-        """Of query and output, and of key and value, that are moved for a batch entry."""
-        return int(self.queries.size + self.keys.size)
-
 
 def arranged(texts: Sequence[str], group: int, geometry: BlockGeometry) -> Arrangement | None:
     """How heads with these patterns, ``group`` of them on a key head, become heads of one op: those of a key head that

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -29,10 +29,10 @@ OVERHEAD = 1.4
 """Time of a score element in blocks of a row, relative to one of dense attention: smaller products, and masks. Measured
 with ONNX Runtime 1.32 on 2 busy cores at 1,024 and 4,096 tokens."""
 
-MOVE = 20.0
-"""Cost of bringing one row of a head's query to its order and its output back, or a key and its value to it, in score
-elements. ``tools/bench_chosen.py`` gave 19 to 22 where operands have the layout BHND, 5 to 12 where the body would have
-turned them anyway (2 busy cores).
+MOVE: Mapping[str, float] = {"BHND": 11.0, "BNHD": 5.0}
+"""Cost of bringing one row of a head to its order or back, in score elements, by the operand's layout: what the body
+would have turned anyway costs less. Of a pair of rows ``tools/bench_chosen.py`` gave 12 to 31, and 5 to 13, on 2 busy
+cores.
 """
 
 LARGEST = 1 << 24
@@ -126,7 +126,9 @@ def cost(site: AttentionSite, given: Parameters, shape: Shape) -> Cost:
     elements = float(shape.batch * (OVERHEAD * (made.blocks - whole) + whole) * geometry.edge**2)
     extra = OVERHEAD * COPY * shape.batch * made.copied + LAUNCH * len(made.groups)
     if moved is not None:
-        extra += MOVE * shape.batch * moved.rows + LAUNCH
+        sides = ((site.query, moved.queries), (site.key, moved.keys), (site.value, moved.keys),
+                 (site.output, moved.queries))  # fmt: skip
+        extra += shape.batch * sum(MOVE[operand.layout] * places.size for operand, places in sides) + LAUNCH
     keys = made.blocks * geometry.edge / (site.heads * geometry.count)
     return Cost(of_element * (elements + extra), keys, elements)
 

@@ -206,7 +206,7 @@ def test_a_planted_bug_is_seen(wrong, case, monkeypatch) -> None:
 
 def test_moving_heads_costs(case) -> None:
     """The same blocks in another order cost what is moved, and copies of keys if heads of a group differ."""
-    at, _ = subject(case, FLAT, 2, NHD, (PLAIN,) * 4)
+    at, _ = subject(case, FLAT, 2, MIXED, (PLAIN,) * 4)
     shape = Shape(2, FLAT.tokens, FLAT.tokens)
 
     def flops(*texts: str) -> float:
@@ -216,9 +216,10 @@ def test_moving_heads_costs(case) -> None:
     of_element = 2.0 * (at.head_dim + at.value_dim)
     moved = flops(*[turned] * 4) - base
     start = per_head.LAUNCH * of_element
-    assert moved - start == pytest.approx(of_element * per_head.MOVE * 2 * FLAT.tokens * (4 + 2))
+    nhd, hnd = per_head.MOVE["BNHD"], per_head.MOVE["BHND"]  # of query and value, of key and output
+    assert moved - start == pytest.approx(of_element * 2 * FLAT.tokens * (nhd * (4 + 2) + hnd * (2 + 4)))
     assert flops(turned, "sinks 1 window 0", turned, turned) - base - start == pytest.approx(
-        of_element * per_head.MOVE * 2 * FLAT.tokens * (4 + 4)
+        of_element * 2 * FLAT.tokens * (nhd + hnd) * (4 + 4)
     )
 
 

@@ -215,7 +215,7 @@ def test_the_search_takes_orders(video, tmp_path: Path) -> None:
 
 def test_what_moving_takes_is_paid_for(video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where moving heads takes longer than all that it saves, no order is taken."""
-    monkeypatch.setattr(per_head, "MOVE", 1000.0)
+    monkeypatch.setattr(per_head, "MOVE", {"BHND": 500.0, "BNHD": 500.0})
     found = compiled(video, tmp_path, grid="5x9x14")
     assert found.search is not None and found.search.sites
     assert not any(BlockPattern(h.pattern).order for h in found.search.sites["site0"])
@@ -293,7 +293,7 @@ def test_the_time_of_moving_heads_on_both_machines(tmp_path: Path) -> None:
     assert (moved.block, moved.head, moved.dense) == (time.block, time.head, time.dense)
     rows = 2 * GRID.tokens * (4 + 4)  # key heads are copied where every second head has another order
     of_element = 2.0 * (64 + 32)
-    want = of_element * (per_head.MOVE * rows + per_head.LAUNCH)
+    want = of_element * (2 * per_head.MOVE["BHND"] * rows + per_head.LAUNCH)
     assert (moved.fixed - time.fixed) * (of_element + 40) == pytest.approx(want, rel=1e-6)
 
     def milliseconds(elements: int) -> float:

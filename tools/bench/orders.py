@@ -1,5 +1,5 @@
 """What bringing heads to another order of the grid's axes takes in ONNX Runtime's CUDA provider: one gather of all rows
-of all heads, as ``plugins/block_sparse/head_orders.py`` writes it. A chain of them is timed: launches follow one another.
+of all heads, as ``plugins/block_sparse/head_orders.py`` writes it. A chain of them is timed, one after another.
 ``over_bytes`` is what one takes over what its bytes take by the cost model's bandwidth: ``MOVING`` in
 ``attncompile/gpu_cost.py``.
 """

@@ -100,6 +100,7 @@ CASES = {
     "three orders": (VIDEO, 4, NHD, (LATE, ACROSS, COLUMN, DENSE)),
     "in one group, all the same": (FLAT, 1, NHD, (TURNED, DENSE, TURNED, MEAN)),
     "in one group, every second": (FLAT, 1, HND, (TURNED, PLAIN, TURNED, PLAIN)),
+    "two and three of one group": (FLAT, 1, NHD, (TURNED, PLAIN, TURNED, PLAIN, PLAIN)),
     "groups that differ": (VIDEO, 2, MIXED, (LATE, LATE, ACROSS, PLAIN)),
     "a group without": (VIDEO, 2, tuple(reversed(MIXED)), (DENSE, MEAN, COLUMN, ACROSS)),
 }  # fmt: skip
@@ -167,6 +168,7 @@ def test_key_heads_are_copied_no_more_than_they_must(case) -> None:
 
     assert keys("in one group, all the same") == (0,), "dense heads and means go with any order"
     assert keys("in one group, every second") == (0, 0)
+    assert keys("two and three of one group") == (0,) * 5
     assert keys("groups that differ") == (0, 0, 1, 1), "the first two share one, but heads of the op share evenly"
     assert keys("all turned") == (0, 1)
     assert head_orders.arranged(["dense", "sinks 1 window 0"], 1, BlockGeometry(210, EDGE, False, FLAT)) is None

@@ -221,6 +221,18 @@ def test_what_moving_takes_is_paid_for(video, tmp_path: Path, monkeypatch: pytes
     assert not any(BlockPattern(h.pattern).order for h in found.search.sites["site0"])
 
 
+def test_padded_sites_keep_their_order(tmp_path: Path) -> None:
+    """Padding is said for tokens as they stand: none of their heads is offered another order."""
+    spec = attention_graphs.Spec(batch=1, heads=2, kv_heads=1, length=500, head_dim=16, padding=True, mask_form="where",
+                                 guard=True)  # fmt: skip
+    path = attention_graphs.save(attention_graphs.build(spec), tmp_path)
+    x = np.random.default_rng(0).standard_normal((1, 500, 32)).astype(np.float32)
+    np.savez(tmp_path / "in.npz", x=x, pad=np.arange(500).reshape(1, 1, 1, 500) < 400)
+    found = compiled((path, tmp_path / "in.npz"), tmp_path, grid="20x25", max_error=0.9)
+    assert found.outcome == "replaced" and found.search is not None
+    assert not any(BlockPattern(h.pattern).order for heads in found.search.sites.values() for h in heads)
+
+
 GQA = attention_graphs.Spec(batch=2, heads=4, kv_heads=2, length=11 * 19, head_dim=8, scale=0.3)
 
 

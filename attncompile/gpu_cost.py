@@ -4,8 +4,11 @@ against the attention as the target would run it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+
+from onnx import ModelProto
 
 from attncompile.core.block_selection import RULES, SINKS, WINDOW, Cut, Family
 from attncompile.core.errors import Unsupported
@@ -27,6 +30,8 @@ SCORE_BYTES = 8
 read by the second product, two bytes each. ONNX Runtime moves no less."""
 POOLING = 5.0
 """How often queries and keys go through memory for the means of their blocks: padded, weighed, summed, each an op."""
+MOVING = 2.0
+"""How much longer a gather of rows takes than its bytes alone. Assumed, not measured."""
 BESIDE = ("MatMul", "Exp")
 """Standard ops that take time beside kernels of ours; others that a lowering holds move little or nothing."""
 MASK_BYTES = 4
@@ -75,7 +80,7 @@ class GpuCost:
         nodes = calls.find(model, self.kernels, self._dtype(site))
         if not nodes:
             raise Unsupported("no-kernel", "it is done by standard ops, which have no kernel of ours")
-        total = 0.0
+        total = sum(self._moved(size) for size in self._gathered(model, lowering))
         for node in nodes:
             if node.call is None:
                 raise Unsupported(node.verdict.code, node.verdict.reason, node.verdict.hint)
@@ -123,6 +128,28 @@ class GpuCost:
             meant = sum({"query": heads, "key": site.kv_heads}[n] for n in cut.pooled)
             pooled = 2.0 * shape.batch * tokens * site.head_dim * meant * POOLING / bandwidth * 1e-6
         return pooled + self._launch(scores) + self._launch(select) + 2 * self.barrier
+
+    def moving(self, site: AttentionSite, shape: Shape) -> float:
+        """Predicted time of bringing all heads to an order of their own and back, where each has a copy of its key
+        head. Raises ``Unsupported`` as ``gain``.
+        """
+        rows = shape.batch * site.heads * shape.query_length
+        dims = (site.head_dim, site.head_dim, site.value_dim, site.value_dim)
+        return sum(self._moved(rows * dim) for dim in dims)
+
+    def _moved(self, elements: int) -> float:
+        """Of a gather that gives so many elements: read and written, two bytes each."""
+        known = cost.constants(f"gluon-{self.architecture}")
+        return (known.launch + 4.0 * elements * MOVING / known.bandwidth) * 1e-6
+
+    def _gathered(self, model: ModelProto, lowering: Lowering) -> Iterator[int]:
+        """Elements that the gathers of ``lowering`` give, which stand in ``model``."""
+        moved = {n.output[0] for n in lowering.nodes if n.op_type == "Gather" and not n.domain}
+        if moved:
+            graph = calls.inferred(model).graph
+            for value in (*graph.value_info, *graph.output):
+                if value.name in moved:
+                    yield math.prod(d.dim_value for d in value.type.tensor_type.shape.dim)
 
     def before(self, site: AttentionSite, shape: Shape) -> float:
         """Milliseconds of the site as it is: as one dense kernel of ours where the target fuses it, else as two

@@ -58,7 +58,7 @@ def selections() -> list[list[str]]:
 
 def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern]:
     """Simple ones first: of equal blocks the first text stays."""
-    for window in _windows(geometry.count):
+    for window in windows(geometry.count):
         for sinks in SINKS:
             yield streaming(sinks, window)
     if geometry.grid is not None and len(geometry.grid.shape) > 1 and not geometry.causal:
@@ -71,7 +71,8 @@ def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern
     yield from _blocks(mass, geometry)
 
 
-def _windows(count: int) -> list[int]:
+def windows(count: int) -> list[int]:
+    """Distances in blocks that windows reach, but for those that reach everything."""
     sizes, size = [0, 1, 2, 3, 4], 6
     while size < count:
         sizes.append(size)

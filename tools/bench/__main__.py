@@ -72,6 +72,10 @@ def main() -> None:
     picked.add_argument("--out", type=Path, default=Path("selection.json"))
     picked.add_argument("--only", nargs="*", default=[])
     picked.add_argument("--rounds", type=int, default=11)
+    moved = verbs.add_parser("orders", help="measure gathers into other orders of tokens, in ONNX Runtime; JSON lines")
+    moved.add_argument("--out", type=Path, default=Path("orders.json"))
+    moved.add_argument("--rounds", type=int, default=11)
+    moved.add_argument("--cpu", action="store_true", help="a dry run without a GPU")
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
     fitted.add_argument("--withheld", type=Path, help="a sweep with another seed, to judge by")
@@ -123,6 +127,11 @@ def main() -> None:
         result = selection.run(given.bundle, given.only, given.rounds, given.out)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(selection.table(result))
+    elif given.verb == "orders":
+        import orders
+
+        result = orders.run(given.rounds, "cpu" if given.cpu else "cuda")
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     elif given.verb == "fit":
         from fit import fit
 

@@ -319,40 +319,44 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
     k1, v1 = power(call.head_dim), power(call.value_dim)
     wide = max(k1, v1)
     if op == COMBINE:
-        return [tactic(4, 1, BK=8, BV=min(v1, 128), AHEAD=8)]
+        return [tactic(4, 1, BK=16, BV=32, AHEAD=8) if wide >= 128 else tactic(4, 1, BK=4, BV=v1, AHEAD=16)]
     if is_hedgehog(call):
         across = max(k1, power(call.attributes["width"]))
         tile, blocks = ("BN", {}) if op == STATE else ("BM", {"BLOCKS": 4})
         best = tactic(8, 2, BV=min(v1, 32), **{tile: 64 if across <= 64 else 32}, FAST=1, **blocks)
         return [best, tactic(4 if across <= 64 else 8, 1, BV=16, **{tile: 32}, FAST=0, **blocks)]
     if op == STATE:
-        heads = min(side_by_side(call), 4)
+        heads = min(side_by_side(call), 2)
         across = wide * heads
         values = min(v1, 128 if k1 <= 128 else 64)
-        best = tactic(8 if across >= 128 else 4, 3, BV=values, BN=64 if across >= 128 else 128, HB=heads, FAST=1)
+        best = tactic(8 if across >= 128 else 4, 4, BV=values, BN=32 if across >= 128 else 64, HB=heads, FAST=1)
         small = tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BN=32 if wide <= 128 else 16, HB=1, FAST=0)
         return [best, small]
     if op == APPLY:
         values = min(v1, 128 if k1 <= 128 else 64)
-        best = tactic(8 if wide >= 128 else 4, 2, BV=values, BM=128 if wide <= 128 else 64, FAST=1, BLOCKS=4)
+        best = tactic(8, 2, BV=values, BM=128 if wide <= 128 else 64, FAST=1, BLOCKS=4)
+        if wide < 128:
+            best = tactic(4, 3, BV=values, BM=128, FAST=1, BLOCKS=16)
         return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4)]
     if op == SOLVE:
-        return [tactic(4, 1), tactic(2, 1)]
+        return [tactic(2, 1), tactic(4, 1)]
     if op == DELTA:
         values = min(v1, 32 if k1 <= 128 else 16)
-        return [tactic(4, 2, BV=values), tactic(4, 1, BV=16)]
+        return [tactic(4, 3, BV=values), tactic(4, 1, BV=16)]
     if op == STEP:
         return [tactic(4, 1, BV=16), tactic(2, 1, BV=16)]
     chunk = int(call.attributes["chunk"])
     gated = call.attributes.get("decay") == DECAYS[4]
     if op == STATES:
         rows = min(chunk, 32 if wide > 128 else 64)
-        best = tactic(4, 2 if gated else 4, BK=min(k1, 64), BV=min(v1, 64), BT=rows)
+        best = tactic(4, 4, BK=min(k1, 64), BV=min(v1, 64), BT=rows)
+        if gated:
+            best = tactic(8, 3, BK=min(k1, 32), BV=min(v1, 128), BT=rows)
         return [best, tactic(4, 1, BK=min(k1, 64), BV=min(v1, 32), BT=min(rows, 32))]
     if gated:
         # A softmax runs over all features.
         whole = call.attributes.get("query_map") == "softmax"
-        best = tactic(8, 1, BK=k1 if whole else min(k1, 64), BV=min(v1, 128))
+        best = tactic(8 if whole else 4, 1, BK=k1 if whole else min(k1, 32), BV=min(v1, 128))
         return [best, tactic(4, 1, BK=k1 if whole else min(k1, 32), BV=min(v1, 32))]
     best = tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BT=min(chunk, 64 if k1 <= 128 else 32))
     return [best, tactic(4, 1, BV=min(v1, 32), BT=min(chunk, 32 if k1 <= 128 else 16))]

@@ -95,9 +95,12 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
         ]  # fmt: skip
     if op == APPLY:
         return [
-            *(t(8, 2, BV=128, BM=128, FAST=1, BLOCKS=n) for n in (1, 4)), t(8, 3, BV=128, BM=128, FAST=1, BLOCKS=1),
-            *(t(8, 2, 128, BV=128, BM=64, FAST=1, BLOCKS=n) for n in (2, 4)),
-            t(8, 4, BV=128, BM=64, FAST=1, BLOCKS=1), t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
+            t(8, 2, BV=128, BM=128, FAST=1, BLOCKS=4), t(8, 1, 128, BV=128, BM=128, FAST=1, BLOCKS=2),
+            *(t(4, n, r, BV=128, BM=64, FAST=1, BLOCKS=m) for n, r, m in (
+                (2, 168, 3), (1, 168, 3), (1, 128, 4), (2, 168, 12), (1, 128, 16), (2, None, 2),
+            )),
+            t(4, 2, 168, BV=128, BM=64, FAST=0, BLOCKS=3), t(4, 2, BV=128, BM=32, FAST=1, BLOCKS=8),
+            t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
         ]  # fmt: skip
     if op == SOLVE:
         return [t(4, 1), t(2, 1), t(8, 1)]

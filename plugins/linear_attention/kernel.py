@@ -293,6 +293,10 @@ FILLS = 264
 """Blocks that fill a large GPU twice."""
 
 
+SHORTEST = 1024
+"""Tokens of a chunk without a triangle, at least."""
+
+
 def preferred_chunk(decay: str, heads: int, tokens: int, value_dim: int) -> int:
     """Tokens of a chunk under a triangle: the longest one that leaves as many blocks as fill a GPU; at least 64.
     ``heads`` of all batch entries; ``decay`` as forms have it.
@@ -302,6 +306,21 @@ def preferred_chunk(decay: str, heads: int, tokens: int, value_dim: int) -> int:
     while chunk > 64 and (blocks * -(-tokens // chunk) < FILLS or chunk >= 2 * tokens):
         chunk //= 2
     return chunk
+
+
+def whole_chunk(batch: int, heads: int, tokens: int, head_dim: int, value_dim: int) -> int:
+    """Tokens of a chunk without a triangle, of which there are enough to fill a GPU, all alike: the longest that leaves
+    three quarters of ``FILLS`` blocks, else the shortest; at least ``SHORTEST``; 0: one chunk, of all tokens.
+    """
+    short = head_dim == value_dim == power(head_dim) <= 64
+    blocks = batch * (-(-heads // 2) if short else heads)
+    found = tokens
+    for count in range(2, tokens // SHORTEST + 1):
+        if 4 * blocks * (tokens // found) >= 3 * FILLS:
+            break
+        if tokens % count == 0 and tokens // count % 64 == 0:
+            found = tokens // count
+    return found if found < tokens else 0
 
 
 def side_by_side(call: OpCall) -> int:
@@ -334,12 +353,15 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         return [best, small]
     if op == APPLY:
         values = min(v1, 128 if k1 <= 128 else 64)
-        best = tactic(8, 2, BV=values, BM=128 if wide <= 128 else 64, FAST=1, BLOCKS=4)
+        best = tactic(8, 2, BV=values, BM=64, FAST=1, BLOCKS=4)
+        if wide <= 128:
+            best = tactic(4, 2, 168, BV=values, BM=64, FAST=1, BLOCKS=12)
         if wide < 128:
             best = tactic(4, 3, BV=values, BM=128, FAST=1, BLOCKS=16)
         return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4)]
     if op == SOLVE:
-        return [tactic(2, 1), tactic(4, 1)]
+        tile = int(call.attributes["tile"])
+        return [tactic(4, 1, SQUARE=16), tactic(2, 1, SQUARE=tile)]
     if op == DELTA:
         values = min(v1, 32 if k1 <= 128 else 16)
         return [tactic(4, 3, BV=values), tactic(4, 1, BV=16)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attncompile.plugins.linear_attention.kernel_causal import CLOSED, gates, left_over
+from attncompile.plugins.linear_attention.kernel_causal import CLOSED, gates, left_over, nearest
 from attncompile.plugins.linear_attention.kernel_triton import LOG2E, low, places, read_state, scaled, write_state
 from attncompile.plugins.tile_softmax import moved
 
@@ -26,18 +26,26 @@ def elapsed(log_decay, rate, b, rows, place, g, groups, tokens, DECAY: tl.conste
 
 
 @triton.jit
+def precise(a, b):
+    """A product of float32s by tensor cores: of what a tf32 holds, and of what is left over."""
+    low_a, low_b = nearest(a), nearest(b)
+    left = tl.dot(a - low_a, low_b, input_precision="tf32")
+    left = tl.dot(low_a, b - low_b, left, input_precision="tf32")
+    return tl.dot(low_a, low_b, left, input_precision="tf32")
+
+
+@triton.jit
 def solve(
     key, log_decay, beta,
     k_b, k_n, k_h, k_o, NK,
     solved,
     MAP: tl.constexpr, DECAY: tl.constexpr, BETA: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, BT: tl.constexpr,
-    K_COLUMNS: tl.constexpr, K_UNIT: tl.constexpr,
+    SQUARE: tl.constexpr, K_COLUMNS: tl.constexpr, K_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A block: one tile of one key head. What lies in squares of 16 tokens is inverted row by row, all squares at
-    once; of four squares what is below them by (I - M)(I + M M), where M is the inverted squares times the rest, whose
-    fourth power is zero. Grid (cdiv(NK, BT), HKV, B).
+    """A block: one tile of one key head. What lies in squares of ``SQUARE`` tokens, four at most, is inverted row by
+    row, all squares at once; the rest by (I - M)(I + M M), where M is the inverted squares times what is below them:
+    its fourth power is zero. Grid (cdiv(NK, BT), HKV, B).
     """
-    SQUARE: tl.constexpr = 16
     tile, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles, groups = tl.num_programs(0), tl.num_programs(1)
     place, cols = tl.arange(0, BT), tl.arange(0, K1)
@@ -65,10 +73,10 @@ def solve(
         made = tl.sum(of[:, None] * inverse, 0)
         inverse = tl.where(row, inverse - made[None, :], inverse)
     if BT > SQUARE:
-        m = tl.dot(inverse, tl.where(inside, 0.0, p), input_precision="tf32x3")
+        m = precise(inverse, tl.where(inside, 0.0, p))
         if BT > 2 * SQUARE:
-            inverse += tl.dot(tl.dot(m, m, input_precision="tf32x3"), inverse, input_precision="tf32x3")
-        inverse -= tl.dot(m, inverse, input_precision="tf32x3")
+            inverse += precise(precise(m, m), inverse)
+        inverse -= precise(m, inverse)
     out = solved + ((b * groups + g) * tiles + tile).to(tl.int64) * (BT * BT)
     tl.store(out + place[:, None] * BT + place[None, :], inverse * rates[None, :])
 

@@ -18,13 +18,10 @@ from attncompile.plugins.linear_attention import causal
 from attncompile.plugins.linear_attention.causal import CAUSAL_CHUNK, CHANNEL_CHUNK
 from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.function import function, node
-from attncompile.plugins.linear_attention.kernel import FILLS, preferred_chunk
+from attncompile.plugins.linear_attention.kernel import preferred_chunk, whole_chunk
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, register
 from attncompile.plugins.linear_attention.reference import reference
 from attncompile.plugins.linear_attention.site import facts_of, form_of, head_decays, sizes_of
-
-LEAST = 1024
-"""Tokens of a chunk, so that partial states are small beside keys and values."""
 
 
 class LinearAttention:
@@ -121,11 +118,7 @@ def chunk_of(site: AttentionSite) -> int:
         return causal.chunk_of(site.key_length, CHANNEL_CHUNK if facts.decay == "channel" else CAUSAL_CHUNK)
     if not isinstance(site.key_length, int) or not isinstance(site.batch, int):
         return 0
-    most = min(FILLS // max(1, site.batch * site.kv_heads), site.key_length // LEAST)
-    for count in range(most, 1, -1):
-        if site.key_length % count == 0 and site.key_length // count % 64 == 0:
-            return site.key_length // count
-    return 0
+    return whole_chunk(site.batch, site.kv_heads, site.key_length, site.head_dim, site.value_dim)
 
 
 def _form(site: AttentionSite, parameters: Parameters) -> Form:

@@ -115,7 +115,7 @@ def main() -> None:
         else:
             from linear import run as run_linear
 
-        result = run_linear(given.bundle, given.only, given.rounds, not given.no_peers)
+        result = run_linear(given.bundle, given.only, given.rounds, not given.no_peers, given.out)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     elif given.verb == "prepare-selection":
         from selection import prepare as prepare_selection

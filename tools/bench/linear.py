@@ -23,7 +23,7 @@ from attncompile.kernels.launcher import run_program
 from attncompile.kernels.records import key_of
 from attncompile.plugins import kernels
 from attncompile.plugins.linear_attention.form import Form
-from attncompile.plugins.linear_attention.kernel import preferred_chunk
+from attncompile.plugins.linear_attention.kernel import preferred_chunk, whole_chunk
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, STEP
 from tests.conformance import linear_ops
 
@@ -57,6 +57,12 @@ GATED_DELTA = replace(TOKEN, delta=True)
 FLA = {"fla": 1.0}
 
 
+def whole(name: str, heads: int, tokens: int, dim: int) -> Linear:
+    """Without a triangle, in chunks as the mechanism cuts them."""
+    chunk = whole_chunk(1, heads, tokens, dim, dim)
+    return Linear(name, replace(RELU, chunk=chunk), heads, tokens, dim, {"einsum": 3.0}, 0.7)
+
+
 def causal(kind: str, form: Form, tokens: int, wanted: Mapping[str, float], **more: Any) -> Linear:
     """32 heads of 128, in chunks as the mechanism gives them to kernels."""
     name = f"{kind}-{tokens // 1024}k"
@@ -69,9 +75,8 @@ def steps(kind: str, form: Form) -> Linear:
 
 
 CASES = (
-    Linear("relu-d32-16k", replace(RELU, chunk=1024), 70, 16384, 32, {"einsum": 3.0}, 0.7),
-    Linear("relu-d128-16k", replace(RELU, chunk=1024), 16, 16384, 128, {"einsum": 3.0}, 0.7),
-    Linear("relu-d128-64k", replace(RELU, chunk=4096), 16, 65536, 128, {"einsum": 3.0}, 0.7),
+    *(whole(name, heads, n, d) for name, heads, n, d in (
+        ("relu-d32-16k", 70, 16384, 32), ("relu-d128-16k", 16, 16384, 128), ("relu-d128-64k", 16, 65536, 128))),
     *(causal("retention", HEAD, n, {"fla": 1.0, "lightning": 1.0}) for n in (8192, 32768)),
     *(causal("simple-gla", TOKEN, n, FLA) for n in (8192, 32768)),
     *(causal("gla", CHANNEL, n, FLA) for n in (8192, 32768)),
@@ -181,8 +186,10 @@ def prepare(out: Path, architectures: Sequence[int], names: Sequence[str]) -> No
     write(out, build([], every, kernels(), architectures or ARCHITECTURES, Cache.default()), triton.__version__)
 
 
-def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> dict[str, Any]:
-    """Measure the cases called ``names`` (all without any). What is wrong is not timed."""
+def run(
+    bundle: Path, names: Sequence[str], rounds: int, with_peers: bool, out: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the cases called ``names`` (all without any). What is wrong is not timed. ``out``: written after each."""
     device = torch.cuda.get_device_properties(0)
     result: dict[str, Any] = {
         "gpu": device.name, "torch": torch.__version__, "cuda": torch.version.cuda, "when": time.strftime("%Y-%m-%d"),
@@ -193,6 +200,8 @@ def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> di
         if not names or case.name in names:
             result["cases"].append(one(case, opened, device.major * 10 + device.minor, rounds, with_peers, result))
             print(json.dumps(result["cases"][-1]), flush=True)
+            if out is not None:
+                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             torch.cuda.empty_cache()
     return result
 

@@ -97,13 +97,13 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
         return [
             t(8, 2, BV=128, BM=128, FAST=1, BLOCKS=4), t(8, 1, 128, BV=128, BM=128, FAST=1, BLOCKS=2),
             *(t(4, n, r, BV=128, BM=64, FAST=1, BLOCKS=m) for n, r, m in (
-                (2, 168, 3), (1, 168, 3), (1, 128, 4), (2, 168, 12), (1, 128, 16), (2, None, 2),
+                (2, 168, 6), (2, 168, 12), (2, 168, 24), (3, 168, 12), (2, 128, 16), (2, None, 12),
             )),
             t(4, 2, 168, BV=128, BM=64, FAST=0, BLOCKS=3), t(4, 2, BV=128, BM=32, FAST=1, BLOCKS=8),
             t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
         ]  # fmt: skip
     if op == SOLVE:
-        return [t(4, 1), t(2, 1), t(8, 1)]
+        return [t(w, 1, SQUARE=n) for w, n in ((4, 16), (4, 32), (8, 32), (8, 16), (2, 64))]
     if op == DELTA:
         return [t(4, s, BV=v) for v in (16, 32) for s in (1, 2, 3)] + [t(8, 2, BV=64), t(8, 2, BV=32)]
     if op == STEP:
@@ -172,7 +172,9 @@ def prepare(out: Path, architectures: Sequence[int], names: Sequence[str]) -> No
     write(out, built, triton.__version__)
 
 
-def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> dict[str, Any]:
+def run(
+    bundle: Path, names: Sequence[str], rounds: int, with_peers: bool, out: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
     device = torch.cuda.get_device_properties(0)
     result: dict[str, Any] = {
         "gpu": device.name, "torch": torch.__version__, "when": time.strftime("%Y-%m-%d"), "rounds": rounds,
@@ -185,6 +187,8 @@ def run(bundle: Path, names: Sequence[str], rounds: int, with_peers: bool) -> di
         found = one(trial, opened, device.major * 10 + device.minor, rounds, with_peers, result["copy_tbs"])
         result["cases"].append(found)
         print(json.dumps(found), flush=True)
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         torch.cuda.empty_cache()
     return result
 

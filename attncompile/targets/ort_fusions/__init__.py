@@ -52,7 +52,7 @@ class Fused:
     counts: Mapping[str, int]
 
 
-def fuse(proto: ModelProto, folder: Path, only: tuple[str, ...] = (), half_norms: bool = False) -> Fused:
+def fuse(proto: ModelProto, folder: Path, only: tuple[str, ...] = (), half_norms: bool = True) -> Fused:
     """A copy of ``proto`` with these fusions, or all. External data in ``folder`` is read only where it is small.
     ``half_norms``: see ``skip.skip_norm``.
     """

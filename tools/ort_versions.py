@@ -4,8 +4,8 @@
     python tools/ort_versions.py 1.23.2 1.32.0         # these
 
 In each: a bundle and a model as the target writes them, a double of the CUDA driver, ONNX Runtime's CPU provider. A run
-is right if the launch's grid and arguments are those that Python computes. A bundle of a model with norms of sums in fp16
-is refused before 1.27, unless strict mode is confirmed. Needs g++; ``pip`` installs onnxruntime.
+is right if the launch's grid and arguments are those that Python computes. A bundle of a model with norms of sums in
+fp16 is refused before 1.27, unless strict mode is confirmed. Needs g++; ``pip`` installs onnxruntime.
 """
 
 from __future__ import annotations

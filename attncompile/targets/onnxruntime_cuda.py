@@ -46,9 +46,11 @@ class OnnxRuntimeCuda:
     least_gain = 0.0
     barrier = 0.0
 
-    def __init__(self, kit: KernelKit | None = None, fusions: bool = True, half_norms: bool = True) -> None:
+    def __init__(
+        self, kit: KernelKit | None = None, fusions: bool = True, half_norms: bool = True, without: tuple[str, ...] = ()
+    ) -> None:
         self._kit = kit
-        self._fusions, self.half_norms = fusions, half_norms
+        self._fusions, self.half_norms, self._without = fusions, half_norms, without
         self.fused: Mapping[str, int] = {}
         """Fusion -> how often, of what was lowered last."""
         self.unlaunched: ModelProto | None = None
@@ -57,11 +59,11 @@ class OnnxRuntimeCuda:
         self._seconds = 0.0
 
     def equipped(self, kit: KernelKit) -> OnnxRuntimeCuda:
-        return OnnxRuntimeCuda(kit, self._fusions, self.half_norms)
+        return OnnxRuntimeCuda(kit, self._fusions, self.half_norms, self._without)
 
-    def fusing(self, fusions: bool, half_norms: bool = True) -> OnnxRuntimeCuda:
-        """The target with or without the fusions of ``ort_fusions``; ``half_norms`` as there."""
-        return OnnxRuntimeCuda(self._kit, fusions, half_norms)
+    def fusing(self, fusions: bool, half_norms: bool = True, without: tuple[str, ...] = ()) -> OnnxRuntimeCuda:
+        """The target with or without the fusions of ``ort_fusions``; ``half_norms`` and ``without`` as there."""
+        return OnnxRuntimeCuda(self._kit, fusions, half_norms, without)
 
     def available(self) -> Verdict:
         """Judged without importing anything."""
@@ -126,7 +128,7 @@ class OnnxRuntimeCuda:
             lowered = conversion.convert(lowered, model.path.resolve().parent, precision)
         _refuse_float32(lowered)
         if self._fusions:
-            result = fuse(lowered, model.path.resolve().parent, half_norms=self.half_norms)
+            result = fuse(lowered, model.path.resolve().parent, half_norms=self.half_norms, without=self._without)
             lowered, self.fused = result.proto, result.counts
         return lowered
 

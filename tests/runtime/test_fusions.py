@@ -181,6 +181,28 @@ def test_not_asked_for(tmp_path: Path, no_triton: None) -> None:
     assert found == [] and not any("fus" in n for n in notes)
 
 
+@needs_compiler
+@pytest.mark.parametrize("rounded", ["biases of values", "other"])
+def test_what_rounds_constants_is_left_out_alone(
+    tmp_path: Path, no_triton: None, monkeypatch: pytest.MonkeyPatch, rounded: str
+) -> None:
+    """Where outputs are too far off with it; all else is fused."""
+
+    def coarse(view: View) -> int:
+        (scale,) = [n.input[1] for n in view.nodes("SimplifiedLayerNormalization")]
+        known = view.constant(scale)
+        assert known is not None
+        other = view.tensor("coarse", np.round(known.astype(np.float32), 1).astype(known.dtype))
+        return int(view.pass_by(scale, other))
+
+    monkeypatch.setattr(ort_fusions, "FUSIONS", (*ort_fusions.FUSIONS[:-1], (rounded, coarse), ort_fusions.FUSIONS[-1]))
+    _, notes, _ = compiled(tmp_path)
+    undone = rounded not in ort_fusions.ROUNDING
+    assert any(n.startswith("nothing was fused: ") for n in notes) == undone
+    fused = [n for n in notes if n.startswith("fused for ONNX Runtime: ")]
+    assert not fused if undone else "GELU (1)" in fused[0] and rounded not in fused[0]
+
+
 def broken(view: View) -> int:
     """Takes each tanh GELU for one without its bend."""
     done = 0

@@ -179,6 +179,17 @@ def test_a_bias_that_differs_between_tokens_stays() -> None:
     assert not [n for n in result.counts if n.startswith("biases")]
 
 
+def test_heads_and_tokens_are_told_apart() -> None:
+    """Where they are as many: keys with heads before tokens, an output with tokens behind heads."""
+    n = H
+    g = Graph(x=(B, n, C))
+    q, v = product(g, "x", C, 0), product(g, "x", C, 2)
+    k = g.op("Reshape", g.op("Add", g.op("MatMul", "x", g.weight(C, C)), g.weight(C)), np.array([B, H, n, D]))
+    out = g.op("Attention", q, k, v, domain="attncompile", scale=0.4, k_layout="BHND", o_layout="BHND")
+    y = g.op("MatMul", g.op("Reshape", out, np.array([B, n, C])), 0.3 * g.weight(C, OUT, seed=3))
+    assert checked(g.model(g.op("Add", y, g.weight(OUT)))) == {}
+
+
 def test_a_log_sum_exp_sees_the_keys() -> None:
     proto = model()
     (node,) = [n for n in proto.graph.node if n.domain == "attncompile"]

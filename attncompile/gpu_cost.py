@@ -4,10 +4,13 @@ against the attention as the target would run it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from attncompile.core.block_selection import SINKS, WINDOW
+from onnx import ModelProto
+
+from attncompile.core.block_selection import RULES, SINKS, WINDOW, Cut, Family
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Kernel, OpCall
 from attncompile.core.mechanism import Lowering, Shape
@@ -27,6 +30,8 @@ SCORE_BYTES = 8
 read by the second product, two bytes each. ONNX Runtime moves no less."""
 POOLING = 5.0
 """How often queries and keys go through memory for the means of their blocks: padded, weighed, summed, each an op."""
+MOVING = 2.0
+"""How much longer a gather of rows takes than its bytes alone. Assumed, not measured."""
 BESIDE = ("MatMul", "Exp")
 """Standard ops that take time beside kernels of ours; others that a lowering holds move little or nothing."""
 MASK_BYTES = 4
@@ -75,7 +80,7 @@ class GpuCost:
         nodes = calls.find(model, self.kernels, self._dtype(site))
         if not nodes:
             raise Unsupported("no-kernel", "it is done by standard ops, which have no kernel of ours")
-        total = 0.0
+        total = sum(self._moved(size) for size in self._gathered(model, lowering))
         for node in nodes:
             if node.call is None:
                 raise Unsupported(node.verdict.code, node.verdict.reason, node.verdict.hint)
@@ -99,31 +104,52 @@ class GpuCost:
         )  # fmt: skip
         return self._launch(call) + self.barrier
 
-    def selection(self, site: AttentionSite, shape: Shape, edge: int, stride: int, causal: bool) -> float:
-        """Predicted time of the two launches that choose blocks of ``edge``, by tiles of ``stride`` tokens or (0) by
-        means of blocks, which the target makes with ops of its own: what those move is counted. Raises ``Unsupported``
-        as ``gain``.
+    def selection(self, site: AttentionSite, shape: Shape, edge: int, family: Family, causal: bool) -> float:
+        """Predicted time of the two launches that choose blocks of ``edge``, and of the means of blocks in front, which
+        the target makes with ops of its own: what those move is counted. Raises ``Unsupported`` as ``gain``.
         """
-        heads, tokens = site.heads, shape.query_length
-        cut = (stride, edge) if stride else (1, 1)
-        length = tokens if stride else -(-tokens // edge)
+        heads, tokens, cut = site.heads, shape.query_length, Cut.of(family, edge)
+        rows = -(-tokens // edge)
+        queries, keys = (rows if n in cut.pooled else tokens for n in ("query", "key"))
         scores = OpCall(
             "BlockScores", self._dtype(site), heads, site.kv_heads, site.head_dim, site.head_dim,
-            {"stride": cut[0], "block": cut[1], "causal": int(causal), "scale": site.scale}, outputs=("scores",),
-            batch=shape.batch, query_length=length, key_length=length,
+            {"reduce": "sum", "span": 1, **cut.attributes, "causal": int(causal), "scale": site.scale},
+            outputs=("scores",), batch=shape.batch, query_length=queries, key_length=keys,
         )  # fmt: skip
-        sizes = {"scores": (shape.batch, heads, -(-length // cut[0]), -(-tokens // edge)), "amount": (heads,)}
+        sizes = {"scores": (shape.batch, heads, -(-queries // cut.stride), rows), "amount": (heads,)}
         select = OpCall(
             "BlockSelect", "float32", heads, heads, 1, 1,
-            {"tiles": cut[1] // cut[0], "causal": int(causal), "rule": "mass" if stride else "share",
-             "sinks": SINKS, "window": WINDOW},
+            {"tiles": cut.tiles, "causal": int(causal), "rule": RULES[family[0]], "sinks": SINKS, "window": WINDOW},
             dict.fromkeys(sizes, "float32"), sizes, outputs=("rows", "columns", "kinds", "mass"), batch=shape.batch,
         )  # fmt: skip
         pooled = 0.0
-        if not stride:
+        if cut.pooled:
             bandwidth = cost.constants(f"gluon-{self.architecture}").bandwidth
-            pooled = 2.0 * shape.batch * tokens * site.head_dim * (heads + site.kv_heads) * POOLING / bandwidth * 1e-6
+            meant = sum({"query": heads, "key": site.kv_heads}[n] for n in cut.pooled)
+            pooled = 2.0 * shape.batch * tokens * site.head_dim * meant * POOLING / bandwidth * 1e-6
         return pooled + self._launch(scores) + self._launch(select) + 2 * self.barrier
+
+    def moving(self, site: AttentionSite, shape: Shape) -> float:
+        """Predicted time of bringing all heads to an order of their own and back, where each has a copy of its key
+        head. Raises ``Unsupported`` as ``gain``.
+        """
+        rows = shape.batch * site.heads * shape.query_length
+        dims = (site.head_dim, site.head_dim, site.value_dim, site.value_dim)
+        return sum(self._moved(rows * dim) for dim in dims)
+
+    def _moved(self, elements: int) -> float:
+        """Of a gather that gives so many elements: read and written, two bytes each."""
+        known = cost.constants(f"gluon-{self.architecture}")
+        return (known.launch + 4.0 * elements * MOVING / known.bandwidth) * 1e-6
+
+    def _gathered(self, model: ModelProto, lowering: Lowering) -> Iterator[int]:
+        """Elements that the gathers of ``lowering`` give, which stand in ``model``."""
+        moved = {n.output[0] for n in lowering.nodes if n.op_type == "Gather" and not n.domain}
+        if moved:
+            graph = calls.inferred(model).graph
+            for value in (*graph.value_info, *graph.output):
+                if value.name in moved:
+                    yield math.prod(d.dim_value for d in value.type.tensor_type.shape.dim)
 
     def before(self, site: AttentionSite, shape: Shape) -> float:
         """Milliseconds of the site as it is: as one dense kernel of ours where the target fuses it, else as two

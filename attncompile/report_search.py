@@ -5,6 +5,7 @@ and after. SVG of the page's own, coloured by its style sheet, so that it is as 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
@@ -68,7 +69,8 @@ def sections(found: SearchReport) -> Iterable[str]:
         yield "<h2>Attention maps and what each head computes</h2>"
         yield (
             f"<p>{_key('mass')}where the weight lies, the mean over the calibration inputs: queries go down, keys to "
-            f"the right.{_key('seen')}blocks that are computed.</p>"
+            f"the right, tokens as they stand or in the order that a pattern names.{_key('seen')}blocks that are "
+            "computed.</p>"
         )
     for site, heads in found.sites.items():
         figures = "".join(head_figure(number, head) for number, head in enumerate(heads))
@@ -107,7 +109,7 @@ def head_figure(number: int, head: HeadFound) -> str:
     over = ""
     if seen.any():
         over = f'<path class="seen" d="{_squares(seen)}"></path><path class="edge" d="{_outline(seen)}"></path>'
-    text = head.pattern if head.kind != "blocks" else "blocks"
+    text = re.sub(r"blocks \S+$", "blocks", head.pattern)
     lines = [f"head {number}: {text}", f"{head.density:.0%} of the blocks, {head.kept:.1%} of the weight"]
     title = f"head {number}: {head.kind}"
     return (

@@ -278,7 +278,8 @@ def of_linear(case: Linear, launches: Sequence[tuple[OpCall, OpCall, Program]], 
             continue
         results: dict[str, dict[str, Any]] = {}
         for way, values, half in (("own", at, ""), ("best", at, case.dtype), ("", whole, ""), ("low", low, case.dtype)):
-            results[way] = expected(step.op, said, {formal: values[name] for formal, name in step.inputs.items()}, half)
+            given = linear.logical(case, step, {formal: values[name] for formal, name in step.inputs.items()})
+            results[way] = expected(step.op, said, given, half)
         for formal, name in step.outputs.items():
             got = at[name].double().cpu().numpy()
             pairs = [("of its inputs", results["own"][formal], results["best"][formal])]

@@ -215,7 +215,7 @@ class Comparison:
 def priced(row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequence[Edit], gpu: GpuCost) -> None:
     """The row's gains on a GPU, at the sizes of the model's fixed lengths."""
     kernels = {e.site.id: e.lowering for e in exact}
-    lists = search.blocks(row.choice)
+    lists, turned = search.blocks(row.choice), search.turned(row.choice)
     before = dense = ours = 0.0
     for site in sites:
         shape = shape_of(site, {})
@@ -223,6 +223,7 @@ def priced(row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequ
         best = min(file, gpu.milliseconds(site, kernels[site.id], {})) if site.id in kernels else file
         before, dense = before + file, dense + best
         ours += gpu.lists(site, shape, *lists[site.id]) if site.id in lists else best
+        ours += gpu.moving(site, shape) if site.id in turned else 0.0
     row.gpu, row.gpu_over_exact = before / ours, dense / ours
 
 

@@ -12,7 +12,10 @@ Written as a person writes it in plan.toml:
 - ``radial``: the blocks that hold a pair of radial attention over the site's grid of frames, height and width: a window
   over the places of a frame that shrinks by powers of two with the distance in time, and the first frame
   (arXiv:2506.19852); ``radial 0.5``: with half of the window everywhere;
-- ``blocks TEXT``: these blocks, a bitmap that is compressed and written in base64.
+- ``blocks TEXT``: these blocks, a bitmap that is compressed and written in base64;
+- ``order 2,0,1 PATTERN``: any of the last five in another order of the tokens: row-major over the axes of the site's
+  grid in this order, the slowest first (PAROAttention, arXiv:2506.16054). Tokens before and behind the grid stay there.
+  Blocks are then blocks of that order, and a ``grid`` or ``radial`` is over its axes. Not on a causal site.
 
 A block of a query's own token is part of every pattern but ``mean``, so no query is left without a key. What the site's
 own causal mask hides stays hidden: blocks above the diagonal belong to no pattern of a causal site.
@@ -25,7 +28,7 @@ import binascii
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil, prod
 
@@ -45,6 +48,7 @@ _FORMS = {
     "radial": re.compile(r"radial(?: (\d+(?:\.\d+)?))?"),
     "blocks": re.compile(r"blocks ([A-Za-z0-9+/=]+)"),
 }
+_ORDER = re.compile(r"order (\d+(?:,\d+)*) (.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +76,46 @@ class BlockGeometry:
 
 @dataclass(frozen=True, slots=True)
 class BlockPattern:
-    """One head's pattern by its ``text``; see the module."""
+    """One head's pattern by its ``text``; see the module. ``order``: that of the grid's axes, empty where tokens stay
+    as they stand; ``kind`` is of what is said in that order, ``inner``.
+    """
 
     text: str
     kind: str = field(init=False)
+    order: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises ``Unsupported`` for a text that is no pattern."""
-        object.__setattr__(self, "kind", _kind(self.text))
+        match = _ORDER.fullmatch(self.text)
+        order = tuple(int(axis) for axis in match[1].split(",")) if match else ()
+        kind = _kind(match[2] if match else self.text)
+        if match and kind in ("dense", "mean"):
+            raise Unsupported("pattern", f"'{self.text[:60]}': {kind} is the same in every order", f"write {kind}")
+        object.__setattr__(self, "order", order)
+        object.__setattr__(self, "kind", kind)
+
+    @property
+    def inner(self) -> BlockPattern:
+        """What is said in the head's order."""
+        match = _ORDER.fullmatch(self.text)
+        return BlockPattern(match[2]) if match else self
+
+    def places(self, geometry: BlockGeometry) -> np.ndarray:
+        """int64 [tokens]: which token stands at each place of the head's order; ``Unsupported`` as of ``blocks``."""
+        if not self.order:
+            return np.arange(geometry.tokens)
+        self._ordered(geometry)
+        assert geometry.grid is not None
+        return geometry.grid.ordered(self.order)
 
     def blocks(self, geometry: BlockGeometry) -> np.ndarray:
-        """Bool [count, count]: the blocks of keys that each block of queries meets.
+        """Bool [count, count]: the blocks of keys that each block of queries meets, in the head's order.
 
         Raises:
             Unsupported: the pattern has no meaning for these blocks.
         """
+        if self.order:
+            return self.inner.blocks(self._ordered(geometry))
         count = geometry.count
         if self.kind == "mean":
             if geometry.causal:
@@ -100,6 +129,24 @@ class BlockPattern:
         np.fill_diagonal(seen, True)
         out: np.ndarray = seen & geometry.all
         return out
+
+    def _ordered(self, geometry: BlockGeometry) -> BlockGeometry:
+        """The site's blocks in the head's order."""
+        grid, axes = geometry.grid, len(self.order)
+        said = f"order {','.join(map(str, self.order))}"
+        if grid is None or grid.tokens != geometry.tokens:
+            raise Unsupported("grid", f"'{said}' needs a token grid of {axes} axes", "give it with --grid")
+        usual = tuple(range(len(grid.shape)))
+        if tuple(sorted(self.order)) != usual or self.order == usual:
+            shape = "x".join(map(str, grid.shape))
+            raise Unsupported(
+                "grid", f"'{said}' is no other order of the axes of the grid {shape}",
+                f"name each of the {len(usual)} axes once, counted from 0" if len(usual) > 1 else "leave the order out",
+            )  # fmt: skip
+        if geometry.causal:
+            raise Unsupported("pattern", f"'{said}' on a causal site: what is causal is not in another order",
+                              "leave the order out")  # fmt: skip
+        return replace(geometry, grid=replace(grid, shape=tuple(grid.shape[axis] for axis in self.order)))
 
     def _numbers(self) -> list[list[int]]:
         match = _FORMS[self.kind].fullmatch(self.text)
@@ -197,7 +244,8 @@ def _kind(text: str) -> str:
             return kind
     raise Unsupported(
         "pattern", f"'{text[:60]}' is no pattern of a head",
-        "dense, mean, sinks S window W, columns C,.. diagonals D,.., grid HxW, radial or blocks TEXT",
+        "dense, mean, sinks S window W, columns C,.. diagonals D,.., grid HxW, radial or blocks TEXT; but for the "
+        "first two also behind an order of the grid's axes, as in order 1,0 sinks 1 window 2",
     )  # fmt: skip
 
 
@@ -220,6 +268,11 @@ def bitmap(seen: np.ndarray) -> BlockPattern:
     """These blocks, bool [count, count]."""
     data = zlib.compress(np.packbits(seen.astype(bool)).tobytes(), 9)
     return BlockPattern("blocks " + base64.b64encode(data).decode("ascii"))
+
+
+def ordered(order: Sequence[int], pattern: BlockPattern) -> BlockPattern:
+    """``pattern`` in this order of the grid's axes."""
+    return BlockPattern(f"order {','.join(map(str, order))} {pattern.text}")
 
 
 def density(patterns: Sequence[BlockPattern], geometry: BlockGeometry) -> float:

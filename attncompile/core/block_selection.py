@@ -4,15 +4,19 @@
   key (block-sparse heads of MInference, arXiv:2407.02490; the fixed number there is a share here, so that it holds for
   all lengths);
 - ``xattention T``: the fewest blocks that hold a share T of the estimated attention weight, by sums over antidiagonals
-  of tiles of 16 tokens; ``xattention T stride 8``: of 8 (arXiv:2503.16428).
+  of tiles of 16 tokens; ``xattention T stride 8``: of 8 (arXiv:2503.16428);
+- ``anchor T``: every block that holds a key whose scaled logit with the mean query of the row of blocks is at most T
+  below the anchor, the highest one in the blocks that are always kept (AnchorAttention, arXiv:2505.23520; there single
+  keys are gathered, here their blocks).
 
 The first block and the row's own are always among them, and count. All heads of a site are chosen in one way, each with
-a share of its own, or are ``dense``. This module says what a text means, and estimates it on captured operands as the
-ops do (plugins/block_select): NumPy, a row of blocks at a time.
+a share or distance of its own, or are ``dense``. This module says what a text means, and estimates it on captured
+operands as the ops do (plugins/block_select): NumPy, a row of blocks at a time.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +30,7 @@ from attncompile.core.errors import Unsupported
 _FORMS = {
     "pooled": re.compile(r"pooled (\d+(?:\.\d+)?)"),
     "xattention": re.compile(r"xattention (\d+(?:\.\d+)?)(?: stride (\d+))?"),
+    "anchor": re.compile(r"anchor (\d+(?:\.\d+)?)"),
 }
 STRIDE = 16
 """Edge of the tiles of ``xattention`` where the text names none."""
@@ -40,7 +45,15 @@ SINKS, WINDOW = 1, 0
 EVERYTHING = 2.0
 """More weight than there is: what a dense head among chosen ones asks for."""
 
-Way = Literal["pooled", "xattention"]
+FURTHEST = 1000.0
+"""The largest distance from an anchor that a text may name. Beside such heads a dense one names infinity."""
+
+Way = Literal["pooled", "xattention", "anchor"]
+Family = tuple[Way, int]
+"""Of a way to choose what all heads of a site have in common: the way, and the tiles of ``xattention``, else 0."""
+
+RULES: dict[Way, str] = {"pooled": "share", "xattention": "mass", "anchor": "anchor"}
+"""The rule of ``BlockSelect`` by which each way keeps blocks."""
 
 
 def is_selection(text: str) -> bool:
@@ -66,25 +79,59 @@ class BlockSelection:
             amount, stride = float(match[1]), 0
             if way == "xattention":
                 stride = int(match[2] or STRIDE)
-            if not 0 < amount <= 1 or (stride and stride not in STRIDES):
+            there = 0 <= amount <= FURTHEST if way == "anchor" else 0 < amount <= 1
+            if not there or (stride and stride not in STRIDES):
                 break
             for name, value in (("way", way), ("amount", amount), ("stride", stride)):
                 object.__setattr__(self, name, value)
             return
         raise Unsupported(
             "pattern", f"'{self.text[:60]}' chooses no blocks",
-            f"pooled SHARE or xattention SHARE stride {'|'.join(map(str, STRIDES))}, with a share up to 1",
+            f"pooled SHARE or xattention SHARE stride {'|'.join(map(str, STRIDES))}, with a share up to 1, or anchor "
+            f"THETA, a distance of logits from 0 to {FURTHEST:g}",
         )  # fmt: skip
 
     @property
-    def family(self) -> tuple[Way, int]:
-        """What all heads of a site have to have in common."""
+    def family(self) -> Family:
         return self.way, self.stride
 
     @property
     def rule(self) -> str:
         """That of ``BlockSelect``."""
-        return "share" if self.way == "pooled" else "mass"
+        return RULES[self.way]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the scores of a way are made for blocks of one edge, in the words of ``BlockScores``; ``pooled``: which
+    operands are means of blocks.
+    """
+
+    stride: int
+    block: int
+    pooled: tuple[str, ...] = ()
+    reduce: str = "sum"
+    span: int = 1
+
+    @staticmethod
+    def of(family: Family, edge: int) -> Cut:
+        way, stride = family
+        if way == "pooled":
+            return Cut(1, 1, ("query", "key"))
+        if way == "anchor":
+            return Cut(1, edge, ("query",), "max", edge)
+        return Cut(stride, edge)
+
+    @property
+    def tiles(self) -> int:
+        """Rows of scores that make a row of blocks."""
+        return self.block // (self.stride * self.span)
+
+    @property
+    def attributes(self) -> dict[str, int | str]:
+        """Those of ``BlockScores`` that are not at their defaults."""
+        said: dict[str, int | str] = {"stride": self.stride, "block": self.block}
+        return said if self.reduce == "sum" else {**said, "reduce": self.reduce, "span": self.span}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +143,17 @@ class Chooser:
     amounts: tuple[float, ...]
 
     @property
+    def family(self) -> Family:
+        return self.way, self.stride
+
+    @property
     def rule(self) -> str:
-        return "share" if self.way == "pooled" else "mass"
+        return RULES[self.way]
+
+    @property
+    def everything(self) -> float:
+        """The amount of a dense head."""
+        return math.inf if self.way == "anchor" else EVERYTHING
 
     @staticmethod
     def of(texts: Sequence[str]) -> Chooser:
@@ -107,35 +163,38 @@ class Chooser:
         if len(families) != 1:
             raise Unsupported(
                 "pattern", "heads of one site that choose blocks in different ways",
-                "give all of them one way and one stride: shares may differ, and heads may be dense",
+                "give all of them one way and one stride: shares and distances may differ, and heads may be dense",
             )  # fmt: skip
         ((way, stride),) = families
-        return Chooser(way, stride, tuple(EVERYTHING if m is None else m.amount for m in made))
+        every = Chooser(way, stride, ()).everything
+        return Chooser(way, stride, tuple(every if m is None else m.amount for m in made))
 
 
 def weights(
-    query: np.ndarray, key: np.ndarray, scale: float, geometry: BlockGeometry, family: tuple[Way, int],
+    query: np.ndarray, key: np.ndarray, scale: float, geometry: BlockGeometry, family: Family,
     rows: Sequence[int] | None = None,
 ) -> np.ndarray:  # fmt: skip
     """One head's query [N, D] and key [N, D] -> float32 [R, C]: what each block of keys is estimated to weigh for a row
-    of blocks. Only ``rows`` are filled, if given.
+    of blocks; of ``anchor`` the highest logit of its keys, -inf for later blocks. Only ``rows`` are filled, if given.
     """
-    way, stride = family
     edge, tokens = geometry.edge, geometry.tokens
-    if way == "pooled":
-        starts = np.arange(0, tokens, edge)
-        sizes = np.minimum(edge, tokens - starts)[:, None]
-        query, key = (np.add.reduceat(x.astype(np.float32), starts) / sizes for x in (query, key))
-        stride, members = 1, 1
-    else:
-        members = edge // stride
+    cut = Cut.of(family, edge)
+    starts = np.arange(0, tokens, edge)
+    sizes = np.minimum(edge, tokens - starts)[:, None]
+    query, key = (
+        np.add.reduceat(x.astype(np.float32), starts) / sizes if name in cut.pooled else x
+        for name, x in (("query", query), ("key", key))
+    )
+    if cut.reduce == "max":
+        return _highest(query, key, scale, geometry, rows)
+    stride, members = cut.stride, cut.tiles
     high = -(-len(query) // stride)
     tiles = []
     for x, turned in ((query, True), (key, False)):
         whole = np.zeros((high * stride, x.shape[1]), np.float32)
         whole[: len(x)] = x
-        cut = whole.reshape(high, stride, -1)
-        tiles.append((cut[:, ::-1] if turned else cut).reshape(high, -1))
+        pieces = whole.reshape(high, stride, -1)
+        tiles.append((pieces[:, ::-1] if turned else pieces).reshape(high, -1))
     of_queries, of_keys = tiles
     count = geometry.count
     out = np.zeros((count, count), np.float32)
@@ -151,6 +210,19 @@ def weights(
     return out
 
 
+def _highest(
+    query: np.ndarray, key: np.ndarray, scale: float, geometry: BlockGeometry, rows: Sequence[int] | None
+) -> np.ndarray:
+    """Mean queries [R, D] with each key [N, D] -> float32 [R, C]: the highest logit of each block's keys."""
+    edge, count = geometry.edge, geometry.count
+    out = np.full((count, count), -np.inf, np.float32)
+    for r in range(count) if rows is None else rows:
+        end = min((r + 1) * edge, len(key)) if geometry.causal else len(key)
+        logits = key[:end] @ (query[r] * np.float32(scale))
+        out[r, : -(-end // edge)] = np.maximum.reduceat(logits, np.arange(0, end, edge))
+    return out
+
+
 def kept(
     mass: np.ndarray, amount: float, rule: str, causal: bool, sinks: int = SINKS, window: int = WINDOW
 ) -> np.ndarray:
@@ -159,6 +231,10 @@ def kept(
     row, place = np.arange(rows)[:, None], np.arange(columns)[None, :]
     visible = (place <= row) | (not causal)
     always = ((place < sinks) | (abs(place - row) <= window)) & visible
+    if rule == "anchor":
+        anchor = np.where(always, mass, -np.inf).max(axis=-1, keepdims=True).astype(np.float32)
+        near: np.ndarray = always | (visible & (mass >= anchor - np.float32(amount)))
+        return near
     ranked = np.where(always, np.inf, np.where(visible, mass, -np.inf))
     order = np.argsort(-ranked, axis=-1, kind="stable")
     sorted_mass = np.take_along_axis(np.where(visible, mass, 0), order, -1)

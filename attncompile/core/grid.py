@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,15 @@ class TokenGrid:
     @property
     def tokens(self) -> int:
         return self.prefix + prod(self.shape) + self.suffix
+
+    def ordered(self, axes: Sequence[int]) -> np.ndarray:
+        """int64 [tokens]: the tokens with the grid row-major over its axes in this order, the slowest first. Prefix and
+        suffix stay where they are.
+        """
+        inner = np.arange(prod(self.shape), dtype=np.int64).reshape(self.shape).transpose(axes).reshape(-1)
+        out = np.arange(self.tokens, dtype=np.int64)
+        out[self.prefix : self.prefix + len(inner)] = self.prefix + inner
+        return out
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -96,7 +96,8 @@ class Program:
     """One kernel to be compiled. ``function`` is ``module:attribute`` of a Triton or Gluon function, whose parameters
     are the arguments' names in order, then compile-time constants; a parameter that is in neither is a constant None.
     ``grid`` gives the number of blocks an axis, as expressions. ``rank`` orders the tactics of a call, best first.
-    ``value_dim`` 0: as ``head_dim``.
+    ``value_dim`` 0: as ``head_dim``. ``fused``: products and sums may be one instruction, which can differ by its last
+    bit between threads that compute the same sum.
     """
 
     op: str
@@ -115,6 +116,7 @@ class Program:
     abi: Abi = "plain"
     rank: int = 0
     value_dim: int = 0
+    fused: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto
 
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_selection import Family
 from attncompile.core.site import NEED_WORDS, AttentionSite, Need
 from attncompile.core.verdict import Verdict
 
@@ -134,9 +135,9 @@ class ChoosingMechanism(HeadMechanism, Protocol):
         """Parameters with one text a head, all of one family or ``dense``."""
         ...
 
-    def choice_cost(self, site: AttentionSite, edge: int, stride: int, blocks: float, shape: Shape) -> Cost:
+    def choice_cost(self, site: AttentionSite, edge: int, family: Family, blocks: float, shape: Shape) -> Cost:
         """Of the function bodies, scores and selection included, where ``blocks`` are chosen by all heads and batch
-        entries together. ``stride`` 0: by means of blocks.
+        entries together.
         """
         ...
 

@@ -113,7 +113,8 @@ def _function(program: Program) -> Any:
 
 def _options(program: Program, ptx_version: int) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "num_warps": program.warps, "num_stages": program.stages, "enable_fp_fusion": True, "ptx_version": ptx_version
+        "num_warps": program.warps, "num_stages": program.stages, "enable_fp_fusion": program.fused,
+        "ptx_version": ptx_version,
     }  # fmt: skip
     if program.registers is not None:
         found["maxnreg"] = program.registers

@@ -69,9 +69,9 @@ def table() -> Mapping[str, CostModel]:
 
 def model_name(program: Program, architecture: int) -> str:
     """Which constants hold: ``gluon-90``; ``-window`` for windows of a sequence, whose blocks are short; ``-lists`` for
-    lists of blocks; ``-scores`` and ``-select`` for what makes them; ``-bias`` where every score element has a value of
-    its own to read; ``-softcap``; ``-linear``; and
-    ``-pair`` where two blocks share a multiprocessor.
+    lists of blocks; ``-scores`` and ``-select`` for what makes them, around an anchor ``-highest`` and ``-near``;
+    ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-linear``; and ``-pair`` where
+    two blocks share a multiprocessor.
     """
     pair = "-pair" if program.constants.get("CONSUMERS") == 1 else ""
     return f"{program.language}-{architecture}{_kind(program)}{pair}"
@@ -80,8 +80,10 @@ def model_name(program: Program, architecture: int) -> str:
 def _kind(program: Program) -> str:
     if program.op.startswith("LinearAttention"):
         return "-linear"
-    if program.op in ("BlockScores", "BlockSelect"):
-        return f"-{program.op.removeprefix('Block').lower()}"
+    if program.op == "BlockScores":
+        return "-highest" if program.constants.get("HIGHEST") else "-scores"
+    if program.op == "BlockSelect":
+        return "-near" if program.function.endswith(":near") else "-select"
     if program.constants.get("BLOCK"):
         return "-lists"
     if {"bias", "mask"} & {a.name for a in program.arguments}:

@@ -24,6 +24,9 @@ POOLED = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7)
 HELD = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 """Shares of the estimated weight that blocks which are chosen by antidiagonals hold."""
 
+THETAS = (0.5, 1, 2, 4, 6, 8, 12)
+"""Distances from the anchor of blocks that are chosen by it, in logits."""
+
 GRID_SHARES = (0.15, 0.25, 0.375, 0.5, 0.75)
 """Sides of neighborhoods, as shares of the grid's."""
 
@@ -49,12 +52,13 @@ def candidates(mass: np.ndarray, geometry: BlockGeometry, average: bool) -> list
 
 def selections() -> list[list[str]]:
     """What heads may choose by when the model runs, a list for each way."""
-    return [[f"pooled {share:g}" for share in POOLED], [f"xattention {share:g}" for share in HELD]]
+    ways = (("pooled", POOLED), ("xattention", HELD), ("anchor", THETAS))
+    return [[f"{way} {amount:g}" for amount in amounts] for way, amounts in ways]
 
 
 def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern]:
     """Simple ones first: of equal blocks the first text stays."""
-    for window in _windows(geometry.count):
+    for window in windows(geometry.count):
         for sinks in SINKS:
             yield streaming(sinks, window)
     if geometry.grid is not None and len(geometry.grid.shape) > 1 and not geometry.causal:
@@ -67,7 +71,8 @@ def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern
     yield from _blocks(mass, geometry)
 
 
-def _windows(count: int) -> list[int]:
+def windows(count: int) -> list[int]:
+    """Distances in blocks that windows reach, but for those that reach everything."""
     sizes, size = [0, 1, 2, 3, 4], 6
     while size < count:
         sizes.append(size)

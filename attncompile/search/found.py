@@ -14,7 +14,7 @@ import numpy as np
 class HeadFound:
     """One head: its pattern's text and kind, share of dense blocks, squared change of the site's output that it causes
     relative to that output, and share of the attention weight that it keeps. ``mass`` [R, R] is its mean map, ``seen``
-    bool [R, R] what it meets.
+    bool [R, R] what it meets, both in the order of its tokens.
     """
 
     pattern: str

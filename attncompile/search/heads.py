@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import NodeProto
 
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern, ordered, streaming
+from attncompile.core.block_selection import Family
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import ChoosingMechanism, HeadMechanism, Mechanism, Shape, understood
 from attncompile.core.site import AttentionSite
@@ -16,6 +17,7 @@ from attncompile.core.verdict import Verdict
 from attncompile.cost import dense_cost, predicted_gain, shape_of
 from attncompile.gpu_cost import GpuCost
 from attncompile.passes.evaluate import World
+from attncompile.search.orders import axis_orders
 from attncompile.search.tasks import HeadSite
 
 _VIEWS = frozenset({"Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
@@ -41,7 +43,7 @@ def spec(site: AttentionSite, geometry: BlockGeometry, world: World) -> HeadSite
     return HeadSite(
         site.id, (site.query.value, site.key.value, site.value.value),
         (site.query.layout, site.key.layout, site.value.layout), site.scale, geometry, padding,
-        projection(site, world),
+        projection(site, world), () if part is not None else axis_orders(geometry),
     )  # fmt: skip
 
 
@@ -131,9 +133,9 @@ def block_time(
         slope = (most - least) / max(many - few, 1)
         return BlockTime(least - slope * few, slope, slope * of_head, gpu.before(site, shape))
     dense = dense_cost(site, shape).elements
-    windows = [BlockPattern(f"sinks 0 window {n}") for n in (0, max(geometry.count - 2, 1))]
+    windows = [streaming(0, n) for n in (0, max(geometry.count - 2, 1))]
     few, many = (site.heads * int(w.blocks(geometry).sum()) for w in windows)
-    least, most = (_relative(site, geometry, mechanism, shape, w) * dense for w in windows)
+    least, most = (_relative(site, geometry, mechanism, shape, [w] * site.heads) * dense for w in windows)
     slope = (most - least) / max(many - few, 1)
     # Heads that see everything are done as they are in the source, but for a causal half.
     head = slope * of_head if geometry.causal else dense / site.heads
@@ -141,11 +143,28 @@ def block_time(
 
 
 def _relative(
-    site: AttentionSite, geometry: BlockGeometry, mechanism: HeadMechanism, shape: Shape, pattern: BlockPattern
+    site: AttentionSite, geometry: BlockGeometry, mechanism: HeadMechanism, shape: Shape,
+    patterns: Sequence[BlockPattern],
 ) -> float:  # fmt: skip
-    """Time of the body with one pattern in every head, relative to the site as it is."""
-    given = mechanism.head_parameters(geometry, [pattern] * site.heads)
+    """Time of the body with these patterns of its heads, relative to the site as it is."""
+    given = mechanism.head_parameters(geometry, patterns)
     return 1 / predicted_gain(site, mechanism.cost(site, given, shape), shape)
+
+
+def ordered_time(
+    site: AttentionSite, geometry: BlockGeometry, mechanism: HeadMechanism, binding: Mapping[str, int],
+    gpu: GpuCost | None, time: BlockTime, order: Sequence[int],
+) -> BlockTime:  # fmt: skip
+    """``time`` of a site some of whose heads have another order of their tokens, such as ``order``: with what it takes
+    to bring all heads to their orders and back, and to copy key heads that are shared, if every second head has it.
+    """
+    shape = shape_of(site, binding)
+    if gpu is not None:
+        return replace(time, fixed=time.fixed + gpu.moving(site, shape))
+    plain = streaming(0, 0)
+    mixed = [plain if head % 2 else ordered(order, plain) for head in range(site.heads)]
+    moved, still = (_relative(site, geometry, mechanism, shape, patterns) for patterns in (mixed, [plain] * site.heads))
+    return replace(time, fixed=time.fixed + (moved - still) * dense_cost(site, shape).elements)
 
 
 def choice_geometry(mechanism: Mechanism, site: AttentionSite, binding: Mapping[str, int]) -> BlockGeometry | Verdict:
@@ -160,7 +179,7 @@ def choice_geometry(mechanism: Mechanism, site: AttentionSite, binding: Mapping[
 
 def choice_time(
     site: AttentionSite, geometry: BlockGeometry, mechanism: ChoosingMechanism, binding: Mapping[str, int],
-    gpu: GpuCost | None, stride: int,
+    gpu: GpuCost | None, family: Family,
 ) -> BlockTime:  # fmt: skip
     """Of a site whose heads choose, what choosing takes included; a head that is dense among them costs all blocks.
     Raises ``Unsupported`` where nothing is known of the GPU's time.
@@ -169,14 +188,14 @@ def choice_time(
     of_head = int(geometry.all.sum())
     few, many = site.heads * geometry.count, site.heads * of_head
     if gpu is not None:
-        picked = gpu.selection(site, shape, geometry.edge, stride, geometry.causal)
+        picked = gpu.selection(site, shape, geometry.edge, family, geometry.causal)
         least, most = (picked + gpu.lists(site, shape, geometry.edge, n) for n in (few, many))
         dense = gpu.before(site, shape)
     else:
         dense = dense_cost(site, shape).elements
         least, most = (
             dense
-            / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, stride, n * shape.batch, shape), shape)
+            / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, family, n * shape.batch, shape), shape)
             for n in (few, many)
         )
     slope = (most - least) / max(many - few, 1)

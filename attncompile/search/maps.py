@@ -36,6 +36,17 @@ class Operands:
     def heads(self) -> int:
         return int(self.query.shape[0])
 
+    def ordered(self, head: int, places: np.ndarray) -> Operands:
+        """One head alone, with its tokens in this order [N]."""
+        group = self.heads // self.key.shape[0]
+        shared = slice(head // group, head // group + 1)
+        query, key, value = self.query[head : head + 1], self.key[shared], self.value[shared]
+        return Operands(
+            query[:, places], key[:, places], value[:, places], self.scale,
+            None if self.open is None else self.open[places],
+            None if self.weights is None else self.weights[head : head + 1],
+        )  # fmt: skip
+
     def geometry(self, known: BlockGeometry) -> BlockGeometry:
         """``known`` at the length of this input."""
         return with_tokens(known, int(self.query.shape[1]))
@@ -58,14 +69,24 @@ def rows(
     """For each row of blocks in ``which``: (r, mass [queries, C], parts [C, queries, Dv]) with C blocks of keys, those
     up to the diagonal on a causal site. Both are scaled by one number a query.
     """
-    edge, tokens = geometry.edge, geometry.tokens
-    group = operands.heads // operands.key.shape[0]
-    key, value = operands.key[head // group], operands.value[head // group]
+    edge, group = geometry.edge, operands.heads // operands.key.shape[0]
+    value = operands.value[head // group]
     if operands.weights is not None:
         value = value @ operands.weights[head]
     whole = np.zeros((geometry.count * edge, value.shape[1]), np.float32)
-    whole[:tokens] = value
+    whole[: geometry.tokens] = value
     blocks = whole.reshape(geometry.count, edge, -1)
+    for r, weights in _weights(operands, geometry, head, which):
+        cut = weights.reshape(len(weights), -1, edge)
+        yield r, cut.sum(axis=2), cut.transpose(1, 0, 2) @ blocks[: cut.shape[1]]
+
+
+def _weights(
+    operands: Operands, geometry: BlockGeometry, head: int, which: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """For each row of blocks in ``which``: (r, weights [queries, C * e]), scaled by one number a query."""
+    edge, tokens = geometry.edge, geometry.tokens
+    key = operands.key[head // (operands.heads // operands.key.shape[0])]
     for r in which:
         start, stop = r * edge, min((r + 1) * edge, tokens)
         count = r + 1 if geometry.causal else geometry.count
@@ -79,17 +100,37 @@ def rows(
             own[np.arange(edge)[None, :] > np.arange(stop - start)[:, None]] = -np.inf
         top = scores.max(axis=1, keepdims=True)
         np.subtract(scores, np.where(np.isfinite(top), top, 0), out=scores)
-        weights = np.exp(scores, out=scores).reshape(stop - start, count, edge)
-        yield r, weights.sum(axis=2), weights.transpose(1, 0, 2) @ blocks[:count]
+        yield r, np.exp(scores, out=scores)
 
 
 def masses(operands: Operands, geometry: BlockGeometry, head: int) -> np.ndarray:
     """float32 [R, R]: the share of their weight that a row's queries give to each block of keys, on average."""
-    out = np.zeros((geometry.count, geometry.count), np.float32)
-    for r, mass, _ in rows(operands, geometry, head, range(geometry.count)):
+    (found,) = ordered_masses(operands, geometry, head, [])
+    return np.asarray(found)
+
+
+def ordered_masses(
+    operands: Operands, geometry: BlockGeometry, head: int, orders: Sequence[np.ndarray]
+) -> np.ndarray:  # fmt: skip
+    """float32 [1 + O, R, R]: ``masses``, and what they are with the tokens in each of ``orders`` [N] of a site that is
+    not causal. Scores are computed once.
+    """
+    edge, tokens, count = geometry.edge, geometry.tokens, geometry.count
+    starts = np.arange(0, tokens, edge)
+    sizes = np.minimum(edge, tokens - starts).astype(np.float32)
+    rows_of = [np.argsort(places) // edge for places in orders]  # the row of each token
+    out = np.zeros((1 + len(orders), count, count), np.float32)
+    for r, weights in _weights(operands, geometry, head, range(count)):
+        mass = weights.reshape(len(weights), -1, edge).sum(axis=2)
         total = mass.sum(axis=1, keepdims=True)
-        out[r, : mass.shape[1]] = (mass / np.where(total > 0, total, 1)).mean(axis=0)
-    return out
+        total[total <= 0] = 1
+        out[0, r, : mass.shape[1]] = (mass / total).sum(axis=0)
+        if orders:
+            weights /= total
+        here = slice(r * edge, r * edge + len(weights))
+        for of_order, places, rows in zip(out[1:], orders, rows_of, strict=True):
+            np.add.at(of_order, rows[here], np.add.reduceat(weights[:, places], starts, axis=1))
+    return np.asarray(out / sizes[:, None])
 
 
 def score(

@@ -29,7 +29,7 @@ from attncompile.gpu_cost import GpuCost
 from attncompile.measure import Provider
 from attncompile.passes.evaluate import World
 from attncompile.report import SiteFidelity
-from attncompile.search import choose, executors, heads, tasks, whole_sites
+from attncompile.search import choose, executors, heads, orders, tasks, whole_sites
 from attncompile.search.arrays import save
 from attncompile.search.candidates import candidates, selections
 from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
@@ -94,8 +94,10 @@ class Result:
 @dataclass(slots=True)
 class _HeadPlan:
     """One site under search, head by head. ``time`` of patterns that are fixed, None where the length is not; ``ways``:
-    how heads may choose blocks when the model runs, texts and times of each. ``offered`` [H][K] are the texts of all
-    candidates, in the order of ``modes`` [H][K]: 0 fixed, 1, 2, ... one of ``ways``. ``shares`` [H][K] of all blocks.
+    how heads may choose blocks when the model runs, texts and times of each; ``moved``: time of patterns that are fixed
+    where some are in other orders of the tokens. ``offered`` [H][K] are the texts of all candidates, in the order of
+    ``modes`` [H][K]: 0 fixed, 1, 2, ... one of ``ways``, the last fixed in any order, if heads gain by that. ``shares``
+    [H][K] of all blocks; ``masses`` by order are maps as ``mass`` [H, R, R] is.
     """
 
     site: AttentionSite
@@ -106,7 +108,9 @@ class _HeadPlan:
     ways: list[tuple[list[str], heads.BlockTime]] = field(default_factory=list)
     offered: list[list[str]] = field(default_factory=list)
     modes: list[np.ndarray] = field(default_factory=list)
+    moved: heads.BlockTime | None = None
     mass: np.ndarray | None = None
+    masses: dict[orders.Order, np.ndarray] = field(default_factory=dict)
     damage: list[np.ndarray] = field(default_factory=list)
     kept: list[np.ndarray] = field(default_factory=list)
     shares: list[np.ndarray] = field(default_factory=list)
@@ -119,19 +123,38 @@ class _HeadPlan:
     def offer(self, average: bool) -> None:
         """Fill ``offered`` and ``modes`` from ``mass`` [H, R, R], dense first in each mode."""
         assert self.mass is not None
-        for mass in self.mass:
+        turned = [self._in_other_orders(head) for head in range(len(self.mass))]
+        if not any(turned):
+            self.moved = None
+        for mass, others in zip(self.mass, turned, strict=True):
             fixed = ["dense"]
             if self.time is not None:
                 fixed = [p.text for p in candidates(mass, self.geometry, average)]
             parts = [fixed, *(["dense", *texts] for texts, _ in self.ways)]
+            if self.moved is not None:
+                parts.append([*fixed, *others])
             self.offered.append([text for part in parts for text in part])
             self.modes.append(np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
+
+    def _in_other_orders(self, head: int) -> list[str]:
+        assert self.mass is not None
+        masses = {order: mass[head] for order, mass in self.masses.items()}
+        return [p.text for p in orders.offered(self.mass[head], masses, self.geometry)] if self.moved else []
+
+    @property
+    def others(self) -> list[heads.BlockTime]:
+        """Times of modes 1, 2, ..."""
+        return [*(time for _, time in self.ways), *([self.moved] if self.moved is not None else [])]
+
+    def chooses(self, picks: Sequence[int]) -> bool:
+        """Whether these candidates are chosen when the model runs."""
+        return 0 < int(self.modes[0][picks[0]]) <= len(self.ways)
 
     def times(self, head: int) -> np.ndarray:
         """Predicted time of each candidate of one head [K]."""
         found = np.empty(len(self.offered[head]))
         blocks = self.shares[head] * float(self.geometry.all.sum())
-        for mode, time in enumerate([self.time, *(t for _, t in self.ways)]):
+        for mode, time in enumerate([self.time, *self.others]):
             of = np.flatnonzero(self.modes[head] == mode)
             if time is None:
                 found[of] = self.dense / len(self.offered)
@@ -187,7 +210,7 @@ class Search:
         self._heads: dict[str, _HeadPlan] = {}
         self._whole: dict[str, list[Edit]] = {}
         self._refusals: dict[str, str] = {}
-        self._unknown: set[str] = set()
+        self._unknown: dict[str, set[str]] = {}
         self._opset = found.index.model.opset
         self._least = max(policy.min_gain, gpu.least_gain if gpu is not None else 0.0)
         self._files = [scratch / "inputs" / f"{i}.npz" for i in range(len(feeds))]
@@ -223,7 +246,7 @@ class Search:
             self._found.model.hash, self.feeds,
             {**self._settings.to_json(), "version": __version__, "sites": [*self._heads, *self._whole],
              "whole": [dict(e.decision.parameters) for edits in self._whole.values() for e in edits],
-             "heads": [repr((p.geometry, [t for t, _ in p.ways])) for p in self._heads.values()],
+             "heads": [repr((p.geometry, [t for t, _ in p.ways], p.spec.orders)) for p in self._heads.values()],
              "policy": repr(self._policy), "exact": [(e.site.id, e.decision.mechanism) for e in self._exact],
              "gpu": self._gpu.said if self._gpu else ""},
         )  # fmt: skip
@@ -237,8 +260,10 @@ class Search:
         self._slim = SlimModel(self._found.index.model, self._scratch / "models")
         self._score_heads()
         spaces = self._joined([self._space(p) for p in self._heads.values()], self._whole_spaces())
-        if self._unknown:
-            self._warnings.append(f"no head chooses its blocks when the model runs: {'; '.join(sorted(self._unknown))}")
+        offered = any(p.ways for p in self._heads.values())
+        for message, ways in sorted(self._unknown.items()):
+            by = f" by {' or '.join(sorted(ways))}" if offered else ""
+            self._warnings.append(f"no head chooses its blocks{by} when the model runs: {message}")
         if self._state.resumed:
             self._progress.note(f"{self._state.resumed} pieces of an earlier search were taken up")
         return self._weighed(spaces)
@@ -283,16 +308,23 @@ class Search:
         else:
             found = geometry if isinstance(geometry, BlockGeometry) else found
             for texts in selections():
-                stride = BlockSelection(texts[0]).stride
+                family = BlockSelection(texts[0]).family
                 try:
-                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, stride)
+                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, family)
                 except Unsupported as error:
-                    self._unknown.add(error.message)
+                    self._unknown.setdefault(error.message, set()).add(family[0])
                     continue
                 ways.append((texts, taken))
         if isinstance(found, Verdict) or (time is None and not ways):
             return None
-        return _HeadPlan(site, mechanism, found, time, heads.spec(site, found, world), ways)
+        made = _HeadPlan(site, mechanism, found, time, heads.spec(site, found, world), ways)
+        if made.time is None:
+            made.spec = replace(made.spec, orders=())
+        elif made.spec.orders:
+            made.moved = heads.ordered_time(
+                site, found, mechanism, world.binding, self._gpu, made.time, made.spec.orders[0]
+            )
+        return made
 
     def _score_heads(self) -> None:
         if not self._heads:
@@ -315,6 +347,8 @@ class Search:
         for name, plan in self._heads.items():  # inputs may differ in length: the map is of those like the first
             alike = [m for m in maps[name] if m.shape == maps[name][0].shape]
             plan.mass = np.sum([m / len(alike) for m in alike], axis=0)
+            for order in plan.spec.orders:
+                plan.masses[order] = np.mean(maps[tasks.ordered_name(name, order)], axis=0)
             plan.offer(self._gpu is None and not plan.spec.padding)
         texts = {n: plan.offered for n, plan in self._heads.items()}
         self._progress.stage("score patterns of heads", len(groups) * len(self._known))
@@ -368,7 +402,7 @@ class Search:
         ]
         base = self._base(plan.site, plan.dense)
         fixed = plan.time.fixed if plan.time is not None else 0.0
-        more = tuple(time.fixed for _, time in plan.ways)
+        more = tuple(time.fixed for time in plan.others)
         return SiteSpace(plan.site.id, base, fixed, tuple(units), 1.0, self._least, more)
 
     def _whole_spaces(self) -> list[SiteSpace]:
@@ -422,7 +456,7 @@ class Search:
         if self._as_a_whole(site, picks):
             return self._whole[site][picks[0] - len(plan.offered[0])]
         texts = [offered[k] for offered, k in zip(plan.offered, picks, strict=True)]
-        if plan.modes[0][picks[0]]:
+        if plan.chooses(picks):
             assert isinstance(plan.mechanism, ChoosingMechanism)
             given = plan.mechanism.choice_parameters(plan.geometry, texts)
             how = "chosen for each input"
@@ -590,10 +624,20 @@ class Search:
         for site, picks in choice.items():
             if site in self._heads:
                 plan = self._heads[site]
-                if self._as_a_whole(site, picks) or plan.modes[0][picks[0]]:
+                if self._as_a_whole(site, picks) or plan.chooses(picks):
                     continue
                 share = sum(float(s[k]) for s, k in zip(plan.shares, picks, strict=True))
                 found[site] = (plan.geometry.edge, round(share * int(plan.geometry.all.sum())))
+        return found
+
+    def turned(self, choice: Choice) -> set[str]:
+        """Sites of ``choice`` whose heads are brought to orders of their own."""
+        found = set()
+        for site, picks in choice.items():
+            if site in self._heads and not self._as_a_whole(site, picks):
+                texts = [offered[k] for offered, k in zip(self._heads[site].offered, picks, strict=True)]
+                if any(not is_selection(text) and BlockPattern(text).order for text in texts):
+                    found.add(site)
         return found
 
     def density(self, choice: Choice) -> float:
@@ -653,10 +697,12 @@ class Search:
             seen = np.stack([BlockPattern(t).blocks(plan.geometry) for t in texts])
         found = []
         for head, (k, text) in enumerate(zip(picks, texts, strict=True)):
-            kind = BlockSelection(text).way if is_selection(text) else BlockPattern(text).kind
+            kind, mass = BlockSelection(text).way if is_selection(text) else BlockPattern(text).kind, plan.mass[head]
+            if not is_selection(text) and BlockPattern(text).order:
+                mass = plan.masses[BlockPattern(text).order][head]
             found.append(
                 HeadFound(text, kind, float(plan.shares[head][k]), float(plan.damage[head][k]),
-                          float(plan.kept[head][k]), plan.mass[head], seen[head])
+                          float(plan.kept[head][k]), mass, seen[head])
             )  # fmt: skip
         return tuple(found)
 

@@ -37,7 +37,7 @@ class Task(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadSite:
     """What is needed of a site to score its heads: names of its operands and of its padding in the model, and how they
-    lie. ``weights`` [H, Dv, Dv] as in ``maps.Operands``.
+    lie. ``weights`` [H, Dv, Dv] as in ``maps.Operands``; ``orders``: of the grid's axes, in which maps are made too.
     """
 
     site: str
@@ -47,6 +47,7 @@ class HeadSite:
     geometry: BlockGeometry
     padding: str = ""
     weights: np.ndarray | None = None
+    orders: tuple[tuple[int, ...], ...] = ()
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -85,7 +86,9 @@ def groups(sites: Sequence[HeadSite], sizes: Mapping[str, int], limit: int) -> l
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Masses:
-    """Maps of all heads of one group of sites for one input: site -> float32 [H, R, R]."""
+    """Maps of all heads of one group of sites for one input: site -> float32 [H, R, R], and those of other
+    orders by ``ordered_name``.
+    """
 
     model: Path
     feed: Path
@@ -94,14 +97,20 @@ class Masses:
 
     def __call__(self, threads: int) -> dict[str, np.ndarray]:
         values = _captured(self.model, self.feed, self.sites, threads, self.provider)
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for site in self.sites:
             entries = site.operands(values)
             heads, geometry = range(entries[0].heads), entries[0].geometry(site.geometry)
-            found[site.site] = np.stack(
-                [np.mean([maps.masses(e, geometry, h) for e in entries], axis=0) for h in heads]
-            ).astype(np.float32)
+            orders = [] if geometry.grid is None else [geometry.grid.ordered(order) for order in site.orders]
+            made = [np.mean([maps.ordered_masses(e, geometry, h, orders) for e in entries], axis=0) for h in heads]
+            names = [site.site, *(ordered_name(site.site, order) for order in site.orders)]
+            found |= {name: np.stack([m[i] for m in made]).astype(np.float32) for i, name in enumerate(names)}
         return found
+
+
+def ordered_name(site: str, order: Sequence[int]) -> str:
+    """Of a site's maps in another order of the grid's axes."""
+    return f"{site}/order {','.join(map(str, order))}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,14 +138,41 @@ class Scores:
             which = range(self.number % step, count, step)
             errors, kept, shares, size = [], [], [], 0.0
             for head, texts in enumerate(self.candidates[site.site]):
-                met = [chosen(e, geometry, head, texts, which) for e in entries]
-                scored = [maps.score(e, geometry, head, m, which) for e, m in zip(entries, met, strict=True)]
-                errors.append(np.sum([s.error for s in scored], axis=0))
-                kept.append(np.mean([s.kept for s in scored], axis=0))
-                shares.append(np.mean([m[:, which].sum(axis=(1, 2)) for m in met], axis=0) / geometry.all[which].sum())
-                size += sum(s.size for s in scored)
+                scored = [_scored(e, geometry, head, texts, which) for e in entries]
+                errors.append(np.sum([s.error for s, _ in scored], axis=0))
+                kept.append(np.mean([s.kept for s, _ in scored], axis=0))
+                shares.append(np.mean([met for _, met in scored], axis=0) / geometry.all[which].sum())
+                size += sum(s.size for s, _ in scored)
             found[site.site] = ([e / max(size, 1e-300) for e in errors], kept, shares)
         return found
+
+
+def _scored(
+    operands: maps.Operands, geometry: BlockGeometry, head: int, texts: Sequence[str], which: Sequence[int]
+) -> tuple[maps.HeadScores, np.ndarray]:
+    """Of one head its choices, and how many blocks of the rows ``which`` each meets [K]. A pattern in another order of
+    the tokens is scored in it, on the rows ``which`` of that order, relative to what they weigh.
+    """
+    by_order: dict[tuple[int, ...], dict[str, None]] = {(): {}}  # each text once
+    for text in texts:
+        order = () if block_selection.is_selection(text) else BlockPattern(text).order
+        by_order.setdefault(order, {})[text] = None
+    found: dict[str, tuple[float, float, int]] = {}
+    size = 0.0
+    for order, once in by_order.items():
+        same = list(once)
+        if not same:
+            continue
+        there, at = operands, head
+        if order:
+            there, at = operands.ordered(head, BlockPattern(same[0]).places(geometry)), 0
+        met = chosen(there, geometry, at, same, which)
+        made = maps.score(there, geometry, at, met, which)
+        size = size or made.size
+        error = made.error * (size / made.size if made.size > 0 else 1.0)
+        found |= dict(zip(same, zip(error, made.kept, met[:, which].sum(axis=(1, 2)), strict=True), strict=True))
+    error, kept, blocks = (np.array(column) for column in zip(*(found[text] for text in texts), strict=True))
+    return maps.HeadScores(error, kept, size), blocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +205,9 @@ LOSS = "loss of the next token"
 def chosen(
     operands: maps.Operands, geometry: BlockGeometry, head: int, texts: Sequence[str], which: Sequence[int]
 ) -> np.ndarray:
-    """Bool [K, R, R]: what each pattern meets, or chooses for these operands; of the latter only the rows ``which``."""
+    """Bool [K, R, R]: what each pattern meets in its order, or chooses for these operands; of the latter only the rows
+    ``which``.
+    """
     weights: dict[tuple[str, int], np.ndarray] = {}
     found = []
     for text in texts:

@@ -112,7 +112,10 @@ def _scores(body: Body, said: Mapping[str, Any], sizes: Sizes) -> list[str]:
     scores = body.op("Cast", scores, to=float_type(wide)[0])
     hidden = body.constant(np.array(-np.inf, float_type(wide)[1]))
     if said.get("causal"):
-        later = body.op("Greater", _range(body, across), body.op("Unsqueeze", _range(body, count), body.ints(1)))
+        row = body.op("Unsqueeze", _range(body, count), body.ints(1))
+        if (span := int(said.get("span", 1))) > 1:  # the last key that a query stands for
+            row = body.op("Add", body.op("Mul", row, body.scalar(span)), body.scalar(span - 1))
+        later = body.op("Greater", _range(body, across), row)
         scores = body.op("Where", later, hidden, scores)
     members = block // stride
     if members > 1:
@@ -123,10 +126,12 @@ def _scores(body: Body, said: Mapping[str, Any], sizes: Sizes) -> list[str]:
         scores = body.op("Reshape", scores, body.op(
             "Concat", body.ints(0, sizes.heads), count, blocks, body.ints(members), axis=0))  # fmt: skip
         top = body.op("ReduceMax", scores, body.ints(-1), keepdims=1)
-        alive = body.op("Greater", top, hidden)
-        safe = body.op("Where", alive, top, body.constant(np.array(0, float_type(wide)[1])))
-        total = body.op("ReduceSum", body.op("Exp", body.op("Sub", scores, safe)), body.ints(-1), keepdims=1)
-        scores = body.op("Squeeze", body.op("Add", body.op("Log", total), safe), body.ints(-1))  # log 0 = -inf
+        if said.get("reduce") != "max":
+            alive = body.op("Greater", top, hidden)
+            safe = body.op("Where", alive, top, body.constant(np.array(0, float_type(wide)[1])))
+            total = body.op("ReduceSum", body.op("Exp", body.op("Sub", scores, safe)), body.ints(-1), keepdims=1)
+            top = body.op("Add", body.op("Log", total), safe)  # log 0 = -inf
+        scores = body.op("Squeeze", top, body.ints(-1))
     return [body.op("Cast", scores, to=TensorProto.FLOAT, output="scores")]
 
 
@@ -143,10 +148,13 @@ def _select(body: Body, said: Mapping[str, Any], sizes: Sizes) -> list[str]:
     if causal:
         always = body.op("And", always, body.op("LessOrEqual", place, row))
         visible = body.op("Min", body.op("Add", row, body.scalar(1)), columns)
+    amount = body.op("Reshape", "amount", body.ints(-1, 1, 1))
+    own = row if causal else body.op("Sub", columns, body.ints(1))
+    if said["rule"] == "anchor":
+        return _listed(body, columns, None, _near(body, amount, always, place, row if causal else None), own, mass)
     least = body.op("ReduceSum", body.op("Cast", always, to=TensorProto.INT64), body.ints(1), keepdims=1)  # [R, 1]
     ranked = body.op("Add", mass, body.op("Where", always, _float(body, _LARGER), _float(body, 0)))
     _, order = body.ops("TopK", (ranked, columns), 2, axis=-1, largest=1, sorted=1)  # [B, H, R, C]
-    amount = body.op("Reshape", "amount", body.ints(-1, 1, 1))
     if said["rule"] == "mass":
         weights = body.op("GatherElements", mass, order, axis=3)
         before = body.op("CumSum", weights, body.constant(np.array(3, np.int64)), exclusive=1)
@@ -157,15 +165,32 @@ def _select(body: Body, said: Mapping[str, Any], sizes: Sizes) -> list[str]:
         share = body.op("Ceil", body.op("Sub", share, _float(body, op.SLACK)))
         wanted = body.op("Cast", share, to=TensorProto.INT64)
     wanted = body.op("Min", body.op("Max", wanted, least), visible)  # [.., R, 1]
+    return _listed(body, columns, order, body.op("Less", place, wanted), own, mass)
+
+
+def _near(body: Body, amount: str, always: str, place: str, row: str | None) -> str:
+    """Bool [B, H, R, C]: blocks within ``amount`` of the anchor. ``row``: the last that is seen, if not all are."""
+    hidden = _float(body, -np.inf)
+    anchor = body.op("ReduceMax", body.op("Where", always, "scores", hidden), body.ints(-1), keepdims=1)
+    near = body.op("GreaterOrEqual", "scores", body.op("Sub", anchor, amount))
+    if row is not None:
+        near = body.op("And", near, body.op("LessOrEqual", place, row))
+    return body.op("Or", near, always)
+
+
+def _listed(body: Body, columns: str, order: str | None, taken: str, own: str, mass: str) -> list[str]:
+    """The outputs. ``taken`` bool [B, H, R, C]: what is kept, by rank in ``order``, or without one by place; ``own``
+    [R, 1] or [1]: partial blocks.
+    """
     # Entries of a row: its partial block, then the others in rising order, then what is not listed.
-    own = row if causal else body.op("Sub", columns, body.ints(1))
-    taken = body.op("Less", place, wanted)  # by rank
-    front = body.op("Equal", order, own)
+    block = _range(body, columns) if order is None else order
+    front = body.op("Equal", block, own)
     size = body.op("Mul", columns, body.ints(2))
-    key = body.op("Where", front, size, body.op("Sub", columns, order))
+    key = body.op("Where", front, size, body.op("Sub", columns, block))
     key = body.op("Where", taken, key, body.scalar(0))
     _, entry = body.ops("TopK", (key, columns), 2, axis=-1, largest=1, sorted=1)
-    listed = body.op("Cast", body.op("GatherElements", order, entry, axis=3), to=TensorProto.INT32)
+    listed = entry if order is None else body.op("GatherElements", order, entry, axis=3)
+    listed = body.op("Cast", listed, to=TensorProto.INT32)
     partial = body.op("ReduceMax", body.op("Cast", body.op("And", front, taken), to=TensorProto.INT64),
                       body.ints(-1), keepdims=1)  # fmt: skip
     wanted = body.op("ReduceSum", body.op("Cast", taken, to=TensorProto.INT64), body.ints(-1), keepdims=1)

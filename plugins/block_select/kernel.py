@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import POINTER_ALIGN, Argument, Constant, OpCall, Program, Tactic, Work
 from attncompile.core.verdict import Verdict
-from attncompile.plugins.block_select.op import RULES, SCORES, SELECT, SLACK, register
+from attncompile.plugins.block_select.op import REDUCTIONS, RULES, SCORES, SELECT, SLACK, register
 from attncompile.plugins.kernel_arguments import HALF, int32, offsets, padded, parted, split
 
 PACKAGE = "attncompile.plugins.block_select"
-TILE = 64
-"""Tiles of keys that every tactic holds at least, and whole blocks of them."""
+TILE, WIDEST = 64, 128
+"""Tiles of keys that every tactic holds at least, and whole blocks of them; the largest block in tiles."""
 
 WIDTHS = (1024, 256)
 """Columns of a row of blocks that are looked at at once: of 131,072 tokens, and of what most models have."""
@@ -23,8 +23,11 @@ ROOM = (1 << 31) - 1
 """Entries that lists may have: they are counted in int32."""
 
 
+READ = ("stride", "block", "causal", "reduce", "span")
+
+
 class ScoresKernel:
-    """Any lengths. Of the attributes it reads ``stride``, ``block`` and ``causal``; the scale is an argument."""
+    """Any lengths. Of the attributes it reads ``READ``; the scale is an argument."""
 
     op = SCORES
 
@@ -34,10 +37,10 @@ class ScoresKernel:
     def call(self, node: OpCall) -> OpCall:
         if node.attributes.get("columns"):
             raise Unsupported("layout", "queries or keys whose tokens are the last axis: kernels read rows")
-        return replace(node, attributes={n: node.attributes[n] for n in ("stride", "block", "causal", "scale")})
+        return replace(node, attributes={n: node.attributes[n] for n in (*READ, "scale")})
 
     def general(self, call: OpCall) -> OpCall:
-        said = {n: call.attributes[n] for n in ("stride", "block", "causal")}
+        said = {n: call.attributes[n] for n in READ}
         return replace(
             call, heads=1, kv_heads=1, batch=None, query_length=None, key_length=None, shapes={}, attributes=said,
             value_dim=call.head_dim,
@@ -45,8 +48,13 @@ class ScoresKernel:
 
     def standard(self, dtype: str) -> Sequence[OpCall]:
         return [
-            OpCall(self.op, dtype, 1, 1, dim, dim, {"stride": s, "block": b, "causal": c}, outputs=("scores",))
-            for dim in (64, 128) for s, b in ((16, 64), (16, 128), (1, 1)) for c in (0, 1)
+            OpCall(self.op, dtype, 1, 1, dim, dim, dict(zip(READ, (s, b, c, reduce, span), strict=True)),
+                   outputs=("scores",))
+            for dim in (64, 128)
+            for s, b, reduce, span in (
+                (16, 64, "sum", 1), (16, 128, "sum", 1), (1, 1, "sum", 1), (1, 64, "max", 64), (1, 128, "max", 128),
+            )
+            for c in (0, 1)
         ]  # fmt: skip
 
     def supports(self, call: OpCall, architecture: int) -> Verdict:
@@ -59,10 +67,15 @@ class ScoresKernel:
             raise Unsupported("head-dim", f"head dim {call.head_dim}: kernels take multiples of 8 from 16 to 256")
         stride, block = call.attributes["stride"], call.attributes["block"]
         members = block // stride if stride > 0 else 0
-        if stride < 1 or block % stride or members > TILE or members & (members - 1):
+        if stride < 1 or block % stride or members > WIDEST or members & (members - 1):
             raise Unsupported(
-                "stride", f"blocks of {block} in tiles of {stride}: kernels take 1 to {TILE} tiles, a power of two"
+                "stride", f"blocks of {block} in tiles of {stride}: kernels take 1 to {WIDEST} tiles, a power of two"
             )
+        if call.attributes["reduce"] not in REDUCTIONS or call.attributes["span"] < 1:
+            raise Unsupported(
+                "reduce", f"reduce {call.attributes['reduce']}, span {call.attributes['span']}: there are "
+                f"{', '.join(REDUCTIONS)}, and spans from 1 on",
+            )  # fmt: skip
         if not call.attributes.get("scale", 1.0) > 0:
             raise Unsupported("scale", f"scale {call.attributes['scale']}: the kernels need a positive one")
 
@@ -75,7 +88,8 @@ class ScoresKernel:
         k1, k2 = split(call.head_dim)
         constants: dict[str, Constant] = {
             "STRIDE": stride, "BLOCK": block, "CAUSAL": bool(call.attributes.get("causal")), "DK": call.head_dim,
-            "K1": k1, "K2": k2, **tactic.constants,
+            "K1": k1, "K2": k2, "HIGHEST": call.attributes["reduce"] == "max", "SPAN": int(call.attributes["span"]),
+            **tactic.constants,
         }  # fmt: skip
         wide = int(tactic.constants["BN"] or 1) * stride // block
         items = f"cdiv(cdiv(NQ, {stride}), {tactic.constants['BM']}) * cdiv(cdiv(NK, {block}), {wide})"
@@ -127,7 +141,7 @@ class SelectKernel:
         return [
             OpCall(self.op, "float32", 1, 1, 1, 1, {"tiles": t, "causal": c, "rule": rule, **said}, given,
                    outputs=("rows", "columns", "kinds", "mass"))
-            for t, rule in ((4, "mass"), (8, "mass"), (1, "share")) for c in (0, 1)
+            for t, rule in ((4, "mass"), (8, "mass"), (1, "share"), (1, "anchor")) for c in (0, 1)
         ]  # fmt: skip
 
     def supports(self, call: OpCall, architecture: int) -> Verdict:
@@ -141,6 +155,8 @@ class SelectKernel:
             raise Unsupported("rule", f"rule {call.attributes.get('rule')}: there are {', '.join(RULES)}")
         if call.attributes["tiles"] < 1:
             raise Unsupported("tiles", f"{call.attributes['tiles']} rows of scores in a row of blocks")
+        if call.attributes["rule"] == "anchor" and call.attributes["tiles"] != 1:
+            raise Unsupported("tiles", f"rule anchor takes one row of scores, not {call.attributes['tiles']}")
         sizes = call.shapes.get("scores", ())
         if len(sizes) == 4 and None not in sizes:
             batch, heads, tiles, columns = (int(n or 0) for n in sizes)
@@ -156,15 +172,16 @@ class SelectKernel:
 
     def program(self, call: OpCall, width: int, rank: int = 0) -> Program:
         said = call.attributes
-        constants: Mapping[str, Constant] = {
-            "TILES": int(said["tiles"]), "CAUSAL": bool(said.get("causal")), "COUNTED": said["rule"] == "share",
-            "SLACK": SLACK, "WIDTH": width,
-        }  # fmt: skip
+        near = said["rule"] == "anchor"
+        constants: dict[str, Constant] = {"CAUSAL": bool(said.get("causal")), "WIDTH": width}
+        if not near:
+            constants |= {"TILES": int(said["tiles"]), "COUNTED": said["rule"] == "share", "SLACK": SLACK}
         extras = [int32("amount_h", "amount_stride_H"), int32("TQ", "T"), int32("C", "C"),
                   int32("sinks", str(said["sinks"])), int32("window", str(said["window"]))]  # fmt: skip
         outputs = [Argument(n, "output", "int32") for n in ("rows", "columns", "kinds")]
         return Program(
-            op=self.op, tactic=f"triton-width{width}-w4", language="triton", function=f"{PACKAGE}.kernel_triton:select",
+            op=self.op, tactic=f"triton-width{width}-w4", language="triton",
+            function=f"{PACKAGE}.kernel_triton:{'near' if near else 'select'}",
             arguments=(Argument("scores", "input", "float32"), Argument("amount", "input", "float32"), *extras,
                        *outputs, Argument("mass", "output", "float32")),
             constants=constants, grid=(f"cdiv(T, {said['tiles']})", "H", "B"), warps=4, stages=1, dtype="float32",
@@ -192,6 +209,11 @@ def _verdict(check: Callable[[OpCall], None], call: OpCall) -> Verdict:
 def _tactics(call: OpCall) -> list[Tactic]:
     """Best first, by rule; the last one is small."""
     dim = padded(call.head_dim)
+    if (members := call.attributes["block"] // call.attributes["stride"]) > TILE or call.attributes["span"] > 1:
+        # A tile is one token as a rule: nothing is loaded ahead, and there are few rows.
+        wide = max(members, 128 if dim <= 128 else TILE)
+        more = [_tactic(128, wide, 8, 1)] if dim <= 128 else []
+        return [_tactic(64, wide, 4, 1), *more, _tactic(16, max(members, TILE), 4, 1)]
     small = _tactic(64 if dim <= 128 else 16, TILE, 4, 1)
     if dim > 128:
         return [_tactic(64, TILE, 4, 2), small]

@@ -7,8 +7,10 @@ the score of a tile of queries a and a tile of keys c is the sum of the products
 
 tokens past the end counting as zero. ``scores`` [B, H, T, C] float32 are log sum exp s[a, c] over the tiles c of each
 block of keys, with T = ceil(Nq / stride) tiles of queries and C = ceil(Nk / block) blocks of keys; -inf where there is
-none: tiles past the end do not exist, and with ``causal`` (Nq = Nk) tiles c > a are hidden. ``block`` is a multiple of
-``stride``. With stride and block of 1 on pooled operands it is the score of their means.
+none: tiles past the end do not exist, and with ``causal`` tiles c >= (a + 1) * ``span`` are hidden, where a query
+stands for ``span`` keys (Nq = ceil(Nk / span)). ``block`` is a multiple of ``stride``. With stride and block of 1 on
+pooled operands it is the score of their means. With ``reduce`` = max it is the highest s[a, c] of a block instead: with
+a stride of 1 and queries that are means of blocks (``span`` = ``block``) that of the one key which they look at most.
 
 ``BlockSelect`` makes the lists of ``BlockSparseAttention`` of such scores. ``tiles`` rows of scores make one row of
 blocks; the weights of its blocks are the mean over the rows that exist of their softmax over all blocks. Blocks are
@@ -17,9 +19,12 @@ then by falling weight, equal ones by their place. Of each head
 
 - ``rule`` = mass: the shortest beginning of this order that holds a weight of ``amount``;
 - ``rule`` = share: its first ``amount`` * (blocks that the row may see), rounded up, but for 2^-10 of a block, so that
-  a tenth of 10 is 1 in every precision.
+  a tenth of 10 is 1 in every precision;
+- ``rule`` = anchor: not ranked, but every block whose score is at least the anchor, the highest score of those that are
+  always kept, less ``amount`` (in float32; -inf where none is, so that all are kept); ``tiles`` is 1.
 
-Blocks that are always kept are kept whatever ``amount`` says; from 1 on (share) or above 1 (mass) a head keeps all.
+Blocks that are always kept are kept whatever ``amount`` says; from 1 on (share), above 1 (mass) or of infinity
+(anchor) a head keeps all.
 ``rows`` [B, H, R, 3], ``columns`` and ``kinds`` [B * H * R * C] are as ``BlockSparseAttention`` takes them: every row
 has room for C entries, the rest of which are not written. Partial, and of kind 0, is the row's own block with
 ``causal``, else the last block of keys, since how far it reaches is not known; columns rise from there. ``mass``
@@ -42,7 +47,8 @@ from attncompile.plugins.body import DOMAIN, LAYOUTS, overload_of
 
 SCORES, SELECT = "BlockScores", "BlockSelect"
 VERSION = 1
-RULES = ("mass", "share")
+RULES = ("mass", "share", "anchor")
+REDUCTIONS = ("sum", "max")
 LISTS = ("rows", "columns", "kinds")
 """Outputs of ``BlockSelect`` that ``BlockSparseAttention`` reads."""
 
@@ -90,6 +96,7 @@ def _scores() -> OpSchema:
             OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "of the products", required=True),
             _required("stride", "edge of a tile"), _required("block", "keys of a block"),
             _attribute("causal", 0, "whether later tiles are hidden"),
+            _attribute("reduce", REDUCTIONS[0], " | ".join(REDUCTIONS)), _attribute("span", 1, "keys of a query"),
             *(_attribute(f"{x}_layout", "BNHD", LAYOUTS[0]) for x in "qk"),
         ],
     )  # fmt: skip

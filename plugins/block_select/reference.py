@@ -8,11 +8,13 @@ import numpy as np
 
 
 def scores(
-    query: np.ndarray, key: np.ndarray, stride: int, block: int, causal: bool = False, scale: float | None = None
-) -> np.ndarray:
+    query: np.ndarray, key: np.ndarray, stride: int, block: int, causal: bool = False, scale: float | None = None,
+    reduce: str = "sum", span: int = 1,
+) -> np.ndarray:  # fmt: skip
     """query [B, Nq, H, D], key [B, Nk, G, D] -> float64 [B, H, ceil(Nq / stride), ceil(Nk / block)].
 
-    XAttention (arXiv:2503.16428): antidiagonals of stride x stride squares, scaled by 1 / stride.
+    XAttention (arXiv:2503.16428): antidiagonals of stride x stride squares, scaled by 1 / stride. AnchorAttention
+    (arXiv:2505.23520): ``reduce`` max, of mean queries that stand for ``span`` = ``block`` keys each.
     """
     query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
     batch, queries, heads, dim = query.shape
@@ -26,8 +28,8 @@ def scores(
             for a in range(rows):
                 of_block: dict[int, list[float]] = {}
                 for c in range(math.ceil(keys / stride)):
-                    if causal and c > a:
-                        continue
+                    if causal and c * stride >= (a + 1) * stride * span:
+                        continue  # the tile begins after the last key that the queries of ``a`` stand for
                     total = 0.0
                     for i in range(stride):
                         at, place = a * stride + stride - 1 - i, c * stride + i
@@ -36,7 +38,7 @@ def scores(
                     of_block.setdefault(c * stride // block, []).append(scale / stride * total)
                 for c, found in of_block.items():
                     top = max(found)
-                    out[b, h, a, c] = top + math.log(sum(math.exp(x - top) for x in found))
+                    out[b, h, a, c] = top if reduce == "max" else top + math.log(sum(math.exp(x - top) for x in found))
     return out
 
 
@@ -70,11 +72,17 @@ def order(weights: np.ndarray, row: int, causal: bool, sinks: int, window: int) 
 def kept(
     weights: np.ndarray, amount: np.ndarray, rule: str, causal: bool = False, sinks: int = 1, window: int = 0
 ) -> np.ndarray:
-    """weights [B, H, R, C], amount [H] or [1] -> bool [B, H, R, C]."""
+    """weights [B, H, R, C], amount [H] or [1] -> bool [B, H, R, C]. Of rule anchor ``weights`` are scores."""
     out = np.zeros(weights.shape, bool)
     for b, h, r in np.ndindex(*weights.shape[:3]):
         asked = float(amount[h if len(amount) > 1 else 0])
         ranked, always = order(weights[b, h, r], r, causal, sinks, window)
+        if rule == "anchor":
+            anchor = max((float(weights[b, h, r, c]) for c in ranked[:always]), default=-math.inf)
+            least = float(np.float32(anchor - asked))
+            for place, c in enumerate(ranked):
+                out[b, h, r, c] = place < always or weights[b, h, r, c] >= least
+            continue
         count = math.ceil(asked * len(ranked) - 2**-10)
         if rule == "mass":
             count = len(ranked)

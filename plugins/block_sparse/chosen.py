@@ -11,7 +11,7 @@ import numpy as np
 from onnx import NodeProto, numpy_helper
 
 from attncompile.core.block_pattern import BlockGeometry
-from attncompile.core.block_selection import SINKS, WINDOW, Chooser, is_selection
+from attncompile.core.block_selection import SINKS, WINDOW, Chooser, Cut, Family, is_selection
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import Cost, Lowering, Parameters, Shape
 from attncompile.core.site import AttentionSite
@@ -78,15 +78,14 @@ def check_site(site: AttentionSite) -> None:
     check_bias(site)
 
 
-def fixed_elements(site: AttentionSite, shape: Shape, edge: int, stride: int) -> float:
+def fixed_elements(site: AttentionSite, shape: Shape, edge: int, family: Family) -> float:
     """What scores and selection of all heads take in the body, in score elements of dense attention."""
     heads, tokens = shape.batch * site.heads, shape.query_length
-    width = stride or edge
-    tiles = -(-tokens // width)
-    # One product of width * D (of D on pooled operands) for each square of tiles; pooling reads queries and keys once.
-    products = tiles**2 * (stride or 1) * site.head_dim / (site.head_dim + site.value_dim)
-    rows = -(-tokens // edge)
-    return START + float(heads * (products + SOFTMAX * tiles**2 + SORTED * rows**2 + tokens))
+    cut, rows = Cut.of(family, edge), -(-tokens // edge)
+    high, wide = (-(-(rows if n in cut.pooled else tokens) // cut.stride) for n in ("query", "key"))
+    # One product of stride * D for each pair of tiles; pooling reads queries and keys once.
+    products = high * wide * cut.stride * site.head_dim / (site.head_dim + site.value_dim)
+    return START + float(heads * (products + SOFTMAX * high * wide + SORTED * rows**2 + tokens))
 
 
 START = 3e5
@@ -100,22 +99,22 @@ SORTED = 12.0
 
 
 def cost(site: AttentionSite, given: Parameters, shape: Shape) -> Cost:
-    """Touched keys with padding; copies, scores and selection are counted as flops. Of a way by weight, which keeps as
-    much as it must, half of the blocks are assumed: the search knows better.
+    """Touched keys with padding; copies, scores and selection are counted as flops. Of a way by weight or
+    distance, which keeps as much as it must, half of the blocks are assumed: the search knows better.
     """
     edge, chooser = check(site, given)
     count = -(-shape.query_length // edge)
     all_blocks = count * (count + 1) / 2 if causal(site) else count**2
-    shares = [a if chooser.way == "pooled" else 0.5 if a <= 1 else 1.0 for a in chooser.amounts]
+    shares = [a if chooser.rule == "share" else 1.0 if a >= chooser.everything else 0.5 for a in chooser.amounts]
     blocks = sum(min(s, 1.0) for s in shares) * all_blocks * shape.batch
-    return cost_of(site, shape, edge, chooser.stride, blocks)
+    return cost_of(site, shape, edge, chooser.family, blocks)
 
 
-def cost_of(site: AttentionSite, shape: Shape, edge: int, stride: int, blocks: float) -> Cost:
+def cost_of(site: AttentionSite, shape: Shape, edge: int, family: Family, blocks: float) -> Cost:
     """``blocks`` of all heads and batch entries."""
     of_element = 2.0 * (site.head_dim + site.value_dim)
     elements = PADDING * OVERHEAD * blocks * edge**2
-    extra = OVERHEAD * COPY * PADDING * blocks * edge + fixed_elements(site, shape, edge, stride)
+    extra = OVERHEAD * COPY * PADDING * blocks * edge + fixed_elements(site, shape, edge, family)
     keys = blocks * edge / (shape.batch * site.heads * -(-shape.query_length // edge))
     return Cost(of_element * (elements + extra), keys, elements)
 
@@ -133,17 +132,17 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
     sizes = select.Sizes(
         site.heads, site.kv_heads, site.head_dim, site.dtype, (site.query.layout, site.key.layout), opset
     )
-    names, before = tuple(o.value for o in operands), list[NodeProto]()
-    stride, block = chooser.stride, edge
-    if chooser.way == "pooled":
-        stride = block = 1
-        body, made = Body(opset), []
-        for name, operand, heads in zip("qk", operands, (site.heads, site.kv_heads), strict=True):
-            made.append(select.pool(body, name, operand.layout, edge, sizes, heads))
-        before = _prefixed(body, f"{base}/pooled", dict(zip("qk", names, strict=True)))
-        names = tuple(f"{base}/pooled/{m}" for m in made)
-    said = {"scale": site.scale, "stride": stride, "block": block, "causal": int(late)}
-    picked = {"tiles": block // stride, "rule": chooser.rule, "causal": int(late), "sinks": SINKS, "window": WINDOW}
+    names, before = {"query": site.query.value, "key": site.key.value}, list[NodeProto]()
+    cut = Cut.of(chooser.family, edge)
+    if cut.pooled:
+        body, made = Body(opset), dict[str, str]()
+        for name, operand, heads in zip(names, operands, (site.heads, site.kv_heads), strict=True):
+            if name in cut.pooled:
+                made[name] = select.pool(body, name[0], operand.layout, edge, sizes, heads)
+        before = _prefixed(body, f"{base}/pooled", {n[0]: value for n, value in names.items()})
+        names |= {n: f"{base}/pooled/{m}" for n, m in made.items()}
+    said = {"scale": site.scale, **cut.attributes, "causal": int(late)}
+    picked = {"tiles": cut.tiles, "rule": chooser.rule, "causal": int(late), "sinks": SINKS, "window": WINDOW}
     amount = np.array(chooser.amounts if len(set(chooser.amounts)) > 1 else chooser.amounts[:1], np.float32)
     shape = masks(edge, late)
     stored = [
@@ -151,7 +150,7 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
         for what, x in (("amount", amount), ("masks", shape))
     ]
     lists = [f"{base}/{name}" for name in LISTS]
-    scores = select.node(SCORES, said, sizes, names, (f"{base}/scores",), f"{SCORES}/{site.id or base}")
+    scores = select.node(SCORES, said, sizes, tuple(names.values()), (f"{base}/scores",), f"{SCORES}/{site.id or base}")
     chosen = select.node(
         SELECT, picked, sizes, (f"{base}/scores", stored[0].name), (*lists, f"{base}/mass"),
         f"{SELECT}/{site.id or base}",

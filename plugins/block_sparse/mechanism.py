@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_selection import Family
 from attncompile.core.errors import Unsupported
 from attncompile.core.grid import TokenGrid
 from attncompile.core.head_pattern import HeadMasks, KeyCounts
@@ -121,9 +122,9 @@ class BlockSparseAttention:
         """Parameters with one text a head."""
         return {"masked_rows": "zero", "edge": geometry.edge, "heads": list(texts)}
 
-    def choice_cost(self, site: AttentionSite, edge: int, stride: int, blocks: float, shape: Shape) -> Cost:
+    def choice_cost(self, site: AttentionSite, edge: int, family: Family, blocks: float, shape: Shape) -> Cost:
         """Of the function bodies, scores and selection included."""
-        return chosen.cost_of(site, shape, edge, stride, blocks)
+        return chosen.cost_of(site, shape, edge, family, blocks)
 
     def supports(self, site: AttentionSite, parameters: Parameters) -> Verdict:
         try:

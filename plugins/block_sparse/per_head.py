@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +13,8 @@ from attncompile.core.mechanism import Cost, Lowering, Parameters, Shape
 from attncompile.core.site import AttentionSite
 from attncompile.plugins.block_sparse import head_body
 from attncompile.plugins.block_sparse.head_lists import HeadPlan, lists_of, plan_of
+from attncompile.plugins.block_sparse.head_orders import Arrangement, arranged
+from attncompile.plugins.block_sparse.head_orders import around as around_orders
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
 from attncompile.plugins.block_sparse.plan import LAUNCH
 from attncompile.plugins.neighborhood.call import Call
@@ -26,6 +28,12 @@ LONG = 4096
 OVERHEAD = 1.4
 """Time of a score element in blocks of a row, relative to one of dense attention: smaller products, and masks. Measured
 with ONNX Runtime 1.32 on 2 busy cores at 1,024 and 4,096 tokens."""
+
+MOVE: Mapping[str, float] = {"BHND": 11.0, "BNHD": 5.0}
+"""Cost of bringing one row of a head to its order or back, in score elements, by the operand's layout: what the body
+would have turned anyway costs less. Of a pair of rows ``tools/bench_chosen.py`` gave 12 to 31, and 5 to 13, on 2 busy
+cores.
+"""
 
 LARGEST = 1 << 24
 """Blocks of all heads beyond which a site is refused: its lists would not be small any more."""
@@ -71,7 +79,9 @@ def parameters(geometry: BlockGeometry, patterns: Sequence[BlockPattern]) -> Par
 
 
 def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.ndarray]:
-    """The site's geometry and bool [H, R, R]. Raises ``Unsupported`` as ``geometry_of``, or for wrong parameters."""
+    """The site's geometry and bool [H, R, R], of each head in its order of the tokens. Raises ``Unsupported`` as
+    ``geometry_of``, or for wrong parameters.
+    """
     edge, texts = given.get("edge", 0), given.get("heads", ())
     if not isinstance(edge, int) or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise Unsupported("parameters", "edge is a number and heads a list of patterns")
@@ -80,7 +90,16 @@ def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.n
         raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")
     if "mean" in texts and site.mask.part("padding") is not None:
         raise Unsupported("pattern", "a head that averages all values beside padding", "use another pattern than mean")
-    return geometry, _seen(tuple(texts), geometry)
+    seen = _seen(tuple(texts), geometry)
+    if site.mask.part("padding") is not None and any(BlockPattern(text).order for text in texts):
+        raise Unsupported("pattern", "a head in another order beside padding, which is said for tokens as they stand",
+                          "leave the order out")  # fmt: skip
+    return geometry, seen
+
+
+@lru_cache(maxsize=8)
+def _arranged(texts: tuple[str, ...], group: int, geometry: BlockGeometry) -> Arrangement | None:
+    return arranged(texts, group, geometry)
 
 
 @lru_cache(maxsize=64)
@@ -95,35 +114,51 @@ def _plan(texts: tuple[str, ...], geometry: BlockGeometry) -> HeadPlan:
 
 
 def cost(site: AttentionSite, given: Parameters, shape: Shape) -> Cost:
-    """Touched keys with padding; copying keys and starting groups are counted as flops."""
+    """Touched keys with padding; copying keys, bringing heads to their orders and back, and starting groups are counted
+    as flops.
+    """
     geometry, _ = seen_of(site, given)
-    made = _plan(tuple(given["heads"]), geometry)
+    texts = tuple(given["heads"])
+    made = _plan(texts, geometry)
+    moved = _arranged(texts, site.heads // site.kv_heads, geometry)
     of_element = 2.0 * (site.head_dim + site.value_dim)
     whole = len(made.whole) * geometry.count**2
     elements = float(shape.batch * (OVERHEAD * (made.blocks - whole) + whole) * geometry.edge**2)
     extra = OVERHEAD * COPY * shape.batch * made.copied + LAUNCH * len(made.groups)
+    if moved is not None:
+        sides = ((site.query, moved.queries), (site.key, moved.keys), (site.value, moved.keys),
+                 (site.output, moved.queries))  # fmt: skip
+        extra += shape.batch * sum(MOVE[operand.layout] * places.size for operand, places in sides) + LAUNCH
     keys = made.blocks * geometry.edge / (site.heads * geometry.count)
     return Cost(of_element * (elements + extra), keys, elements)
 
 
 def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
-    """The op with the lists of all heads, and the body for them. Raises ``Unsupported`` as ``seen_of``."""
+    """The op with the lists of all heads, and the body for them; gathers around it where heads have orders of their
+    own. Raises ``Unsupported`` as ``seen_of``.
+    """
     register()
     geometry, seen = seen_of(site, given)
-    call = Call.of(site, opset, 0, 0)
-    said = lists_of(seen, geometry)
-    made = _plan(tuple(given["heads"]), geometry)
+    texts = tuple(given["heads"])
     rule = str(given.get("masked_rows", "zero"))
-    if rule != ("uniform" if made.empty else "zero"):
+    if rule != ("zero" if seen.any(axis=(1, 2)).all() else "uniform"):
         raise Unsupported("parameters", f"masked_rows {rule!r}", "it is uniform where a head is mean, else zero")
+    moved = _arranged(texts, site.heads // site.kv_heads, geometry)
+    if moved is not None:
+        return around_orders(site, moved, lambda inner: _attended(inner, geometry, moved.texts, rule, opset))
+    return around(site, lambda inner: _attended(inner, geometry, texts, rule, opset))
+
+
+def _attended(
+    site: AttentionSite, geometry: BlockGeometry, texts: tuple[str, ...], rule: str, opset: int
+) -> Lowering:  # fmt: skip
+    """The op for operands that stand in the orders of its heads."""
+    call = Call.of(site, opset, 0, 0)
+    said, made = lists_of(_seen(texts, geometry), geometry), _plan(texts, geometry)
     form = Form(geometry.edge, rule, (*(["key_mask"] if call.key_mask else []), "order"))
-
-    def lowered(site: AttentionSite) -> Lowering:
-        stored = said.initializers()
-        values = {"query": site.query.value, "key": site.key.value, "value": site.value.value}
-        values |= {"key_mask": check_padding(site.mask), **{x.name.rpartition("/")[2]: x.name for x in stored}}
-        name = f"{OP_TYPE}/{site.id or site.output.value}"
-        replaced = node(form, call, form.place(values), [site.output.value], name, f"heads {said.digest}")
-        return Lowering((replaced,), (head_body.function(made, replaced, form, call),), tuple(stored))
-
-    return around(site, lowered)
+    stored = said.initializers()
+    values = {"query": site.query.value, "key": site.key.value, "value": site.value.value}
+    values |= {"key_mask": check_padding(site.mask), **{x.name.rpartition("/")[2]: x.name for x in stored}}
+    name = f"{OP_TYPE}/{site.id or site.output.value}"
+    replaced = node(form, call, form.place(values), [site.output.value], name, f"heads {said.digest}")
+    return Lowering((replaced,), (head_body.function(made, replaced, form, call),), tuple(stored))

@@ -31,10 +31,10 @@ MAPS = {"none": 0, "relu": 1, "elu+1": 2, "exp": 3, "softmax": 4}
 CHUNKS = tuple(1 << n for n in range(4, 13))
 """Tokens of a chunk under a triangle: whole tiles of them."""
 
-HEDGEHOG = "hedgehog"
+CHANNEL_CHUNKS = (16, 32, 64)
+"""Under gates of every channel, where a chunk is one tile."""
 
-CHANNEL_CHUNKS = (16, 32, 64, 128)
-"""Under gates of every channel, whose sums run over the chunk."""
+HEDGEHOG = "hedgehog"
 
 DECAYS = {1: 1, 3: 2, 4: 3}
 """Axes of ``log_decay`` -> the kernels' constant."""
@@ -209,6 +209,7 @@ class _LinearKernel:
         chunk = call.attributes.get("chunk", 0) or keys or 1
         chunks = -(-(keys or queries) // chunk)
         constants = program.constants
+        gates = call.head_dim if call.attributes.get("decay") == DECAYS[4] else 0
         if self.op == SOLVE:
             tile = int(call.attributes["tile"])
             tiles = groups * -(-keys // tile)
@@ -224,7 +225,7 @@ class _LinearKernel:
             size = 2.0 * groups * keys * (both + call.value_dim) + 4.0 * groups * (chunks * state + keys * tile)
             return Work(2.0 * groups * keys * call.value_dim * (2 * k1 + tile), 0.0, 0.0, size, groups * values)
         if self.op in (STATE, STATES):
-            size = 2.0 * groups * keys * both + 4.0 * groups * chunks * state
+            size = 2.0 * groups * keys * both + 4.0 * groups * (chunks * state + keys * gates)
             parts = values * (-(-call.head_dim // int(constants.get("BK") or k1)))
             blocks = call.batch * -(-call.kv_heads // int(constants.get("HB") or 1)) * parts
             blocks *= chunks if self.op == STATE else 1
@@ -242,14 +243,10 @@ class _LinearKernel:
             tiles = -(-queries // int(constants["BM"] or 1))
             blocks = heads * values * tiles
             return Work(flops, 0.0, 0.0, size + 4.0 * heads * state, blocks)
-        size += 2.0 * groups * keys * both + 4.0 * groups * chunks * state
-        if "BM" in constants:  # gates of every channel: a block is a tile, which goes through the chunk up to it
-            rows = int(constants["BM"] or 1)
-            scores, blocks = heads * queries * (chunk + rows) / 2, heads * values * -(-queries // rows)
-        else:
-            rows = int(constants["BT"] or 1)
-            scores, blocks = float(heads * queries * rows), heads * values * chunks
-            flops *= 2 if chunk > rows else 1
+        size += 2.0 * groups * keys * both + 4.0 * groups * (chunks * state + keys * gates)
+        rows = int(constants.get("BT") or chunk)
+        scores, blocks = float(heads * queries * rows), heads * values * chunks
+        flops *= 2 if chunk > rows else 1
         flops += 2.0 * scores * (k1 + call.value_dim)
         return Work(flops, scores, heads * queries * rows, size, blocks)
 
@@ -292,9 +289,6 @@ LONGEST = 1024
 """Tokens of a chunk: on an H200, 32 heads of 128 and 8,192 tokens took 0.180 ms in chunks of 1,024, 0.186 of 512, 0.200
 of 256, 0.235 of 128, 0.284 of 64 (docs/bench/linear-h200.json, the best tactics of both ops)."""
 
-LONGEST_GATED = 128
-"""Under gates of every channel, whose kernels take no longer ones. Not measured."""
-
 FILLS = 264
 """Blocks that fill a large GPU twice."""
 
@@ -304,7 +298,7 @@ def preferred_chunk(decay: str, heads: int, tokens: int, value_dim: int) -> int:
     ``heads`` of all batch entries; ``decay`` as forms have it.
     """
     blocks = heads * -(-value_dim // 64)
-    chunk = LONGEST_GATED if decay == "channel" else LONGEST
+    chunk = CHANNEL_CHUNKS[-1] if decay == "channel" else LONGEST
     while chunk > 64 and (blocks * -(-tokens // chunk) < FILLS or chunk >= 2 * tokens):
         chunk //= 2
     return chunk
@@ -325,38 +319,45 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
     k1, v1 = power(call.head_dim), power(call.value_dim)
     wide = max(k1, v1)
     if op == COMBINE:
-        return [tactic(4, 1, BK=8, BV=min(v1, 128), AHEAD=8)]
+        return [tactic(4, 1, BK=16, BV=32, AHEAD=8) if wide >= 128 else tactic(4, 1, BK=4, BV=v1, AHEAD=16)]
     if is_hedgehog(call):
         across = max(k1, power(call.attributes["width"]))
         tile, blocks = ("BN", {}) if op == STATE else ("BM", {"BLOCKS": 4})
         best = tactic(8, 2, BV=min(v1, 32), **{tile: 64 if across <= 64 else 32}, FAST=1, **blocks)
         return [best, tactic(4 if across <= 64 else 8, 1, BV=16, **{tile: 32}, FAST=0, **blocks)]
     if op == STATE:
-        heads = min(side_by_side(call), 4)
+        heads = min(side_by_side(call), 2)
         across = wide * heads
         values = min(v1, 128 if k1 <= 128 else 64)
-        best = tactic(8 if across >= 128 else 4, 3, BV=values, BN=64 if across >= 128 else 128, HB=heads, FAST=1)
+        best = tactic(8 if across >= 128 else 4, 4, BV=values, BN=32 if across >= 128 else 64, HB=heads, FAST=1)
         small = tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BN=32 if wide <= 128 else 16, HB=1, FAST=0)
         return [best, small]
     if op == APPLY:
         values = min(v1, 128 if k1 <= 128 else 64)
-        best = tactic(8 if wide >= 128 else 4, 2, BV=values, BM=128 if wide <= 128 else 64, FAST=1, BLOCKS=4)
+        best = tactic(8, 2, BV=values, BM=128 if wide <= 128 else 64, FAST=1, BLOCKS=4)
+        if wide < 128:
+            best = tactic(4, 3, BV=values, BM=128, FAST=1, BLOCKS=16)
         return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4)]
     if op == SOLVE:
-        return [tactic(4, 1), tactic(2, 1)]
+        return [tactic(2, 1), tactic(4, 1)]
     if op == DELTA:
         values = min(v1, 32 if k1 <= 128 else 16)
-        return [tactic(4, 2, BV=values), tactic(4, 1, BV=16)]
+        return [tactic(4, 3, BV=values), tactic(4, 1, BV=16)]
     if op == STEP:
         return [tactic(4, 1, BV=16), tactic(2, 1, BV=16)]
     chunk = int(call.attributes["chunk"])
     gated = call.attributes.get("decay") == DECAYS[4]
     if op == STATES:
-        rows = min(chunk, 32 if gated or wide > 128 else 64)
+        rows = min(chunk, 32 if wide > 128 else 64)
         best = tactic(4, 4, BK=min(k1, 64), BV=min(v1, 64), BT=rows)
+        if gated:
+            best = tactic(8, 3, BK=min(k1, 32), BV=min(v1, 128), BT=rows)
         return [best, tactic(4, 1, BK=min(k1, 64), BV=min(v1, 32), BT=min(rows, 32))]
     if gated:
-        return [tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BM=16), tactic(4, 1, BV=min(v1, 32), BM=16)]
+        # A softmax runs over all features.
+        whole = call.attributes.get("query_map") == "softmax"
+        best = tactic(8 if whole else 4, 1, BK=k1 if whole else min(k1, 32), BV=min(v1, 128))
+        return [best, tactic(4, 1, BK=k1 if whole else min(k1, 32), BV=min(v1, 32))]
     best = tactic(4, 2, BV=min(v1, 64 if k1 <= 128 else 32), BT=min(chunk, 64 if k1 <= 128 else 32))
     return [best, tactic(4, 1, BV=min(v1, 32), BT=min(chunk, 32 if k1 <= 128 else 16))]
 
@@ -452,17 +453,11 @@ class OutputKernel(_LinearKernel):
     def _usual(self, dtype: str) -> Sequence[OpCall]:
         return [_causal(OUTPUT, dtype, d, axes, ("output",)) for d in (64, 128) for axes in (1, 3, 4)]
 
-    def _check(self, call: OpCall) -> None:
-        super()._check(call)
-        if call.attributes.get("decay") == DECAYS[4] and call.attributes.get("normaliser") != "none":
-            raise Unsupported("decay", "there is no kernel of gates for every channel with a normaliser")
-
     def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
         made = super()._program(call, tactic, rank)
         if call.attributes["decay"] != DECAYS[4]:
             return made
-        unused = ("NORM", "FLOOR", "DECAY")
-        constants = {k: v for k, v in made.constants.items() if k not in unused}
+        constants = {k: v for k, v in made.constants.items() if k != "DECAY"}
         return replace(made, function=f"{PACKAGE}.{self.module}:gated_output", constants=constants)
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
@@ -476,8 +471,7 @@ class OutputKernel(_LinearKernel):
 
     def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
         values = _values(constants)
-        tiles = f"cdiv(NQ, {constants['BM']})" if "BM" in constants else "C"
-        return (f"{tiles} * {values}" if values > 1 else tiles, "H", "B")
+        return (f"C * {values}" if values > 1 else "C", "H", "B")
 
 
 class SolveKernel(_LinearKernel):
@@ -545,6 +539,10 @@ class StepKernel(_LinearKernel):
                 shapes = {"log_decay": (2,) * axes, **({"beta": (2,) * 3} if delta else {})}
                 found.append(OpCall(STEP, dtype, 1, 1, d, d, said, given, shapes, ("output", "final_state")))
         return found
+
+    def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
+        # All threads of a warp write its sums to one place: the same ones.
+        return replace(super()._program(call, tactic, rank), fused=False)
 
     def _constants(self, call: OpCall) -> dict[str, Constant]:
         said = call.attributes

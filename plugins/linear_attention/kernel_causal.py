@@ -25,6 +25,10 @@ CLOSED = tl.constexpr(-185.0)
 """A gate in units of log2 of which a float32 keeps nothing: lower ones, minus infinity too, are taken for it, so that
 no difference of their sums is a NaN.
 """
+WIDEST = tl.constexpr(-160.0)
+"""The furthest that a channel may close in a tile whose decays are split, in units of log2: 2^80 times any half, and
+2^-80 times all but the smallest, are float32s.
+"""
 
 
 @triton.jit
@@ -55,6 +59,31 @@ def left_over(log_decay, rate, b, rows, g, first, end, groups, tokens, DECAY: tl
         every = tl.sum(x, 0)
         until, whole = tl.exp2(tl.minimum(every - tl.cumsum(x, 0), 0.0)), tl.exp2(every)
     return until, whole
+
+
+@triton.jit
+def nearest(x):
+    """float32 rounded to what a tf32 holds: a product cuts off the other bits, which is twice as far, to one side."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gated_products(fq, fk, own, whole, place, BT: tl.constexpr):
+    """Of a tile [BT, K]: fq[i] . (fk[j] * 2^(own[i] - own[j])) for j <= i, ``own`` the sums of gates up to a token and
+    ``whole`` of all. One product, the decay split halfway, so that neither factor leaves float32's range; where a
+    channel closes further than that in one tile, a key at a time.
+    """
+    if tl.min(whole, 0) >= WIDEST:
+        halfway = (whole * 0.5)[None, :]
+        p = tl.dot(nearest(fq * tl.exp2(own - halfway)), tl.trans(nearest(fk * tl.exp2(halfway - own))))
+    else:
+        p = tl.zeros((BT, BT), tl.float32)
+        for j in range(0, BT):
+            here = (place == j)[:, None]
+            one, until = tl.sum(tl.where(here, fk, 0.0), 0), tl.sum(tl.where(here, own, 0.0), 0)
+            column = tl.sum(fq * one[None, :] * tl.exp2(tl.minimum(own - until[None, :], 0.0)), 1)
+            p = tl.where((place == j)[None, :], column[:, None], p)
+    return p
 
 
 @triton.jit
@@ -223,67 +252,56 @@ def output(
 
 @triton.jit
 def gated_output(
-    query, key, value, state, log_decay,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o, NQ, C, group, scale, epsilon,
+    query, key, value, state, total, log_decay,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, q_o, k_o, v_o, NQ, C, group, scale, epsilon, floor,
     output,
-    Q_MAP: tl.constexpr, K_MAP: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, CHUNK: tl.constexpr,
+    Q_MAP: tl.constexpr, K_MAP: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr,
+    DK: tl.constexpr, K1: tl.constexpr, BK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
     Q_COLUMNS: tl.constexpr, K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, O_COLUMNS: tl.constexpr,
     Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """``output`` with a gate for every channel. Between a query and an earlier tile of keys the decays are split where
-    the query's tile begins, so that both factors are at most 1; inside of a tile each pair has its own. No normaliser.
+    """``output`` with a gate for every channel, of chunks that are one tile, ``BK`` features at a time: what tiles of
+    float32 gates and features leave of the registers. Grid (C * cdiv(DV, BV), H, B).
     """
     TILES: tl.constexpr = (DV + BV - 1) // BV
-    part, tile, h, b = tl.program_id(0) % TILES, tl.program_id(0) // TILES, tl.program_id(1), tl.program_id(2)
+    part, c, h, b = tl.program_id(0) % TILES, tl.program_id(0) // TILES, tl.program_id(1), tl.program_id(2)
     g, groups = h // group, tl.num_programs(1) // group
-    low = tile * BM
-    c = low // CHUNK
-    first = c * CHUNK
     V = part * BV
-    place, cols, out_cols = tl.arange(0, BM), tl.arange(0, K1), V + tl.arange(0, BV)
+    place, out_cols = tl.arange(0, CHUNK), V + tl.arange(0, BV)
     query, key, value = moved(query, q_o), moved(key, k_o), moved(value, v_o)
     q_base = query + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
     k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
     v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
     o_base = output + b.to(tl.int64) * o_b * 8 + h.to(tl.int64) * o_h * 8
-    rows = low + place
-    seen = (rows < NQ)[:, None] & (cols < DK)[None, :]
-    q = tl.load(q_base + places(rows, cols, q_n * Q_UNIT, Q_COLUMNS), mask=seen, other=0.0)
-    f = features(q, seen, Q_MAP)
-    half = q.dtype
-    x = channel_gates(log_decay, b, rows, g, groups, NQ, NQ, cols, DK)
-    own = tl.cumsum(x, 0)
-    # Pairs inside of the tile, a key at a time.
-    p = tl.zeros((BM, BM), tl.float32)
-    for j in range(0, BM):
-        at = low + j
-        there = cols < tl.where(at < NQ, DK, 0)
-        k_at = cols.to(tl.int64) * (k_n * K_UNIT) + at if K_COLUMNS else at.to(tl.int64) * (k_n * K_UNIT) + cols
-        one = features(tl.load(k_base + k_at, mask=there, other=0.0)[None, :], there[None, :], K_MAP)
-        until = tl.sum(tl.where((place <= j)[:, None], x, 0.0), 0)
-        column = tl.sum(f * one * tl.exp2(tl.minimum(own - until[None, :], 0.0)), 1)
-        p = tl.where((place == j)[None, :] & (place >= j)[:, None], column[:, None], p)
+    half = query.dtype.element_ty
+    index = (b * groups + g) * C + c
+    rows = c * CHUNK + place
+    p = tl.zeros((CHUNK, CHUNK), tl.float32)
+    acc = tl.zeros((CHUNK, BV), tl.float32)
+    below = tl.zeros((CHUNK,), tl.float32)
+    for K in range(0, K1, BK):
+        cols = K + tl.arange(0, BK)
+        seen = (rows < NQ)[:, None] & (cols < DK)[None, :]
+        q = tl.load(q_base + places(rows, cols, q_n * Q_UNIT, Q_COLUMNS), mask=seen, other=0.0)
+        k = tl.load(k_base + places(rows, cols, k_n * K_UNIT, K_COLUMNS), mask=seen, other=0.0)
+        fq, fk = features(q, seen, Q_MAP), features(k, seen, K_MAP)
+        x = channel_gates(log_decay, b, rows, g, groups, NQ, NQ, cols, DK)
+        own = tl.cumsum(x, 0)
+        p += gated_products(fq, fk, own, tl.sum(x, 0), place, CHUNK)
+        reading = fq * tl.exp2(own)
+        s, largest = scaled(read_state(state, index, K, V, DK, BK, DV, BV))
+        acc += tl.dot(reading.to(half), s.to(half)) * largest
+        if NORM != 0:
+            z = tl.load(total + index.to(tl.int64) * DK + cols, mask=cols < DK, other=0.0)
+            below += tl.sum(reading * z[None, :], 1)
     v_seen = (rows < NQ)[:, None] & (out_cols < DV)[None, :]
     v = tl.load(v_base + places(rows, out_cols, v_n * V_UNIT, V_COLUMNS), mask=v_seen, other=0.0)
-    acc = tl.dot(p.to(half), v)
-    reading = (f * tl.exp2(own)).to(half)
-    between = tl.zeros((K1,), tl.float32)
-    for back in range(1, (low - first) // BM + 1):
-        keys = low - back * BM + place
-        k_seen = (keys < NQ)[:, None] & (cols < DK)[None, :]
-        k = tl.load(k_base + places(keys, cols, k_n * K_UNIT, K_COLUMNS), mask=k_seen, other=0.0)
-        v_seen = (keys < NQ)[:, None] & (out_cols < DV)[None, :]
-        v = tl.load(v_base + places(keys, out_cols, v_n * V_UNIT, V_COLUMNS), mask=v_seen, other=0.0)
-        y = channel_gates(log_decay, b, keys, g, groups, NQ, NQ, cols, DK)
-        whole = tl.sum(y, 0)
-        near = features(k, k_seen, K_MAP) * tl.exp2(between[None, :] + whole[None, :] - tl.cumsum(y, 0))
-        acc = tl.dot(tl.dot(reading, tl.trans(near.to(half))).to(half), v, acc)
-        between += whole
-    index = (b * groups + g) * C + c
-    s, largest = scaled(read_state(state, index, 0, V, DK, K1, DV, BV))
-    reading = (f * tl.exp2(own + between[None, :])).to(half)
-    acc += tl.dot(reading, s.to(half)) * largest
-    keep = (rows < NQ)[:, None] & (out_cols < DV)[None, :]
-    out = acc * scale.to(tl.float32, bitcast=True)
-    tl.store(o_base + places(rows, out_cols, o_n * O_UNIT, O_COLUMNS), out.to(output.dtype.element_ty), mask=keep)
+    # Taken, not multiplied by 0: a later key may be infinite.
+    p = tl.where(place[:, None] >= place[None, :], p, 0.0)
+    out = tl.dot(p.to(half), v, acc) * scale.to(tl.float32, bitcast=True)
+    if NORM != 0:
+        below += tl.sum(p, 1) + epsilon.to(tl.float32, bitcast=True)
+        if FLOOR:
+            below = tl.maximum(below, floor.to(tl.float32, bitcast=True))
+        out = out * (1.0 / below)[:, None]
+    tl.store(o_base + places(rows, out_cols, o_n * O_UNIT, O_COLUMNS), out.to(output.dtype.element_ty), mask=v_seen)

@@ -33,7 +33,11 @@ def solve(
     MAP: tl.constexpr, DECAY: tl.constexpr, BETA: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, BT: tl.constexpr,
     K_COLUMNS: tl.constexpr, K_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A block: one tile of one key head, whose inverse is made row by row in float32. Grid (cdiv(NK, BT), HKV, B)."""
+    """A block: one tile of one key head. What lies in squares of 16 tokens is inverted row by row, all squares at
+    once; of four squares what is below them by (I - M)(I + M M), where M is the inverted squares times the rest, whose
+    fourth power is zero. Grid (cdiv(NK, BT), HKV, B).
+    """
+    SQUARE: tl.constexpr = 16
     tile, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles, groups = tl.num_programs(0), tl.num_programs(1)
     place, cols = tl.arange(0, BT), tl.arange(0, K1)
@@ -49,15 +53,22 @@ def solve(
     if BETA == 2:
         at = at * groups + g
     rates = tl.load(beta + at, mask=rows < NK, other=0.0).to(tl.float32)
-    # Transposed: [j, i] is what the i-th token takes of the earlier j-th.
-    p = tl.dot(f, tl.trans(f)) * tl.exp2(tl.minimum(x[None, :] - x[:, None], 0.0)) * rates[None, :]
+    # [i, j] is what the i-th token takes of the earlier j-th.
+    p = tl.dot(f, tl.trans(f)) * tl.exp2(tl.minimum(x[:, None] - x[None, :], 0.0)) * rates[:, None]
     # Taken, not multiplied by 0: a later key may be infinite.
-    p = tl.where(place[None, :] > place[:, None], p, 0.0)
+    p = tl.where(place[:, None] > place[None, :], p, 0.0)
+    inside = (place // SQUARE)[:, None] == (place // SQUARE)[None, :]
     inverse = tl.where(place[:, None] == place[None, :], 1.0, 0.0)
-    for i in range(1, BT):
-        of = tl.sum(tl.where((place == i)[None, :], p, 0.0), 1)
+    for i in range(1, SQUARE):
+        row = inside & (place % SQUARE == i)[:, None]
+        of = tl.sum(tl.where(row, p, 0.0), 0)
         made = tl.sum(of[:, None] * inverse, 0)
-        inverse = tl.where((place == i)[:, None], inverse - made[None, :], inverse)
+        inverse = tl.where(row, inverse - made[None, :], inverse)
+    if BT > SQUARE:
+        m = tl.dot(inverse, tl.where(inside, 0.0, p), input_precision="tf32x3")
+        if BT > 2 * SQUARE:
+            inverse += tl.dot(tl.dot(m, m, input_precision="tf32x3"), inverse, input_precision="tf32x3")
+        inverse -= tl.dot(m, inverse, input_precision="tf32x3")
     out = solved + ((b * groups + g) * tiles + tile).to(tl.int64) * (BT * BT)
     tl.store(out + place[:, None] * BT + place[None, :], inverse * rates[None, :])
 

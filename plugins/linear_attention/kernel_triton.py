@@ -124,9 +124,7 @@ def state(
     k_base = key + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
     v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
     acc = tl.zeros((WK, WV), tl.float32)
-    # Sums of rows: by a product with ones where features are exact in the operands' type, else row by row.
-    ones = tl.full((BN, 16), 1.0, key.dtype.element_ty)
-    by_product = tl.zeros((WK, 16), tl.float32)
+    # A product with ones would give the sums too, but two products in a loop wait for one another.
     by_row = tl.zeros((BN, WK), tl.float32)
     values_of = tl.zeros((BN, WV), tl.float32)
     m = tl.full((WK,), NO_KEY, tl.float32)
@@ -152,7 +150,7 @@ def state(
             if MAP >= 2:
                 by_row += exact
             else:
-                by_product = tl.dot(tl.trans(f), ones, by_product)
+                by_row += f.to(tl.float32)
         if mean is not None:
             values_of += v.to(tl.float32)
         if key_weight is not None:
@@ -172,11 +170,7 @@ def state(
     if part == 0:
         at_k = ((b * groups + g + (wide // DK if HB > 1 else 0)) * C + c).to(tl.int64) * DK + cols
         if total is not None:
-            if MAP >= 2:
-                sums = tl.sum(by_row, 0)
-            else:
-                sums = tl.max(by_product, 1)
-            tl.store(total + at_k, sums, mask=k_there)
+            tl.store(total + at_k, tl.sum(by_row, 0), mask=k_there)
         if top is not None:
             tl.store(top + at_k, m, mask=k_there)
     if mean is not None:

@@ -132,6 +132,8 @@ CASES = (
     Linear("GLA", replace(RETENTION, decay="channel", chunk=32), (2, 75, 75, 4, 2, 32, 32)),
     Linear("GLA, bfloat16, first state", replace(RETENTION, decay="channel", chunk=64, initial=True, query_map="relu"),
            (1, 90, 90, 2, 2, 24, 40), MIXED, "bfloat16"),
+    Linear("GLA, sums", Form("relu", "elu+1", "sum", 1e-3, causal=True, decay="channel", chunk=32, initial=True),
+           (1, 75, 75, 2, 1, 72, 32)),
     Linear("GLA, strong gates", replace(RETENTION, decay="channel", chunk=64), (1, 70, 70, 1, 1, 16, 16), size=12.0),
     Linear("retention, long chunks", replace(RETENTION, chunk=128), (1, 300, 300, 2, 2, 32, 32)),
     Linear("a running sum, long chunks", Form("relu", "elu+1", "sum", 1e-3, causal=True, chunk=256),
@@ -193,7 +195,7 @@ def low(case: Linear) -> np.ndarray:
     if case.step:
         return rounded(expected(case)["output"].astype(np.float32), case.dtype)
     form, given = case.form, case.values()
-    batch, _, keys, heads, groups, _, _ = case.sizes
+    batch, _, _, heads, groups, _, _ = case.sizes
     half = case.dtype
     out = []
     for b in range(batch):
@@ -212,19 +214,9 @@ def low(case: Linear) -> np.ndarray:
             fq, fk = rounded(fq, half), rounded(fk, half)
             if form.causal:
                 if form.decay == "channel":
-                    out.append(rounded(_gated(case, given, b, g, fq, fk, v), half))
-                    continue
-                logs = np.broadcast_to(given["log_decay"][g] if form.decay == "head" else given["log_decay"][b, :, g]
-                                       if form.decay == "token" else np.float32(0), (keys,))  # fmt: skip
-                sums = np.cumsum(np.maximum(logs, -128))
-                apart = np.tril(np.exp(np.minimum(sums[:, None] - sums[None], 0)))
-                p = (fq @ fk.T) * apart
-                found = rounded(p, half) @ v
-                below = p.sum(1)
-                if form.initial:
-                    first = rounded(given["initial_state"][b, g], half)
-                    found = found + rounded(fq * np.exp(sums)[:, None], half) @ first
-                    below = below + (fq * np.exp(sums)[:, None]) @ given["initial_total"][b, g]
+                    found, below = _gated(case, given, b, g, fq, fk, v)
+                else:
+                    found, below = _decayed(case, given, b, g, fq, fk, v)
             else:
                 weights = given["key_weight"][b, :, g, None] if form.key_weight else np.float32(1)
                 state = rounded(fk * weights, half).T @ v
@@ -244,18 +236,40 @@ def low(case: Linear) -> np.ndarray:
     return np.array(out).reshape(batch, heads, *out[0].shape).transpose(0, 2, 1, 3)
 
 
+def _decayed(
+    case: Linear, given: Mapping[str, np.ndarray], b: int, g: int, fq: np.ndarray, fk: np.ndarray, v: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """What a head reads, and its sums, under a triangle with one decay for all channels."""
+    form, half = case.form, case.dtype
+    logs = np.broadcast_to(given["log_decay"][g] if form.decay == "head" else given["log_decay"][b, :, g]
+                           if form.decay == "token" else np.float32(0), (len(fk),))  # fmt: skip
+    sums = np.cumsum(np.maximum(logs, -128))
+    apart = np.tril(np.exp(np.minimum(sums[:, None] - sums[None], 0)))
+    p = (fq @ fk.T) * apart
+    found = rounded(p, half) @ v
+    below = p.sum(1)
+    if form.initial:
+        first = rounded(given["initial_state"][b, g], half)
+        found = found + rounded(fq * np.exp(sums)[:, None], half) @ first
+        below = below + (fq * np.exp(sums)[:, None]) @ given["initial_total"][b, g]
+    return found, below
+
+
 def _gated(
     case: Linear, given: Mapping[str, np.ndarray], b: int, g: int, fq: np.ndarray, fk: np.ndarray, v: np.ndarray
-) -> np.ndarray:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """With a gate for every channel: all pairs, channel by channel."""
     sums = np.cumsum(np.maximum(given["log_decay"][b, :, g], -128), 0)
     p = np.zeros((len(fq), len(fk)), np.float32)
     for d in range(fq.shape[1]):
         p += fq[:, d, None] * fk[None, :, d] * np.exp(np.minimum(sums[:, None, d] - sums[None, :, d], 0))
-    found = rounded(np.tril(p), case.dtype) @ v
+    p = np.tril(p)
+    found, below = rounded(p, case.dtype) @ v, p.sum(1)
     if case.form.initial:
-        found = found + rounded(fq * np.exp(sums), case.dtype) @ rounded(given["initial_state"][b, g], case.dtype)
-    return np.asarray(found * np.float32(case.form.scale))
+        reading = fq * np.exp(sums)
+        found = found + rounded(reading, case.dtype) @ rounded(given["initial_state"][b, g], case.dtype)
+        below = below + reading @ given["initial_total"][b, g]
+    return found, below
 
 
 def _learned(case: Linear, fq: np.ndarray, fk: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -426,6 +440,17 @@ def in_memory(case: Linear, step: Step, named: Tensors) -> tuple[Tensors, dict[s
     """Operands with the axes of their layouts, and those layouts."""
     orders = layouts_of(case, step)
     return {n: whole(x, orders[n]) if n in orders else x for n, x in named.items()}, orders
+
+
+def logical(case: Linear, step: Step, named: Tensors) -> Tensors:
+    """Operands as references take them: of a packed tensor the part that one is, with axes BNHD."""
+    found = dict(named)
+    for name, order in layouts_of(case, step).items():
+        chosen = part(order)
+        if name in named and chosen is not None:
+            one = whole(named[name], order).select(*chosen)
+            found[name] = one.permute([unpacked(order).index(a) for a in "BNHD"])
+    return found
 
 
 def run(case: Linear, launch: Launch, small: bool = False, device: str = "cpu",

@@ -73,6 +73,19 @@ def gates_of_the_first_channel(log_decay, b, rows, g, groups, tokens, end, cols,
 
 
 @triton.jit
+def always_split(fq, fk, own, whole, place, BT: tl.constexpr):
+    """``gated_products`` that splits a decay however far it goes."""
+    halfway = (whole * 0.5)[None, :]
+    return tl.dot(fq * tl.exp2(own - halfway), tl.trans(fk * tl.exp2(halfway - own)))
+
+
+@triton.jit
+def not_decayed(fq, fk, own, whole, place, BT: tl.constexpr):
+    """``gated_products`` for which nothing decays inside of a tile."""
+    return tl.dot(fq, tl.trans(fk))
+
+
+@triton.jit
 def all_is_left(log_decay, rate, b, rows, g, first, end, groups, tokens, DECAY: tl.constexpr):
     """``left_over`` for which a state does not decay from tile to tile."""
     return tl.exp2(rate * tl.maximum(end - 1 - rows, 0).to(tl.float32)), 1.0
@@ -131,6 +144,8 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "a decay a head": ("simple GLA", {"change": _constants(DECAY=1)}),
     "gates of the tile before": ("GLA", {"change": _of(OUTPUT, _constants(CHUNK=16))}),
     "gates of other channels": ("GLA", {"attribute": "channel_gates", "device": gates_of_the_first_channel}),
+    "tiles without gates": ("GLA", {"attribute": "gated_products", "device": not_decayed}),
+    "gates out of range": ("closed gates, a channel", {"attribute": "gated_products", "device": always_split}),
     "features that nobody sees": ("elu", {"attribute": "features", "device": relu_of_one_too_many}),
     "heads in one another's place": ("short heads side by side", {"change": _expressions(groups="HKV - 1")}),
     "a state that stays": ("retention, long chunks", {"attribute": "left_over", "device": all_is_left}),
@@ -155,7 +170,13 @@ def planted(name: str) -> str:
     case = next(c for c in CASES if c.name == of)
     if "attribute" not in options:
         return verdict(case, **options)
-    modules = {"channel_gates": CAUSAL, "left_over": CAUSAL, "elapsed": KERNELS_OF_DELTA, "added": HEDGEHOG}
+    modules = {
+        "channel_gates": CAUSAL,
+        "gated_products": CAUSAL,
+        "left_over": CAUSAL,
+        "elapsed": KERNELS_OF_DELTA,
+        "added": HEDGEHOG,
+    }
     module = import_module(modules.get(options["attribute"], KERNELS))
     with patch.object(module, options["attribute"], options["device"]):
         return verdict(case)
@@ -180,7 +201,9 @@ def main(part: int, parts: int) -> None:
     mend()
     warnings.simplefilter("ignore")
     work: list[tuple[str, Callable[[], str]]] = [(c.name, lambda c=c: verdict(c)) for c in CASES]
-    work += [(f"earlier tokens, decay {d}", lambda d=d: earlier_tokens(d)) for d in ("none", "head", "token")]
+    work += [
+        (f"earlier tokens, decay {d}", lambda d=d: earlier_tokens(d)) for d in ("none", "head", "token", "channel")
+    ]
     work += [(f"planted: {name}", lambda n=name: planted(n)) for name in PLANTED]
     for name, run in work[part::parts]:
         print(json.dumps({"name": name, "wrong": run()}), flush=True)

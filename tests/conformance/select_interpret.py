@@ -28,6 +28,8 @@ WIDTH = 64
 SEVERAL = 4
 """Columns of one of them."""
 
+ANCHORED = next(n for n, case in enumerate(CASES) if case.rule == "anchor")
+
 Change = Callable[[Program], Program]
 
 
@@ -76,6 +78,16 @@ PLANTED: dict[str, tuple[int, Change]] = {
     "no window": (6, argument("BlockSelect", "window", "0")),
     "one column fewer": (1, argument("BlockSelect", "C", "C - 1")),
     "shares not rounded up": (12, constant("BlockSelect", SLACK=1.0)),
+    "sums, not the highest": (ANCHORED, constant("BlockScores", HIGHEST=False)),
+    "the highest, not sums": (0, constant("BlockScores", HIGHEST=True)),
+    "a mean query that stands for one key": (ANCHORED, constant("BlockScores", SPAN=1)),
+    "a mean query that sees a block more": (ANCHORED, constant("BlockScores", SPAN=128)),
+    "a key fewer of a block": (ANCHORED + 1, argument("BlockScores", "NK", "NK - 1")),
+    "an anchor without the window": (ANCHORED, argument("BlockSelect", "window", "0")),
+    "an anchor without the first block": (ANCHORED, argument("BlockSelect", "sinks", "0")),
+    "one distance for all heads": (ANCHORED, argument("BlockSelect", "amount_h", "0")),
+    "an anchor of a column fewer": (ANCHORED + 1, argument("BlockSelect", "C", "C - 1")),
+    "no triangle around an anchor": (ANCHORED, constant("BlockSelect", CAUSAL=False)),
 }
 """By name: the case that shows it, and the error."""
 
@@ -98,7 +110,8 @@ def main() -> None:
     for case in cases:
         print(json.dumps({"name": case.name, "wrong": verdict(case, launcher())}), flush=True)
     pieces = replace(CASES[8], name="in pieces", tokens=(640, 640), stride=64, heads=(1, 1))
-    for case in (pieces, replace(CASES[0], name="of a triangle, in pieces", heads=(1, 1))):
+    anchored = replace(CASES[ANCHORED], name="around an anchor, in pieces")
+    for case in (pieces, replace(CASES[0], name="of a triangle, in pieces", heads=(1, 1)), anchored):
         print(json.dumps({"name": case.name, "wrong": verdict(case, launcher(width=SEVERAL))}), flush=True)
     for name, (number, change) in PLANTED.items():
         print(json.dumps({"name": f"planted: {name}", "wrong": planted(number, change)}), flush=True)

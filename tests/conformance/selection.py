@@ -6,6 +6,7 @@ Lists are judged by what they say, on the very scores that they were made of: wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ CLOSE = 2e-5
 @dataclass(frozen=True, slots=True)
 class Selection:
     """``tokens``: queries and keys; ``loud``: scores of some hundreds; ``equal``: all keys alike, so that all weights
-    tie. ``packed``: queries and keys are parts 0 and 1 of one tensor, whose third is NaN.
+    tie. ``packed``: queries and keys are parts 0 and 1 of one tensor, whose third is NaN. ``reduce``, ``span``: of
+    ``BlockScores``; with a span ``tokens`` are as many queries as means that they are of blocks of keys.
     """
 
     name: str
@@ -46,13 +48,15 @@ class Selection:
     packed: bool = False
     factor: float = 0.0
     """Of scores; 0: 1 / sqrt(dim)."""
+    reduce: str = "sum"
+    span: int = 1
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def tiles(self) -> int:
-        return self.block // self.stride
+        return self.block // (self.stride * self.span)
 
     @property
     def scale(self) -> float:
@@ -72,7 +76,8 @@ class Selection:
 
     def calls(self) -> list[OpCall]:
         heads, groups = self.heads
-        said = {"stride": self.stride, "block": self.block, "causal": int(self.causal), "scale": self.scale}
+        said = {"stride": self.stride, "block": self.block, "causal": int(self.causal), "scale": self.scale,
+                "reduce": self.reduce, "span": self.span}  # fmt: skip
         chosen = {"tiles": self.tiles, "rule": self.rule, "causal": int(self.causal), "sinks": self.sinks,
                   "window": self.window}  # fmt: skip
         given = {n: self.shapes[n] for n in ("scores", "amount")}
@@ -99,7 +104,9 @@ class Selection:
 def wrong_scores(case: Selection, got: np.ndarray) -> str:
     """What is wrong with ``scores``; empty if nothing is."""
     given = case.operands()
-    want = reference.scores(given["query"], given["key"], case.stride, case.block, case.causal, case.scale)
+    want = reference.scores(
+        given["query"], given["key"], case.stride, case.block, case.causal, case.scale, case.reduce, case.span
+    )
     if got.shape != want.shape or np.isnan(got).any():
         return f"shape {got.shape}, {int(np.isnan(got).sum())} NaN"
     there = np.isfinite(want)
@@ -124,11 +131,13 @@ def wrong_lists(case: Selection, scores: np.ndarray, got: Mapping[str, np.ndarra
     first = got["rows"][..., 0][got["rows"][..., 0] < got["rows"][..., 1]]
     if (got["kinds"][first] != 0).any():
         return "a partial block of a mask that there is not"
-    return far(listed, got["mass"].astype(np.float64), case)
+    return far(listed, (scores if case.rule == "anchor" else got["mass"]).astype(np.float64), case)
 
 
 def far(listed: np.ndarray, mass: np.ndarray, case: Selection) -> str:
-    """Whether ``listed`` is more than ``amount`` - CLOSE asks for and less than ``amount`` + CLOSE does."""
+    """Whether ``listed`` is more than ``amount`` - CLOSE asks for and less than ``amount`` + CLOSE does; other rules
+    than mass are exact. ``mass``: of rule anchor, scores.
+    """
     slack = CLOSE if case.rule == "mass" else 0.0
     amount = np.array(case.amount, np.float32).astype(np.float64)
     less, more = (
@@ -136,6 +145,12 @@ def far(listed: np.ndarray, mass: np.ndarray, case: Selection) -> str:
     )
     bad = (less & ~listed) | (listed & ~more)
     return f"{int(bad.sum())} blocks of {bad.size} are wrong, the first at {np.argwhere(bad)[0]}" if bad.any() else ""
+
+
+def _anchored(name: str, keys: int, block: int = 64, **more: Any) -> Selection:
+    """As ``anchor`` in plan.toml has them, of so many keys."""
+    return Selection(name, tokens=(-(-keys // block), keys), stride=1, block=block, rule="anchor", reduce="max",
+                     span=block, **more)  # fmt: skip
 
 
 CASES = (
@@ -161,7 +176,17 @@ CASES = (
     Selection("parts of one tensor", heads=(2, 2), tokens=(140, 140), packed=True),
     Selection("a single block", tokens=(40, 40)),
     Selection("nothing asked", amount=(0.0,), tokens=(300, 300), sinks=0),
-)
+    _anchored("anchor, causal, GQA", 457, amount=(0.5, 1.0), window=1),
+    _anchored("anchor, no mask", 322, causal=False, amount=(0.7,), heads=(3, 3), dim=40),
+    _anchored("anchor, blocks of 128, BHND", 800, 128, layouts=("BHND", "BHND"), amount=(0.5,), heads=(1, 1)),
+    _anchored("anchor, bfloat16, mixed layouts", 500, dtype="bfloat16", layouts=("BHND", "BNHD"), values="loud",
+              amount=(math.inf, 20.0), dim=72),
+    _anchored("anchor, equal scores", 400, values="equal", amount=(0.0,), heads=(1, 1)),
+    _anchored("anchor, nothing always kept", 300, causal=False, sinks=0, window=-1, amount=(0.25,), heads=(1, 1)),
+    _anchored("anchor, many rows, their own blocks as others", 590, 16, window=-1, amount=(0.5,), heads=(1, 1), dim=16),
+    Selection("the highest of tiles", reduce="max", tokens=(210, 210), amount=(0.8,), heads=(1, 1)),
+    Selection("sums of keys by mean queries", span=64, stride=1, rule="share", amount=(0.4,), tokens=(6, 350)),
+)  # fmt: skip
 
 
 def random_selections(seed: int, count: int, most: int = 700) -> list[Selection]:
@@ -174,13 +199,19 @@ def random_selections(seed: int, count: int, most: int = 700) -> list[Selection]
         stride, block = (1, 1) if pooled else ((4, 64), (8, 64), (16, 64), (16, 128), (32, 128))[rng.integers(5)]
         queries = int(rng.integers(2, most // 5 if pooled else most))
         keys = queries if causal else int(rng.integers(2, most // 5 if pooled else most))
+        by_anchor = not pooled and rng.random() < 0.3
+        reduce, span = "sum", 1
+        if by_anchor:
+            stride, reduce, span = 1, "max", block
+            queries = -(-keys // block)
         heads = groups * group
         amounts = tuple(float(x) for x in rng.random(heads if rng.random() < 0.5 else 1))
         found.append(Selection(
             f"selection-{seed}-{n}", ("float16", "bfloat16")[rng.integers(2)], int(rng.integers(1, 3)), (heads, groups),
-            (queries, keys), 8 * int(rng.integers(2, 17)), stride, block, causal, ("mass", "share")[rng.integers(2)],
+            (queries, keys), 8 * int(rng.integers(2, 17)), stride, block, causal,
+            "anchor" if by_anchor else ("mass", "share")[rng.integers(2)],
             amounts, int(rng.integers(3)), int(rng.integers(2)), (("BNHD", "BHND")[rng.integers(2)],) * 2,
-            ("ordinary", "loud", "equal")[rng.integers(3)], n,
+            ("ordinary", "loud", "equal")[rng.integers(3)], n, reduce=reduce, span=span,
         ))  # fmt: skip
     return found
 

@@ -41,7 +41,7 @@ def test_kernels_in_the_interpreter() -> None:
     planted = {name: said for name, said in found.items() if name.startswith("planted: ")}
     assert {name: said for name, said in found.items() if said and name not in planted} == {}
     assert [name for name, said in planted.items() if not said] == []
-    assert len(found) - len(planted) == len(linear.CASES) + 3 and len(planted) >= 25
+    assert len(found) - len(planted) == len(linear.CASES) + 4 and len(planted) >= 27
 
 
 @pytest.mark.slow

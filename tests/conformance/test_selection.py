@@ -25,4 +25,4 @@ def test_selection_in_the_interpreter() -> None:
     planted = {name: said for name, said in found.items() if name.startswith("planted: ")}
     assert {name: said for name, said in found.items() if said and name not in planted} == {}
     assert [name for name, said in planted.items() if not said] == []
-    assert len(planted) >= 14 and len(found) - len(planted) >= len(CASES) + 6
+    assert len(planted) >= 24 and len(found) - len(planted) >= len(CASES) + 7

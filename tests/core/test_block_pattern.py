@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from attncompile.core.block_pattern import (
     BlockPattern,
     bitmap,
     density,
+    ordered,
     slash,
     streaming,
 )
@@ -115,6 +118,29 @@ def test_radial_attention_touches_blocks(text, share, prefix, suffix) -> None:
                 want[q // edge, p // edge] = True
     assert 0.3 < want.mean() < 1
     np.testing.assert_array_equal(BlockPattern(text).blocks(geometry), want)
+
+
+def test_another_order_of_the_axes() -> None:
+    """Places are those of a transposed array; what is said in an order is said of the grid with its axes so."""
+    grid = TokenGrid((3, 7, 5), prefix=2, suffix=4)
+    geometry = BlockGeometry(grid.tokens, 16, False, grid)
+    names = np.array([[[(f, y, x) for x in range(5)] for y in range(7)] for f in range(3)])
+    for order in ((2, 0, 1), (1, 2, 0), (0, 2, 1)):
+        said = f"order {','.join(map(str, order))}"
+        pattern = BlockPattern(f"{said} sinks 1 window 0")
+        assert (pattern.order, pattern.kind, pattern.inner) == (order, "streaming", streaming(1, 0))
+        assert ordered(order, streaming(1, 0)) == pattern
+        places = pattern.places(geometry)
+        assert list(places[:2]) == [0, 1] and list(places[-4:]) == [107, 108, 109, 110]
+        inner = names.reshape(-1, 3)[places[2:-4] - 2]
+        coordinates = [tuple(one[list(order)]) for one in inner]
+        assert coordinates == sorted(coordinates) and len(set(coordinates)) == 105
+        turned = replace(geometry, grid=replace(grid, shape=tuple(grid.shape[axis] for axis in order)))
+        for text in ("sinks 1 window 0", "columns 1 diagonals 2", "grid 3x1x3", "radial 0.5"):
+            np.testing.assert_array_equal(
+                BlockPattern(f"{said} {text}").blocks(geometry), BlockPattern(text).blocks(turned)
+            )
+    assert list(DENSE.places(geometry)) == list(range(grid.tokens)) and DENSE.inner is DENSE
 
 
 def test_radial_attention_needs_a_video() -> None:

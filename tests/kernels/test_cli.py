@@ -169,10 +169,10 @@ def test_all_asks_for_the_standard_matrix(
     monkeypatch.setattr(compiler, "require_triton", lambda: "3.9.0")
     monkeypatch.setattr(build, "build", pretend)
     assert main(["kernels", "build", "--all", "-q"]) == 0
-    assert len(asked["calls"]) == 156 and asked["architectures"] == ARCHITECTURES
+    assert len(asked["calls"]) == 176 and asked["architectures"] == ARCHITECTURES
     assert (folder / "standard.bundle" / "bundle.json").is_file()
     assert main(["kernels", "build", "--all", "-q", "--dtype", "bfloat16", "--arch", "90a"]) == 0
-    assert len(asked["calls"]) == 78 and asked["architectures"] == (90,)
+    assert len(asked["calls"]) == 88 and asked["architectures"] == (90,)
     capfd.readouterr()
 
 

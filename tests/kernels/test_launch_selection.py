@@ -29,11 +29,14 @@ pytestmark = [
 ]
 WHOLE = Selection("attended to", heads=(4, 2), tokens=(777, 777), dim=64, amount=(0.6,), seed=5)
 SEVERAL = Selection("1,500 blocks", stride=1, block=1, tokens=(1500, 1500), rule="share", amount=(0.1,), heads=(1, 1))
-TESTED = (*CASES, WHOLE, SEVERAL)
+AROUND = Selection("attended to around an anchor", heads=(4, 2), tokens=(13, 777), dim=64, stride=1, reduce="max",
+                   span=64, rule="anchor", amount=(0.4, 0.2, 0.0, 3.0), seed=5)  # fmt: skip
+FAR = Selection("1,100 blocks", stride=1, block=1, tokens=(1100, 1100), rule="anchor", amount=(0.5,), heads=(1, 1))
+TESTED = (*CASES, WHOLE, SEVERAL, AROUND, FAR)
 
 
 def attention() -> OpCall:
-    """To the lists of ``WHOLE``."""
+    """To the lists of ``WHOLE`` or ``AROUND``, which are alike in all that it is made for."""
     shapes = {**{n: WHOLE.shapes[n] for n in LISTS}, "masks": (1, 64, 2)}
     return OpCall(
         "BlockSparseAttention", "float16", 4, 2, 64, 64, {"block": 64, "masked_rows": "zero", "scale": WHOLE.scale},
@@ -72,21 +75,25 @@ def test_every_tactic(case: Selection, made: Bundle) -> None:
         assert selection.verdict(case, launcher(made, number), "cuda") == "", number
 
 
-def test_the_same_lists_in_every_run_and_what_they_give(made: Bundle) -> None:
-    at, launch = selection.tensors(WHOLE, "cuda"), launcher(made, 0)
-    first, second = WHOLE.calls()
+@pytest.mark.parametrize("case", [WHOLE, AROUND], ids=str)
+def test_the_same_lists_in_every_run_and_what_they_give(case: Selection, made: Bundle) -> None:
+    at, launch = selection.tensors(case, "cuda"), launcher(made, 0)
+    first, second = case.calls()
     kept = []
     for _ in range(5):
         launch(first, {n: at[n] for n in ("query", "key", "scores")}, {"query": "BNHD", "key": "BNHD"})
         launch(second, {n: at[n] for n in ("scores", "amount", *LISTS, "mass")}, {})
         kept.append([at[n].cpu().numpy().copy() for n in (*LISTS, "mass")])
     assert all(np.array_equal(a, b) for run in kept[1:] for a, b in zip(run, kept[0], strict=True))
+    if case is AROUND:  # its queries stand for means
+        at["query"] = torch.randn(1, 777, 4, 64, device="cuda").half()
     at["value"] = torch.randn(1, 777, 2, 64, device="cuda").half()
     at["output"] = torch.full((1, 777, 4, 64), float("nan"), device="cuda", dtype=torch.float16)
     at["masks"] = torch.from_numpy(masks(64, True)).cuda()
     names = ("query", "key", "value", "rows", "columns", "kinds", "masks", "output")
     launch(attention(), {n: at[n] for n in names}, {})
     listed = selection.reference.listed(*kept[0][:2], 13, True)
+    assert not listed[..., np.tri(13, dtype=bool)].all()
     token = np.arange(777)
     seen = listed[:, :, token[:, None] // 64, token[None, :] // 64] & (token[None, :] <= token[:, None])
     q, k, v = (at[n].double().cpu().numpy() for n in ("query", "key", "value"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,17 +71,21 @@ def scores_of(
 
 
 @pytest.mark.parametrize(
-    ("stride", "block", "causal", "tokens", "heads", "layouts"),
+    ("stride", "block", "causal", "tokens", "heads", "layouts", "more"),
     [
-        (4, 16, True, (83, 83), (4, 2), ("BNHD", "BHND")), (8, 8, False, (37, 61), (2, 2), ("BHND", "BNHD")),
-        (4, 16, False, (64, 30), (4, 1), ("BNHD", "BNHD")), (1, 1, True, (9, 9), (2, 1), ("BHND", "BHND")),
-        (16, 64, True, (129, 129), (2, 2), ("BNHD", "BNHD")),
+        (4, 16, True, (83, 83), (4, 2), ("BNHD", "BHND"), {}), (8, 8, False, (37, 61), (2, 2), ("BHND", "BNHD"), {}),
+        (4, 16, False, (64, 30), (4, 1), ("BNHD", "BNHD"), {}), (1, 1, True, (9, 9), (2, 1), ("BHND", "BHND"), {}),
+        (16, 64, True, (129, 129), (2, 2), ("BNHD", "BNHD"), {}),
+        (1, 16, True, (6, 83), (4, 2), ("BHND", "BNHD"), {"reduce": "max", "span": 16}),
+        (1, 64, False, (3, 149), (2, 1), ("BNHD", "BNHD"), {"reduce": "max", "span": 64}),
+        (8, 32, True, (75, 75), (2, 2), ("BNHD", "BHND"), {"reduce": "max"}),
+        (1, 16, True, (5, 77), (2, 2), ("BNHD", "BNHD"), {"span": 16}),
     ],
 )  # fmt: skip
-def test_scores_are_the_definition(stride, block, causal, tokens, heads, layouts) -> None:
+def test_scores_are_the_definition(stride, block, causal, tokens, heads, layouts, more) -> None:
     q, k = drawn(stride + tokens[0], tokens, heads)
-    said = {"scale": 0.7, "stride": stride, "block": block, "causal": int(causal)}
-    want = reference.scores(q.astype(np.float32), k.astype(np.float32), stride, block, causal, 0.7)
+    said = {"scale": 0.7, "stride": stride, "block": block, "causal": int(causal), **more}
+    want = reference.scores(q.astype(np.float32), k.astype(np.float32), stride, block, causal, 0.7, **more)
     got = scores_of(q, k, said, layouts)
     np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
     there = np.isfinite(want)
@@ -123,7 +128,7 @@ def select_of(scores: np.ndarray, amount: np.ndarray, said: Mapping[str, Any]) -
 def score_map(seed: int, rows: int, columns: int, tiles: int, causal: bool, heads: int = 3) -> np.ndarray:
     """Random scores [2, heads, T, C] with equal ones among them; later blocks are -inf."""
     rng = np.random.default_rng(seed)
-    found = np.round(rng.standard_normal((2, heads, rows, columns)) * 2, 1)
+    found = np.round(rng.standard_normal((2, heads, rows, columns)) * 2, 1).astype(np.float32)
     found[0, 0] = 0.5
     if causal:
         hidden = np.arange(columns)[None, :] > (np.arange(rows) // tiles)[:, None]
@@ -135,6 +140,9 @@ SELECTIONS = [
     (1, "share", True, 1, 0, 13, 13, [0.25, 0.5, 1.0]), (4, "mass", True, 1, 0, 26, 7, [0.6, 0.9, 2.0]),
     (4, "mass", False, 1, 1, 30, 11, [0.5]), (1, "share", False, 0, 0, 9, 10, [0.1]),
     (3, "mass", True, 2, 1, 21, 7, [0.0]), (8, "mass", False, 0, 0, 17, 40, [0.3, 0.95, 0.999]),
+    (1, "anchor", True, 1, 0, 13, 13, [0.0, 1.5, math.inf]), (1, "anchor", False, 2, 1, 15, 11, [0.5]),
+    (1, "anchor", False, 0, -1, 6, 9, [0.5, 1.0, 2.0]), (1, "anchor", True, 0, 2, 21, 21, [1.0]),
+    (1, "anchor", True, 1, -1, 15, 15, [0.5]),
 ]  # fmt: skip
 
 
@@ -152,6 +160,36 @@ def test_lists_are_the_definition(tiles, rule, causal, sinks, window, rows, colu
     assert (got["kinds"] == 0).all() and got["columns"].shape == got["kinds"].shape == (mass.size,)
     for name in op.LISTS:
         assert got[name].dtype == np.int32
+
+
+@pytest.mark.parametrize("name", ["sinks", "window", "amount", "causal", "rule"])
+def test_a_planted_anchor_is_seen(name) -> None:
+    """Lists of the body with one attribute or input that is not the case's."""
+    scores = score_map(5, 14, 14, 1, True)
+    said = {"tiles": 1, "rule": "anchor", "causal": 1, "sinks": 1, "window": 1}
+    case = Selection("", rule="anchor", amount=(0.8,), sinks=1, window=1, stride=1, block=1)
+    wrong = {"sinks": 2, "window": 0, "causal": 0, "rule": "share"}
+    assert wrong_lists(case, scores, select_of(scores, np.array([0.8]), said)) == ""
+    changed = said | ({name: wrong[name]} if name in wrong else {})
+    got = select_of(scores, np.array([0.7 if name == "amount" else 0.8]), changed)
+    assert wrong_lists(case, scores, got) != ""
+
+
+def test_a_stripe_of_one_key_is_found() -> None:
+    """A key that every query looks at, among ones that it avoids: of its block's mean or sum nothing is left."""
+    tokens, edge, dim, hot = 640, 64, 16, 200
+    rng = np.random.default_rng(3)
+    q, k = (0.1 * rng.standard_normal((tokens, dim)).astype(np.float32) for _ in "qk")
+    q[:, 0] += 4.0
+    k[:, 0] = 1.0  # 4 with every query
+    k[192:256, 0], k[hot, 0] = -1.0, 3.0
+    geometry, far = BlockGeometry(tokens, edge, True), {}
+    for text in ("anchor 1", "pooled 0.5", "xattention 0.5"):
+        selection = BlockSelection(text)
+        scores = block_selection.weights(q, k, 1.0, geometry, selection.family)
+        kept = block_selection.kept(scores, selection.amount, selection.rule, True)
+        far[text] = kept[4:, hot // edge]
+    assert far["anchor 1"].all() and not far["pooled 0.5"].any() and not far["xattention 0.5"].any()
 
 
 @pytest.mark.parametrize("wrong", ["order", "partial", "ties", "rounding"])
@@ -176,22 +214,29 @@ def test_planted_bugs_are_seen(wrong, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("text", ["pooled 0.4", "xattention 0.7", "xattention 0.9 stride 8", "xattention 1"])
+@pytest.mark.parametrize(
+    "text", ["pooled 0.4", "xattention 0.7", "xattention 0.9 stride 8", "xattention 1", "anchor 0.3", "anchor 1"]
+)
 def test_the_estimate_of_the_search_is_the_definition(text, causal) -> None:
     tokens, edge = 300, 64
     q, k = (x.astype(np.float32) for x in drawn(8, (tokens, tokens), (2, 1), 16))
     geometry, selection = BlockGeometry(tokens, edge, causal), BlockSelection(text)
+    k[:, edge - 1 :: edge] *= 6
     if selection.way == "pooled":
         scores = reference.scores(*(reference.pooled(x, edge) for x in (q, k)), 1, 1, causal, 0.6)
+    elif selection.way == "anchor":
+        scores = reference.scores(reference.pooled(q, edge), k, 1, edge, causal, 0.6, "max", edge)
     else:
         scores = reference.scores(q, k, selection.stride, edge, causal, 0.6)
     mass = reference.mass(scores, edge // selection.stride if selection.stride else 1)
+    mass = scores if selection.way == "anchor" else mass
     want = reference.kept(mass, np.array([selection.amount]), selection.rule, causal)
     for h in range(2):
         got = block_selection.weights(q[0, :, h], k[0, :, 0], 0.6, geometry, selection.family)
-        np.testing.assert_allclose(got, mass[0, h], atol=2e-6)
+        np.testing.assert_allclose(got, mass[0, h], atol=2e-6, rtol=2e-6)
         seen = block_selection.kept(got, selection.amount, selection.rule, causal)
         np.testing.assert_array_equal(seen, want[0, h])
+        assert selection.way != "anchor" or (not seen.all() and seen[2:, 1].any())
         part = block_selection.weights(q[0, :, h], k[0, :, 0], 0.6, geometry, selection.family, [1, 4])
         np.testing.assert_allclose(part[[1, 4]], got[[1, 4]], atol=1e-7)
 
@@ -199,17 +244,22 @@ def test_the_estimate_of_the_search_is_the_definition(text, causal) -> None:
 def test_texts_of_selections() -> None:
     assert BlockSelection("xattention 0.9").family == ("xattention", 16)
     assert BlockSelection("pooled 0.25").rule == "share" and BlockSelection("xattention 0.9 stride 8").stride == 8
-    for text in ("pooled", "pooled 0", "pooled 1.5", "xattention -1", "xattention 0.9 stride 7", "pooled 0.5 stride 8"):
+    assert BlockSelection("anchor 12").family == ("anchor", 0) and BlockSelection("anchor 0").amount == 0
+    for text in ("pooled", "pooled 0", "pooled 1.5", "xattention -1", "xattention 0.9 stride 7", "pooled 0.5 stride 8",
+                 "anchor", "anchor -1", "anchor 1001", "anchor 4 stride 8", "anchor 1e3", "anchor inf"):  # fmt: skip
         assert block_selection.is_selection(text)
         with pytest.raises(Unsupported, match="chooses no blocks"):
             BlockSelection(text)
     assert not block_selection.is_selection("sinks 1 window 2")
     chooser = Chooser.of(["dense", "xattention 0.8", "xattention 0.9"])
     assert chooser.amounts == (block_selection.EVERYTHING, 0.8, 0.9) and chooser.rule == "mass"
+    chooser = Chooser.of(["anchor 4", "dense", "anchor 7.5"])
+    assert chooser.amounts == (4.0, math.inf, 7.5) and chooser.rule == "anchor"
     for texts in (
         ["pooled 0.3", "xattention 0.8"],
         ["xattention 0.8", "xattention 0.8 stride 8"],
         ["pooled 0.2", "mean"],
+        ["anchor 4", "pooled 0.2"],
     ):
         with pytest.raises(Unsupported):
             Chooser.of(texts)

@@ -34,9 +34,12 @@ def expected(at: Any, texts: list[str], edge: int) -> np.ndarray:
     q, k = given["q"], given["k"]
     if chooser.way == "pooled":
         scores, tiles = select.scores(*(select.pooled(x, edge) for x in (q, k)), 1, 1, at.causal, at.scale), 1
+    elif chooser.way == "anchor":
+        scores, tiles = select.scores(select.pooled(q, edge), k, 1, edge, at.causal, at.scale, "max", edge), 1
     else:
         scores, tiles = select.scores(q, k, chooser.stride, edge, at.causal, at.scale), edge // chooser.stride
-    kept = select.kept(select.mass(scores, tiles), np.array(chooser.amounts), chooser.rule, at.causal)
+    weights = scores if chooser.way == "anchor" else select.mass(scores, tiles)
+    kept = select.kept(weights, np.array(chooser.amounts), chooser.rule, at.causal)
     assert not kept.all() or all(a >= 1 for a in chooser.amounts), "the test is to leave something out"
     token = np.arange(at.queries)
     seen = kept[:, :, token[:, None] // edge, token[None, :] // edge]
@@ -51,6 +54,8 @@ CASES: list[tuple[int, bool, int, int, tuple[str, str, str, str], list[str]]] = 
     (449, True, 2, 1, ("BHND", "BNHD", "BHND", "BNHD"), ["xattention 0.7", "xattention 0.5"]),
     (450, False, 4, 1, ("BNHD", "BHND", "BNHD", "BHND"), ["xattention 0.6 stride 8"] * 3 + ["dense"]),
     (70, True, 2, 2, ("BNHD",) * 4, ["xattention 0.3", "dense"]),
+    (700, True, 4, 2, ("BNHD", "BHND", "BNHD", "BNHD"), ["anchor 0.3", "anchor 0", "dense", "anchor 0.7"]),
+    (450, False, 2, 1, ("BHND",) * 4, ["anchor 0.5"] * 2),
 ]
 
 
@@ -110,12 +115,16 @@ def test_half(case, tolerance) -> None:
     assert np.quantile(rows, 0.95) < tolerance["float16"] and not np.isnan(got).any()
 
 
-@pytest.mark.parametrize("wrong", ["causal", "window", "amount"])
-def test_a_planted_bug_is_seen(wrong, case, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "way"),
+    [*((w, "xattention") for w in ("causal", "window", "amount")),
+     *((w, "anchor") for w in ("causal", "window", "amount", "reduce", "span", "sinks"))],
+)  # fmt: skip
+def test_a_planted_bug_is_seen(wrong, way, case, monkeypatch) -> None:
     at = case(queries=449, causal=True, scale=0.9, heads=2)
-    texts = ["xattention 0.5", "xattention 0.7"]
+    texts = [f"{way} {amount}" for amount in ((0.5, 0.7) if way == "xattention" else (0.1, 0.4))]
     want = expected(at, texts, 64)
-    changed = {"causal": 0, "window": 1}
+    changed = {"causal": 0, "window": 1, "reduce": "sum", "span": 32, "sinks": 0}
     if wrong == "amount":
         texts.reverse()
 
@@ -139,7 +148,8 @@ def test_what_is_refused(case) -> None:
         refused = SUBJECT.supports(case(queries=200, causal=True).site(**changes), good)
         assert (refused.ok, refused.code) == (False, code), changes
     for changes in ({"edge": 32}, {"heads": ["pooled 0.2"] * 3}, {"heads": ["pooled 0.2", "xattention 0.2"] * 2},
-                    {"heads": ["pooled 2"] * 4}, {"masked_rows": "uniform"},
+                    {"heads": ["pooled 2"] * 4}, {"heads": ["anchor 4", "anchor 2", "dense", "pooled 0.2"]},
+                    {"heads": ["anchor -4"] * 4}, {"masked_rows": "uniform"},
                     {"heads": ["pooled 0.2"] * 3 + ["mean"]}):  # fmt: skip
         assert not SUBJECT.supports(site, {**good, **changes}).ok, changes
     assert chosen.edge_of(site) == 128, "of a length that is not known"
@@ -156,7 +166,7 @@ def test_fewer_blocks_cost_less(case) -> None:
 def test_a_converted_model_asks_for_kernels(low, kind, case, tmp_path) -> None:
     """Scores, shares and weights stay in float32 where the operands become halves, so that every node has a kernel."""
     at = case(queries=512, static=True, heads=2, head_dim=64, value_dim=64, causal=True)
-    for texts in (["pooled 0.25", "pooled 0.5"], ["xattention 0.8", "dense"]):
+    for texts in (["pooled 0.25", "pooled 0.5"], ["xattention 0.8", "dense"], ["anchor 4", "dense"]):
         model = at.model(SUBJECT, {"edge": 64, "heads": texts})
         del model.functions[:]
         for node in model.graph.node:

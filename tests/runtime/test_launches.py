@@ -164,17 +164,19 @@ CASES = [
          {"kernel_size": [33], "grid": [-1], "causal": [1], "scale": 0.5}),
     *(
         Case("BlockScores", dtype, {n: x for n, x in operands(words, m="n").items() if n != "value"}, RUNS,
-             {"scale": 0.125, "stride": stride, "block": block, "causal": causal,
+             {"scale": 0.125, "stride": stride, "block": block, "causal": causal, **more,
               **{f"{n}_layout": w for n, w in zip("qk", words.split(), strict=False)}}, SCORES_TYPE, ("scores",))
-        for dtype, words, stride, block, causal in (
-            ("float16", "BNHD BNHD BNHD", 16, 64, 1), ("bfloat16", "BHND BNHD BNHD", 1, 1, 0),
-            ("float16", "BN0HD BN1HD BN2HD", 8, 64, 1),
+        for dtype, words, stride, block, causal, more in (
+            ("float16", "BNHD BNHD BNHD", 16, 64, 1, {}), ("bfloat16", "BHND BNHD BNHD", 1, 1, 0, {}),
+            ("float16", "BN0HD BN1HD BN2HD", 8, 64, 1, {}),
+            ("float16", "BNHD BN1HD BN2HD", 1, 64, 1, {"reduce": "max", "span": 64}),
         )
     ),
     *(
         Case("BlockSelect", "float32", {"scores": ["b", 6, "t", "c"], "amount": [heads]}, SCORED,
-             {"tiles": 4, "rule": rule, "causal": causal, "sinks": 2, "window": 1}, CHOSEN_TYPES, CHOSEN)
-        for heads, rule, causal in ((6, "mass", 1), (1, "share", 0))
+             {"tiles": 1 if rule == "anchor" else 4, "rule": rule, "causal": causal, "sinks": 2, "window": 1},
+             CHOSEN_TYPES, CHOSEN)
+        for heads, rule, causal in ((6, "mass", 1), (1, "share", 0), (6, "anchor", 1))
     ),
     *(
         Case("BlockSparseAttention", dtype, {**operands("BNHD BHND BNHD"), **lists(batch, heads), **more}, LISTED,

@@ -1,7 +1,8 @@
 """A model whose heads have patterns that are known: they are made by positions, contents only blur them.
 
 x [1, N, C] -> y [1, N, C]: ``layers`` times x + attention(x) W. Heads in order: near tokens, the first tokens, one
-stripe of tokens, all tokens alike.
+stripe of tokens, all tokens alike. On a grid also: ``column``, tokens that are as far along its last axis, ``place``,
+those that are at the same place of its last two axes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from onnx import TensorProto, helper, numpy_helper
 HEADS = ("local", "sink", "stripe", "dense")
 
 
-def positions(kind: str, tokens: int, dim: int, stripe: int) -> tuple[np.ndarray, np.ndarray]:
+def positions(
+    kind: str, tokens: int, dim: int, stripe: int, grid: tuple[int, ...] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Constants [N, dim] that are added to queries and keys."""
     query, key = np.zeros((tokens, dim)), np.zeros((tokens, dim))
     place = np.arange(tokens)
+    if kind in ("column", "place"):
+        place = place % (grid[-1] if kind == "column" else grid[-1] * grid[-2])
+        waves = np.geomspace(0.02, 2.5, dim // 2)
+        turned = np.concatenate([np.cos(place[:, None] * waves), np.sin(place[:, None] * waves)], axis=1)
+        return 3.6 * turned, 3.6 * turned
     if kind == "local":
         # sum of cosines of the distance: a peak about 20 tokens wide
         waves = np.geomspace(0.01, 0.12, dim // 2)
@@ -33,7 +41,7 @@ def positions(kind: str, tokens: int, dim: int, stripe: int) -> tuple[np.ndarray
 
 def build(
     tokens: int = 512, layers: int = 2, dim: int = 16, causal: bool = True, seed: int = 0,
-    kinds: tuple[str, ...] = HEADS, dynamic: bool = False,
+    kinds: tuple[str, ...] = HEADS, dynamic: bool = False, grid: tuple[int, ...] = (),
 ) -> onnx.ModelProto:  # fmt: skip
     rng = np.random.default_rng(seed)
     heads, width = len(kinds), len(kinds) * dim
@@ -54,7 +62,7 @@ def build(
     x = "x"
     for layer in range(layers):
         parts = []
-        offsets = [positions(kind, tokens, dim, tokens // 2 + 40) for kind in kinds]
+        offsets = [positions(kind, tokens, dim, tokens // 2 + 40, grid) for kind in kinds]
         for i, what in enumerate(("q", "k", "v")):
             spread = (0.35, 0.35, 1.0)[i] / np.sqrt(width)
             part = op("MatMul", x, const(rng.standard_normal((width, width)) * spread, f"{what}{layer}"))

@@ -19,7 +19,8 @@ from attncompile.gpu_cost import gpu_cost
 from attncompile.kernels import cost
 from attncompile.pipeline import Options
 from attncompile.plugins import kernels, mechanism
-from attncompile.search import choose, executors, heads
+from attncompile.search import choose, executors, heads, run
+from attncompile.search.candidates import selections
 from attncompile.search.choose import SiteSpace, Unit
 from attncompile.targets import base
 from tests.plugins.conftest import Case
@@ -88,7 +89,9 @@ def check(found: report.Report, folder: Path) -> list[str]:
     """The texts of the only site's heads."""
     assert found.outcome == "replaced" and found.approximate and found.search is not None, found.warnings
     shown = found.search.sites["site0"]
-    assert {h.kind for h in shown} <= {"pooled", "xattention", "dense"} and any(h.kind != "dense" for h in shown)
+    assert {h.kind for h in shown} <= {"pooled", "xattention", "anchor", "dense"} and any(
+        h.kind != "dense" for h in shown
+    )
     for head in shown:
         assert head.seen.shape == head.mass.shape and head.seen.diagonal().all()
         if head.kind != "dense":
@@ -115,6 +118,38 @@ def test_heads_follow_what_moves(tmp_path: Path) -> None:
     assert (tmp_path / "again/out/model.onnx").read_bytes() == (tmp_path / "out/model.onnx").read_bytes()
 
 
+def test_by_an_anchor_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What moves draws every query as the first tokens do: it is near the anchor. A search that broke off after its
+    scores takes them up.
+    """
+    monkeypatch.setattr(run, "selections", lambda: [[t for t in way if "anchor" in t] for way in selections()][-1:])
+    given = feeds((TOKENS, 1410, 1450, 1490) * 3)
+    for feed in given:
+        feed["x"][0, :2, 0] = 1
+    made = constructed.write(tmp_path, moving(True), given)
+
+    def broken(search: Any, spaces: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def scores() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.search").glob("score-*")}
+
+    with monkeypatch.context() as changed, pytest.raises(KeyboardInterrupt):
+        changed.setattr(run.Search, "_by_budget", broken)
+        compiled(made, tmp_path, max_error=0.08)
+    before, after = scores(), dict[str, int]()
+    choose_by = run.Search._by_budget
+
+    def watched(search: Any, spaces: Any) -> Any:
+        after.update(scores())
+        return choose_by(search, spaces)
+
+    monkeypatch.setattr(run.Search, "_by_budget", watched)
+    texts = check(compiled(made, tmp_path, max_error=0.08), tmp_path)
+    assert all(t.startswith("anchor ") for t in texts)
+    assert before == after and len(before) >= 4
+
+
 def test_a_dynamic_length(tmp_path: Path) -> None:
     made = constructed.write(tmp_path, moving(True), feeds((TOKENS, TOKENS, 1450, 1500, 1410, 1490) * 2))
     found = compiled(made, tmp_path, max_error=0.03)
@@ -126,24 +161,41 @@ def test_a_gpu_of_unknown_cost_keeps_what_is_fixed(tmp_path: Path, monkeypatch: 
     target = OnGpu()
     monkeypatch.setattr(base, "get", lambda name: target)
     monkeypatch.setattr(outputs, "target", lambda name, precision: target)
+    fixed_only = {k: v for k, v in cost.table().items() if not k.endswith(("-scores", "-select"))}
+    monkeypatch.setattr(cost, "table", lambda: fixed_only)
     made = constructed.write(tmp_path, moving(False), feeds((TOKENS,) * 4))
     found = compiled(made, tmp_path, max_error=0.3, target="on-gpu", precision="fp16")
     said = "no head chooses its blocks when the model runs: no cost was measured for triton kernels on sm_90"
     assert any(said in w for w in found.warnings), found.warnings
     assert found.search is not None
     kinds = {h.kind for heads in found.search.sites.values() for h in heads}
-    assert not kinds & {"pooled", "xattention"}
+    assert not kinds & {"pooled", "xattention", "anchor"}
     # With constants, whatever they are, choosing takes longer than its lists alone.
     site = Case(batch=1, queries=4096, static=True, head_dim=64, value_dim=64).site()
     subject, gpu = mechanism("BlockSparseAttention"), gpu_cost(lambda b: pytest.fail(""), kernels(), "fp16", target)
     geometry = BlockGeometry(4096, 128, False)
     with pytest.raises(Unsupported, match="no cost was measured"):
-        heads.choice_time(site, geometry, subject, {}, gpu, 16)
+        heads.choice_time(site, geometry, subject, {}, gpu, ("xattention", 16))
     known = cost.constants("gluon-90")
     monkeypatch.setattr(cost, "constants", lambda name: known)
     fixed = heads.block_time(site, geometry, subject, {}, gpu)
-    for stride in (0, 16):
-        assert heads.choice_time(site, geometry, subject, {}, gpu, stride).fixed > fixed.fixed
+    for family in (("pooled", 0), ("xattention", 16), ("anchor", 0)):
+        assert heads.choice_time(site, geometry, subject, {}, gpu, family).fixed > fixed.fixed
+
+
+def test_an_anchor_has_a_cost_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that were never timed are not judged by the times of those that choose by weight."""
+    target, known = OnGpu(), cost.constants("gluon-90")
+    monkeypatch.setattr(base, "get", lambda name: target)
+    monkeypatch.setattr(outputs, "target", lambda name, precision: target)
+    measured = {k: v for k, v in cost.table().items() if not k.endswith(("-highest", "-near"))}
+    measured |= {"triton-90-scores": known, "triton-90-select": known}
+    monkeypatch.setattr(cost, "table", lambda: measured)
+    made = constructed.write(tmp_path, moving(False), feeds((TOKENS,) * 4))
+    found = compiled(made, tmp_path, max_error=0.3, target="on-gpu", precision="fp16")
+    (said,) = (w for w in found.warnings if "when the model runs" in w)
+    assert said.startswith("no head chooses its blocks by anchor when the model runs: no cost was measured")
+    assert "triton-90-highest" in said
 
 
 def test_units_of_a_site_take_one_mode() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from attncompile.search import executors
 from attncompile.search.choose import Unit
+from tests.plugins.conftest import Case
 from tests.search import constructed
 
 _spec = importlib.util.spec_from_file_location(
@@ -87,6 +89,22 @@ def test_a_policys_fields_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [n.op_type for n in nodes if n.domain == "attncompile" or n.op_type == "Softmax"] == [
         "Softmax", "BlockSparseAttention"
     ]  # fmt: skip
+
+
+def test_moving_heads_to_their_orders_is_priced() -> None:
+    """What is added to the launch of a site some of whose heads have another order."""
+    gpu = SimpleNamespace(before=lambda *a: 8.0, lists=lambda *a: 1.0, moving=lambda *a: 0.6)
+    sites = [Case(queries=128, static=True).site(id=name) for name in ("a", "b")]
+    plan = SimpleNamespace(
+        offered=[["dense", "sinks 0 window 0", "order 1,0 sinks 0 window 0"]] * 2, modes=[[0, 0, 1]] * 2
+    )
+    search = object.__new__(compare.Search)
+    search._heads = {"a": plan, "b": plan}
+    row = compare.Row("x", "", 1.0, 1.0, 1.0, 0.0, [0.0], [0.0], {"a": (1, 1), "b": (1, 2)})
+    assert search.turned(row.choice) == {"b"}
+    known = SimpleNamespace(blocks=lambda choice: {"a": (64, 4), "b": (64, 4)}, turned=search.turned)
+    compare.priced(row, known, sites, [], gpu)
+    assert row.gpu == pytest.approx(16 / 2.6)
 
 
 def test_the_sparsest_candidate_of_a_kind_that_keeps_enough() -> None:

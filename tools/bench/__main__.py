@@ -54,6 +54,7 @@ def main() -> None:
     made = verbs.add_parser("prepare-linear", help="compile the kernels of linear attention into a bundle")
     made.add_argument("out", type=Path)
     made.add_argument("--arch", type=int, action="append", default=[])
+    made.add_argument("--only", nargs="*", default=[])
     made.add_argument("--tactics", action="store_true", help="all that are worth a try, of every op")
     timed = verbs.add_parser("linear", help="measure linear attention on this GPU; JSON to --out, lines to stdout")
     timed.add_argument("bundle", type=Path)
@@ -65,11 +66,16 @@ def main() -> None:
     chosen = verbs.add_parser("prepare-selection", help="compile the kernels that choose blocks, and attention to them")
     chosen.add_argument("out", type=Path)
     chosen.add_argument("--arch", type=int, action="append", default=[])
+    chosen.add_argument("--only", nargs="*", default=[])
     picked = verbs.add_parser("selection", help="measure chosen blocks on this GPU; JSON to --out, the table to stdout")
     picked.add_argument("bundle", type=Path)
     picked.add_argument("--out", type=Path, default=Path("selection.json"))
     picked.add_argument("--only", nargs="*", default=[])
     picked.add_argument("--rounds", type=int, default=11)
+    moved = verbs.add_parser("orders", help="measure gathers into other orders of tokens, in ONNX Runtime; JSON lines")
+    moved.add_argument("--out", type=Path, default=Path("orders.json"))
+    moved.add_argument("--rounds", type=int, default=11)
+    moved.add_argument("--cpu", action="store_true", help="a dry run without a GPU")
     fitted = verbs.add_parser("fit", help="fit the cost model to a sweep's result, print its TOML")
     fitted.add_argument("result", type=Path)
     fitted.add_argument("--withheld", type=Path, help="a sweep with another seed, to judge by")
@@ -102,7 +108,7 @@ def main() -> None:
         else:
             from linear import prepare as prepare_linear
 
-        prepare_linear(given.out, given.arch)
+        prepare_linear(given.out, given.arch, given.only)
     elif given.verb == "linear":
         if given.tactics:
             from linear_tactics import run as run_linear
@@ -114,13 +120,18 @@ def main() -> None:
     elif given.verb == "prepare-selection":
         from selection import prepare as prepare_selection
 
-        prepare_selection(given.out, given.arch)
+        prepare_selection(given.out, given.arch, given.only)
     elif given.verb == "selection":
         import selection
 
         result = selection.run(given.bundle, given.only, given.rounds, given.out)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(selection.table(result))
+    elif given.verb == "orders":
+        import orders
+
+        result = orders.run(given.rounds, "cpu" if given.cpu else "cuda")
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     elif given.verb == "fit":
         from fit import fit
 

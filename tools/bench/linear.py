@@ -173,11 +173,11 @@ def least(case: Linear) -> float:
     return size + 8.0 * case.batch * case.heads * case.dim**2 * case.step
 
 
-def prepare(out: Path, architectures: Sequence[int]) -> None:
-    """Compile what the cases need, on a machine that needs no GPU."""
+def prepare(out: Path, architectures: Sequence[int], names: Sequence[str]) -> None:
+    """Compile what the cases called ``names`` (all without any) need, on a machine that needs no GPU."""
     import triton
 
-    every = [call for case in CASES for call in calls(case)]
+    every = [call for case in CASES if not names or case.name in names for call in calls(case)]
     write(out, build([], every, kernels(), architectures or ARCHITECTURES, Cache.default()), triton.__version__)
 
 

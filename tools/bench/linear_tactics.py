@@ -56,7 +56,7 @@ def _named(name: str) -> Linear:
 
 TRIALS = (
     Trial(_named("gated-delta-8k"), (64, 512, 1024)),
-    Trial(_named("gla-8k"), (16, 64, 128)),
+    Trial(_named("gla-8k"), (32, 64)),
     Trial(_named("simple-gla-8k"), (256, 512, 1024)),
     Trial(_named("gated-delta-step"), (1,)),
     Trial(_named("retention-8k"), (64, 128, 256, 512, 1024)),
@@ -84,7 +84,9 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
         return [
             *(t(8, s, BV=128, BN=64, HB=1, FAST=1) for s in (3, 5)), t(8, 3, 128, BV=128, BN=64, HB=1, FAST=1),
             t(8, 4, BV=128, BN=32, HB=1, FAST=1), t(8, 4, BV=64, BN=64, HB=1, FAST=1),
-            t(8, 3, BV=128, BN=64, HB=1, FAST=0),
+            t(8, 3, BV=128, BN=64, HB=1, FAST=0), t(8, 2, BV=128, BN=64, HB=1, FAST=1),
+            t(8, 2, BV=128, BN=128, HB=1, FAST=1), t(4, 3, BV=128, BN=32, HB=1, FAST=1),
+            t(4, 4, BV=64, BN=64, HB=1, FAST=1), t(4, 2, BV=128, BN=64, HB=1, FAST=1),
         ]  # fmt: skip
     if op == APPLY and short:
         return [
@@ -93,9 +95,12 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
         ]  # fmt: skip
     if op == APPLY:
         return [
-            *(t(8, 2, BV=128, BM=128, FAST=1, BLOCKS=n) for n in (1, 4)), t(8, 3, BV=128, BM=128, FAST=1, BLOCKS=1),
-            *(t(8, 2, 128, BV=128, BM=64, FAST=1, BLOCKS=n) for n in (2, 4)),
-            t(8, 4, BV=128, BM=64, FAST=1, BLOCKS=1), t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
+            t(8, 2, BV=128, BM=128, FAST=1, BLOCKS=4), t(8, 1, 128, BV=128, BM=128, FAST=1, BLOCKS=2),
+            *(t(4, n, r, BV=128, BM=64, FAST=1, BLOCKS=m) for n, r, m in (
+                (2, 168, 3), (1, 168, 3), (1, 128, 4), (2, 168, 12), (1, 128, 16), (2, None, 2),
+            )),
+            t(4, 2, 168, BV=128, BM=64, FAST=0, BLOCKS=3), t(4, 2, BV=128, BM=32, FAST=1, BLOCKS=8),
+            t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
         ]  # fmt: skip
     if op == SOLVE:
         return [t(4, 1), t(2, 1), t(8, 1)]
@@ -106,8 +111,16 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
     chunk = int(call.attributes["chunk"])
     if call.attributes["decay"] == 3:
         if op == OUTPUT:
-            return [t(w, s, BV=v, BM=16) for v in (32, 64, 128) for w, s in ((4, 1), (4, 2), (8, 2))]
-        return [t(4, s, BK=64, BV=v, BT=r) for v in (32, 64) for r in (16, 32) for s in (2, 4) if r <= chunk]
+            return [t(w, s, r, BK=k, BV=v) for w, s, r, k, v in (
+                (8, 1, None, 64, 128), (8, 2, None, 64, 128), (8, 1, 128, 64, 128), (8, 1, 128, 32, 128),
+                (8, 2, 128, 32, 128), (8, 1, 128, 64, 64), (4, 1, None, 32, 64), (4, 1, 168, 32, 64),
+                (4, 2, 168, 32, 64), (4, 1, None, 32, 128),
+            )]  # fmt: skip
+        found = [t(w, s, BK=k, BV=v, BT=r) for w, s, k, v, r in (
+            (4, 4, 64, 64, 32), (4, 2, 64, 64, 64), (4, 3, 64, 64, 64), (8, 2, 64, 64, 64), (4, 3, 64, 32, 64),
+            (4, 3, 32, 64, 64), (8, 2, 64, 128, 64), (8, 3, 32, 128, 64),
+        )]  # fmt: skip
+        return [x for x in found if int(x.constants["BT"] or 0) <= chunk]
     if op == STATES:
         found = [
             t(4, 4, BK=64, BV=64, BT=64), t(4, 4, BK=128, BV=32, BT=64), t(4, 6, BK=64, BV=64, BT=64),
@@ -142,11 +155,12 @@ def in_chunks(case: Linear, chunk: int) -> Linear:
     return replace(case, form=replace(case.form, chunk=chunk))
 
 
-def prepare(out: Path, architectures: Sequence[int]) -> None:
-    """Compile what the trials need, on a machine that needs no GPU."""
+def prepare(out: Path, architectures: Sequence[int], names: Sequence[str]) -> None:
+    """Compile what the trials called ``names`` (all without any) need, on a machine that needs no GPU."""
     import triton
 
-    every = [call for trial in TRIALS for chunk in trial.chunks for call in calls(in_chunks(trial.case, chunk))]
+    wanted = [trial for trial in TRIALS if not names or trial.case.name in names]
+    every = [call for trial in wanted for chunk in trial.chunks for call in calls(in_chunks(trial.case, chunk))]
     built = build([], every, known(), architectures or (90,), Cache.default())
     for kept in built.calls:
         for refusal in kept.refused:

@@ -25,7 +25,7 @@ def selection_of(call: OpCall, at: Mapping[str, tuple[int, ...]]) -> Selection:
         stride = BLOCK // call.attributes["tiles"]
         return Selection(call.op, "float32", batch, (heads, heads), stride=stride, causal=causal, amount=amount, **said)
     (batch, queries, heads, dim), (_, keys, groups, _) = at["query"], at["key"]
-    cut = {k: call.attributes[k] for k in ("stride", "block")} | {"factor": call.attributes["scale"]}
+    cut = {k: call.attributes[k] for k in ("stride", "block", "reduce", "span")} | {"factor": call.attributes["scale"]}
     return Selection(call.op, call.dtype, batch, (heads, groups), (queries, keys), dim, causal=causal, **cut)
 
 

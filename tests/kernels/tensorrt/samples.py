@@ -144,6 +144,13 @@ def selected(name: str, heads: int = 4, **attributes: Any) -> Sample:
 QUICK = (
     scored("scores of blocks", causal=1),
     selected("lists of what weighs enough", causal=1),
+    Sample("the highest scores of keys", "BlockScores",
+           {"query": (HALF, ("B", "R", 4, 32)), "key": (HALF, ("B", 2, "N", 32))}, ("query", "key"), ("scores",),
+           {"scale": 0.25, "stride": 1, "block": 64, "span": 64, "reduce": "max", "causal": 1, "k_layout": "BHND"},
+           {**LONG, "R": (1, 2, 6)}),
+    Sample("lists around an anchor", "BlockSelect", {"scores": (FLOAT, ("B", 4, "C", "C")), "amount": (FLOAT, (4,))},
+           ("scores", "amount"), SELECT, {"tiles": 1, "rule": "anchor", "causal": 1},
+           {"B": (1, 2, 3), "C": (1, 8, 21)}),
     dense("dense"),
     dense("causal, bfloat16, heads first", kind=BRAIN, layouts="hhhh", attributes={"right": 0}),
     dense("window, mixed layouts", layouts="nhnh", attributes={"left": 9, "right": 3}),

@@ -142,7 +142,8 @@ def test_every_op_is_compared_at_three_shapes() -> None:
 PLANTED = {
     "dense": "NK", "neighborhood": "k_n", "lists of a file": "NK", "states of chunks": "NK", "chunks combined": "C",
     "whole state applied": "NQ", "states before chunks": "NK", "output of chunks": "NQ",
-    "scores of blocks": "NQ", "lists of what weighs enough": "TQ",
+    "scores of blocks": "NQ", "lists of what weighs enough": "TQ", "the highest scores of keys": "NQ",
+    "lists around an anchor": "sinks",
     "a token at a time": "NK", "tiles of the delta rule solved": "NK", "what the delta rule writes": "NK",
 }  # fmt: skip
 """Of a sample of each op, the int32 argument that is one less."""

@@ -91,7 +91,7 @@ def _compile(
     bf16: opt.Bf16 = False,
     arch: opt.Arch = [],  # noqa: B006
     no_fusions: opt.NoFusions = False,
-    half_norms: opt.HalfNorms = False,
+    half_norms: opt.HalfNorms = True,
     engine_profile: opt.EngineProfiles = [],  # noqa: B006
     min_shapes: opt.MinShapes = [],  # noqa: B006
     opt_shapes: opt.OptShapes = [],  # noqa: B006

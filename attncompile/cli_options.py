@@ -115,7 +115,10 @@ Strict = Annotated[bool, typer.Option("--strict", help="Fail if any replacement 
 KeepSlower = Annotated[bool, typer.Option("--keep-slower", help="Keep replacements that are measured to be slower.")]
 HalfNorms = Annotated[
     bool,
-    typer.Option("--half-norms", help="Fuse residual sums into norms in fp16 too, for onnxruntime-gpu 1.27 or later."),
+    typer.Option(
+        "--half-norms/--no-half-norms",
+        help="Fuse residual sums into norms in fp16 too: onnxruntime-gpu before 1.27 needs strict mode for them.",
+    ),
 ]
 NoFusions = Annotated[
     bool,

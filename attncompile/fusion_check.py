@@ -42,7 +42,7 @@ _TO_FLOAT: Mapping[int, int] = {TensorProto.FLOAT16: TensorProto.FLOAT, TensorPr
 def check(
     proto: ModelProto, model: Model, precision: Precision | None, feeds: Sequence[Mapping[str, np.ndarray]],
     counts: Mapping[str, int], lowered: ModelProto, unlaunched: ModelProto | None = None,
-    half_norms: bool = False,
+    half_norms: bool = True,
 ) -> Verdict:  # fmt: skip
     """``proto``, made from ``model``, with fusions against itself without.
 

@@ -86,11 +86,11 @@ class Kit:
                 said = next((r.reason for r in call.refused if r.architecture == architecture), "none was compiled")
                 raise Unsupported("kernel", f"{call.call.op} has no kernel on sm_{architecture}: {said}")
 
-    def write(self, out: Path) -> None:
+    def write(self, out: Path, strict_norms: bool = False) -> None:
         """Raises ``TargetError`` where nothing was compiled."""
         if self._built is None:
             raise TargetError("no kernel was compiled")
-        bundle.write(out, self._built, self._triton)
+        bundle.write(out, self._built, self._triton, strict_norms)
 
 
 def default_architectures() -> tuple[int, ...]:

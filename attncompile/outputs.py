@@ -31,6 +31,7 @@ from attncompile.targets.base import BuildResult, Target
 from attncompile.targets.engine import METADATA, EngineTarget
 from attncompile.targets.kernels import Launching
 from attncompile.targets.onnxruntime_cuda import OnnxRuntimeCuda
+from attncompile.targets.ort_fusions import ROUNDING
 from attncompile.targets.tensorrt import TensorRT
 
 if TYPE_CHECKING:
@@ -148,15 +149,20 @@ def _fused(
     found: Inspection, target: OnnxRuntimeCuda, proto: ModelProto, precision: Precision | None,
     evidence: Callable[[], Sequence[Feed]],
 ) -> tuple[OnnxRuntimeCuda, ModelProto, tuple[str, ...]]:  # fmt: skip
-    """The lowered model, with fusions if those leave its outputs what they were; the target, and what to say."""
-    lowered = target.lower(proto, found.model, precision)
-    if not target.fused:
-        return target, lowered, ()
-    verdict = fusion_check.check(
-        proto, found.model, precision, evidence(), target.fused, lowered, target.unlaunched, target.half_norms
-    )
-    if verdict.ok:
-        return target, lowered, (verdict.reason,)
+    """The lowered model, with fusions if those leave its outputs what they were; the target, and what to say. Those
+    that round constants are left out where all together do not.
+    """
+    for form in (target, target.fusing(True, target.half_norms, ROUNDING)):
+        lowered = form.lower(proto, found.model, precision)
+        if not form.fused:
+            return form, lowered, ()
+        verdict = fusion_check.check(
+            proto, found.model, precision, evidence(), form.fused, lowered, form.unlaunched, form.half_norms
+        )
+        if verdict.ok:
+            return form, lowered, (verdict.reason,)
+        if not form.fused.keys() & set(ROUNDING):
+            break
     plain = target.fusing(False)
     return plain, plain.lower(proto, found.model, precision), (f"nothing was fused: {verdict.reason}",)
 

@@ -79,7 +79,7 @@ class Options:
     sites: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
     fusions: bool = True
-    half_norms: bool = False
+    half_norms: bool = True
     density: float | None = None
     jobs: int | None = None
     executor: str = "local"

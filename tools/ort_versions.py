@@ -4,7 +4,8 @@
     python tools/ort_versions.py 1.23.2 1.32.0         # these
 
 In each: a bundle and a model as the target writes them, a double of the CUDA driver, ONNX Runtime's CPU provider. A run
-is right if the launch's grid and arguments are those that Python computes. Needs g++; ``pip`` installs onnxruntime.
+is right if the launch's grid and arguments are those that Python computes. A bundle of a model with norms of sums in
+fp16 is refused before 1.27, unless strict mode is confirmed. Needs g++; ``pip`` installs onnxruntime.
 """
 
 from __future__ import annotations
@@ -34,6 +35,21 @@ double.double_launch.restype = ctypes.c_void_p
 options = ort.SessionOptions()
 options.log_severity_level = 4
 options.register_custom_ops_library(folder + "/libattncompile_ort.so")
+old = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 27)
+for entry in ("", "1"):
+    strict = ort.SessionOptions()
+    strict.add_session_config_entry("attncompile.bundle", folder + "/strict")
+    if entry:
+        strict.add_session_config_entry("attncompile.strict_norms", entry)
+    try:
+        strict.register_custom_ops_library(folder + "/libattncompile_ort.so")
+        said = ""
+    except Exception as error:
+        said = str(error)
+    wanted = "ONNX Runtime " + ort.__version__ + " adds up their squares in float16" if old and not entry else ""
+    assert wanted in said and bool(wanted) == bool(said), (entry, said)
+    if not said:
+        ort.InferenceSession(folder + "/model.onnx", strict, providers=["CPUExecutionProvider"])
 bad = open(folder + "/bad.onnx", "rb").read()
 try:
     ort.InferenceSession(bad, options, providers=["CPUExecutionProvider"])
@@ -89,6 +105,7 @@ def case(folder: Path) -> None:
     kit = kernel_kit.Kit((90,), SilentProgress())
     lowered = onnxruntime_cuda._launching(model, by_name(kit.compile(model)))
     kit.write(folder / "bundle")
+    kit.write(folder / "strict", strict_norms=True)
     (folder / "model.onnx").write_bytes(lowered.SerializeToString())
     del lowered.graph.value_info[:]
     lowered.graph.input[0].type.tensor_type.elem_type = 16

@@ -99,8 +99,9 @@ class Bundle:
         raise BadBundle(f"{self.folder / INDEX} has no call {key}", "build the bundle from this model")
 
 
-def write(out: Path, built: Built, triton: str) -> None:
-    """Write ``built`` as a bundle to ``out``, whole or not at all.
+def write(out: Path, built: Built, triton: str, strict_norms: bool = False) -> None:
+    """Write ``built`` as a bundle to ``out``, whole or not at all. ``strict_norms``: its model has norms of sums in
+    fp16.
 
     Raises:
         BadArguments: ``out`` is there and is none of ours, or cannot be written.
@@ -112,11 +113,11 @@ def write(out: Path, built: Built, triton: str) -> None:
                 path = _path(folder, digest(data), kind)
                 if not path.exists():
                     write_file(path, data)
-        text = json.dumps(index_of(built, triton), indent=1, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(index_of(built, triton, strict_norms), indent=1, sort_keys=True, ensure_ascii=False)
         write_file(folder / INDEX, text.encode() + b"\n")
 
 
-def index_of(built: Built, triton: str) -> dict[str, Any]:
+def index_of(built: Built, triton: str, strict_norms: bool = False) -> dict[str, Any]:
     """The index as JSON values, in an order that depends on the contents only."""
     return {
         "format": FORMAT, "attncompile": __version__, "triton": triton,
@@ -126,6 +127,7 @@ def index_of(built: Built, triton: str) -> dict[str, Any]:
         ],
         "calls": [_call(c) for c in sorted(built.calls, key=lambda c: c.key)],
         "nodes": [_node(node, key) for node, key in built.nodes],
+        **({"strict_norms": True} if strict_norms else {}),
     }  # fmt: skip
 
 

@@ -14,7 +14,16 @@ from typing import Any
 import onnxruntime
 
 from attncompile.core.errors import MissingDependency, TargetError
-from attncompile.runtime.layout import BUNDLE, BUNDLE_KEY, INDEX, LIBRARY, MODEL, PORTABLE
+from attncompile.runtime.layout import (
+    BUNDLE,
+    BUNDLE_KEY,
+    INDEX,
+    LIBRARY,
+    MODEL,
+    PORTABLE,
+    STRICT_KEY,
+    STRICT_OPTION,
+)
 
 PROVIDER = "CUDAExecutionProvider"
 _PACKAGES = "pip uninstall onnxruntime, then pip install 'attncompile[cuda]'"
@@ -48,8 +57,8 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # a
             )
             super().__init__(str(folder / PORTABLE), options, providers=["CPUExecutionProvider"], **more)
             return
-        register(options, folder)
         given = {"device_id": str(device), **exact_norms(onnxruntime.__version__), **(provider_options or {})}
+        register(options, folder, given.get(STRICT_OPTION) == "1")
         try:
             super().__init__(str(folder / MODEL), options, providers=[(PROVIDER, given)], **more)
         except Exception as error:  # ONNX Runtime has a class for each of its codes, and no common one
@@ -66,13 +75,17 @@ def exact_norms(version: str) -> dict[str, str]:
     that the model has, and those that its own optimizer makes.
     """
     major, minor = map(int, re.findall(r"\d+", version)[:2])
-    return {} if (major, minor) >= (1, 27) else {"enable_skip_layer_norm_strict_mode": "1"}
+    return {} if (major, minor) >= (1, 27) else {STRICT_OPTION: "1"}
 
 
-def register(options: Any, folder: Path) -> None:
-    """Register the library of ``folder`` and its kernels with ``options``. Raises ``TargetError`` for a bad bundle."""
-    if not options_has(options, BUNDLE_KEY):
-        options.add_session_config_entry(BUNDLE_KEY, str((folder / BUNDLE).resolve()))
+def register(options: Any, folder: Path, strict: bool = False) -> None:
+    """Register the library of ``folder`` and its kernels with ``options``; ``strict``: the provider will have
+    ``STRICT_OPTION``. Raises ``TargetError`` for a bad bundle, and where norms would add up squares in fp16.
+    """
+    entries = {BUNDLE_KEY: str((folder / BUNDLE).resolve()), **({STRICT_KEY: "1"} if strict else {})}
+    for key, value in entries.items():
+        if not options_has(options, key):
+            options.add_session_config_entry(key, value)
     try:
         options.register_custom_ops_library(str((folder / LIBRARY).resolve()))
     except Exception as error:  # as above

@@ -38,8 +38,8 @@ class KernelKit(Protocol):
         """The same with everything compiled, for the element types that ``proto`` has."""
         ...
 
-    def write(self, out: Path) -> None:
-        """What was compiled last, as a bundle."""
+    def write(self, out: Path, strict_norms: bool = False) -> None:
+        """What was compiled last, as a bundle; ``strict_norms``: of a model that has norms of sums in fp16."""
         ...
 
     @property

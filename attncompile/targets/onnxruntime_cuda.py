@@ -27,7 +27,8 @@ from attncompile.targets.base import BuildResult, Precision
 from attncompile.targets.engine import save
 from attncompile.targets.kernels import KernelKit, NodeKernel, by_name
 from attncompile.targets.ort_fusions import fuse
-from attncompile.targets.ort_fusions.view import OURS
+from attncompile.targets.ort_fusions.skip import SKIP_NORMS
+from attncompile.targets.ort_fusions.view import CONTRIB, OURS
 
 ASIDE = "kept:"
 """Before the overload of a node that inlining is to leave alone."""
@@ -45,9 +46,11 @@ class OnnxRuntimeCuda:
     least_gain = 0.0
     barrier = 0.0
 
-    def __init__(self, kit: KernelKit | None = None, fusions: bool = True, half_norms: bool = False) -> None:
+    def __init__(
+        self, kit: KernelKit | None = None, fusions: bool = True, half_norms: bool = True, without: tuple[str, ...] = ()
+    ) -> None:
         self._kit = kit
-        self._fusions, self.half_norms = fusions, half_norms
+        self._fusions, self.half_norms, self._without = fusions, half_norms, without
         self.fused: Mapping[str, int] = {}
         """Fusion -> how often, of what was lowered last."""
         self.unlaunched: ModelProto | None = None
@@ -56,11 +59,11 @@ class OnnxRuntimeCuda:
         self._seconds = 0.0
 
     def equipped(self, kit: KernelKit) -> OnnxRuntimeCuda:
-        return OnnxRuntimeCuda(kit, self._fusions, self.half_norms)
+        return OnnxRuntimeCuda(kit, self._fusions, self.half_norms, self._without)
 
-    def fusing(self, fusions: bool, half_norms: bool = False) -> OnnxRuntimeCuda:
-        """The target with or without the fusions of ``ort_fusions``; ``half_norms`` as there."""
-        return OnnxRuntimeCuda(self._kit, fusions, half_norms)
+    def fusing(self, fusions: bool, half_norms: bool = True, without: tuple[str, ...] = ()) -> OnnxRuntimeCuda:
+        """The target with or without the fusions of ``ort_fusions``; ``half_norms`` and ``without`` as there."""
+        return OnnxRuntimeCuda(self._kit, fusions, half_norms, without)
 
     def available(self) -> Verdict:
         """Judged without importing anything."""
@@ -95,9 +98,10 @@ class OnnxRuntimeCuda:
                 raise TargetError(f"node '{min(failed)}' cannot be written out in standard ops", "report this model")
             left_out |= failed
         self.unlaunched = lowered
-        self._notes = [*_notes(made, left_out, kit), *self._said()]
+        strict = half_sums(lowered)
+        self._notes = [*_notes(made, left_out, kit), *self._said(strict)]
         self._seconds = time.perf_counter() - start
-        return _launching(lowered, made)
+        return _launching(lowered, made, strict)
 
     def _equipment(self) -> KernelKit:
         if self._kit is None:
@@ -124,17 +128,17 @@ class OnnxRuntimeCuda:
             lowered = conversion.convert(lowered, model.path.resolve().parent, precision)
         _refuse_float32(lowered)
         if self._fusions:
-            result = fuse(lowered, model.path.resolve().parent, half_norms=self.half_norms)
+            result = fuse(lowered, model.path.resolve().parent, half_norms=self.half_norms, without=self._without)
             lowered, self.fused = result.proto, result.counts
         return lowered
 
-    def _said(self) -> list[str]:
+    def _said(self, strict: bool) -> list[str]:
         fused = ", ".join(f"{n} ({c})" for n, c in self.fused.items())
         said = [f"fused for ONNX Runtime: {fused}"] if fused else []
-        if self.half_norms and "residual and norm" in self.fused:
+        if strict:
             said.append(
-                "norms of sums in fp16: onnxruntime-gpu before 1.27 adds up their squares in fp16 unless its provider "
-                "is given enable_skip_layer_norm_strict_mode=1, as attncompile.runtime does"
+                "norms of sums in fp16: plain onnxruntime-gpu before 1.27 is refused unless it is in strict mode, in "
+                "which attncompile.runtime starts it (docs/onnxruntime.md)"
             )
         return said
 
@@ -152,7 +156,7 @@ class OnnxRuntimeCuda:
         copy_file(library(), place)  # not a link: the process loads one library a file
         files = save(lowered, folder / layout.MODEL)
         bundle = folder / layout.BUNDLE
-        self._equipment().write(bundle)
+        self._equipment().write(bundle, any(_is_strict(n) for graph in g.graphs(lowered.graph) for n in graph.node))
         cubins = [path.stat().st_size for path in bundle.rglob("*.cubin")]
         return BuildResult(
             self.name, (*files, place, bundle / layout.INDEX), self._seconds + time.perf_counter() - start,
@@ -165,6 +169,20 @@ class OnnxRuntimeCuda:
         from attncompile.runtime.session import InferenceSession
 
         return InferenceSession(folder)
+
+
+def half_sums(proto: ModelProto) -> bool:
+    """Whether ``proto`` has norms of sums in fp16, whoever made them; one whose type is not known counts."""
+    nodes = [n for graph in g.graphs(proto.graph) for n in graph.node]
+    scales = {n.input[2] for n in nodes if n.domain == CONTRIB and n.op_type in SKIP_NORMS}
+    kinds = {t.name: t.data_type for graph in g.graphs(proto.graph) for t in graph.initializer}
+    if not scales <= kinds.keys():
+        kinds |= {name: kind for name, (kind, _) in _value_types(proto).items()}
+    return any(kinds.get(s, TensorProto.UNDEFINED) in (TensorProto.FLOAT16, TensorProto.UNDEFINED) for s in scales)
+
+
+def _is_strict(node: NodeProto) -> bool:
+    return node.domain == layout.DOMAIN and any(a.name == layout.STRICT for a in node.attribute)
 
 
 def _ours(proto: ModelProto) -> list[NodeProto]:
@@ -223,8 +241,10 @@ def _value_types(proto: ModelProto) -> dict[str, tuple[int, ValueInfoProto]]:
     }
 
 
-def _launching(lowered: ModelProto, kernels: Mapping[str, NodeKernel]) -> ModelProto:
-    """Our nodes as launches; their outputs' types are written down, since nobody else knows these ops."""
+def _launching(lowered: ModelProto, kernels: Mapping[str, NodeKernel], strict: bool = False) -> ModelProto:
+    """Our nodes as launches; their outputs' types are written down, since nobody else knows these ops. ``strict``: each
+    says that there are norms of sums in fp16.
+    """
     result = ModelProto()
     result.CopyFrom(lowered)
     described = _value_types(lowered)
@@ -238,7 +258,7 @@ def _launching(lowered: ModelProto, kernels: Mapping[str, NodeKernel]) -> ModelP
             graph.value_info.extend(described[o][1] for o in outputs if o not in known)
             launch = helper.make_node(
                 kernel.op_type, inputs, outputs, node.name, node.doc_string, layout.DOMAIN,
-                **{layout.RECORD: kernel.record},
+                **{layout.RECORD: kernel.record}, **({layout.STRICT: "1"} if strict else {}),
             )  # fmt: skip
             node.CopyFrom(launch)
     kept = [o for o in result.opset_import if o.domain not in (OURS, layout.DOMAIN)]

@@ -56,6 +56,7 @@ struct Status {
 
 struct Info {
   std::string node, record;
+  bool strict = false;  // whether it has the attribute `strict_norms`
 };
 
 std::atomic<long> statuses{0};
@@ -75,6 +76,9 @@ OrtStatus* give(const std::string& text, char* out, std::size_t* size) {
 
 std::map<std::string, std::string> options;  // of the session
 std::vector<const CustomOp*> ops;
+std::map<const void*, std::vector<const CustomOp*>> ops_of;  // by domain
+const void* added = nullptr;                                 // the domain that a session was given last
+const char* version = "double";
 
 Context& of(const void* context) { return *static_cast<Context*>(const_cast<void*>(context)); }
 
@@ -91,11 +95,15 @@ void fill() {
     *out = reinterpret_cast<OrtCustomOpDomain*>(new int(0));
     return nullptr;
   });
-  put(27, +[](OrtCustomOpDomain*, const void* op) -> OrtStatus* {
+  put(27, +[](OrtCustomOpDomain* domain, const void* op) -> OrtStatus* {
+    ops_of[domain].push_back(static_cast<const CustomOp*>(op));
     ops.push_back(static_cast<const CustomOp*>(op));
     return nullptr;
   });
-  put(28, +[](OrtSessionOptions*, OrtCustomOpDomain*) -> OrtStatus* { return nullptr; });
+  put(28, +[](OrtSessionOptions*, OrtCustomOpDomain* domain) -> OrtStatus* {
+    added = domain;
+    return nullptr;
+  });
   put(101, +[](OrtCustomOpDomain* domain) { delete reinterpret_cast<int*>(domain); });
   put(237, +[](const OrtSessionOptions*, const char* key, int* out) -> OrtStatus* {
     *out = static_cast<int>(options.count(key));
@@ -104,8 +112,10 @@ void fill() {
   put(238, +[](const OrtSessionOptions*, const char* key, char* out, std::size_t* size) {
     return give(options.at(key), out, size);
   });
-  put(87, +[](const OrtKernelInfo* info, const char*, char* out, std::size_t* size) {
-    return give(reinterpret_cast<const Info*>(info)->record, out, size);
+  put(87, +[](const OrtKernelInfo* info, const char* name, char* out, std::size_t* size) {
+    const Info& node = *reinterpret_cast<const Info*>(info);
+    if (std::string(name) == "launch") return give(node.record, out, size);
+    return node.strict && std::string(name) == "strict_norms" ? give("1", out, size) : failed(1, "no such attribute");
   });
   put(244, +[](const OrtKernelInfo* info, char* out, std::size_t* size) {
     return give(reinterpret_cast<const Info*>(info)->node, out, size);
@@ -166,7 +176,7 @@ Context context_of(const CustomOp* op) {
   return context;
 }
 
-const OrtApiBase base = {[](std::uint32_t) -> Slots { return slots; }, [] { return "double"; }};
+const OrtApiBase base = {[](std::uint32_t) -> Slots { return slots; }, [] { return version; }};
 
 // One session: registration, a kernel of each op, `runs` runs, the end. What went wrong first, or "".
 std::string session(const std::string& record, int runs, std::size_t fails_at = SIZE_MAX) {
@@ -312,7 +322,7 @@ int threads(const Double& cuda, const std::string& record) {
   const Bundle bundle(options.at("attncompile.bundle"));
   const auto shared = std::make_shared<const Bundle>(options.at("attncompile.bundle"));
   const Call& call = *shared->calls().front();
-  Op op(shared, call, "CUDAExecutionProvider");
+  Op op(shared, call, "CUDAExecutionProvider", Norms(api, nullptr, version));
   const Info info{"node", record};
   std::vector<void*> kernels(3);
   for (void*& kernel : kernels)
@@ -337,6 +347,29 @@ int threads(const Double& cuda, const std::string& record) {
   std::cout << "modules " << loaded << "\n";
   if (loaded != cuda.get<long()>("double_unloaded")()) return bad_result("modules are not unloaded");
   return 0;
+}
+
+// What is said by versions of ONNX Runtime, with and without the entry that confirms strict mode: of the registration,
+// and, where that succeeds, of a node that says nothing and of one that says that its model has norms in float16.
+int norms(const std::string& record) {
+  for (const char* given : {"1.23.2", "1.26.0", "1.27.0", "1.100.1", "2.0.0", "nightly"})
+    for (const std::string entry : {"", "0", "1"}) {
+      version = given;
+      options.erase("attncompile.strict_norms");
+      if (!entry.empty()) options["attncompile.strict_norms"] = entry;
+      std::string said = take(RegisterCustomOps(nullptr, &base));
+      std::cout << given << "|" << entry << "|" << said;
+      for (const bool strict : {false, true}) {
+        if (!said.empty()) break;
+        const Info info{"node", record, strict};
+        void* kernel = nullptr;
+        const CustomOp* op = ops_of.at(added).front();
+        std::cout << "|" << take(op->create(op, slots, reinterpret_cast<const OrtKernelInfo*>(&info), &kernel));
+        if (kernel != nullptr) op->destroy(kernel);
+      }
+      std::cout << "\n";
+    }
+  return statuses == 0 ? 0 : bad_result("statuses are not released");
 }
 
 #ifdef COUNT_ALLOCATIONS
@@ -379,6 +412,7 @@ int main(int count, char** given) {
   if (mode == "inject") return inject(cuda, record);
   if (mode == "fuzz") return fuzz(folder, record);
   if (mode == "threads") return threads(cuda, record);
+  if (mode == "norms") return norms(record);
 #ifdef COUNT_ALLOCATIONS
   if (mode == "allocations") return allocations_of_runs(record);
 #endif

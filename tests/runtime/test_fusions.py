@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from attncompile import fusion_check, pipeline
+from attncompile.kernels.bundle import Bundle
 from attncompile.pipeline import Options
 from attncompile.runtime import layout
 from attncompile.targets import ort_fusions
@@ -144,17 +146,61 @@ def compiled(folder: Path, **given: Any) -> tuple[list[str], tuple[str, ...], An
 @needs_compiler
 def test_fused_and_compared(tmp_path: Path, no_triton: None) -> None:
     found, notes, proto = compiled(tmp_path)
-    assert found == ["FastGelu"]  # the residual sum stays outside of a norm in fp16
+    assert found == ["FastGelu", "SkipSimplifiedLayerNormalization"]
     assert not {"Tanh", "Pow", "ReduceMean"} & {n.op_type for n in proto.graph.node}
     assert any(n.startswith("fused for ONNX Runtime: ") and "GELU (1)" in n and "RMS norm (1)" in n for n in notes)
     assert any(n.startswith("with fusions against without, on the CPU in float32: relative L2") for n in notes)
     assert sum(n.domain == layout.DOMAIN for n in proto.graph.node) == 1
 
 
+def says_strict(folder: Path, proto: onnx.ModelProto) -> set[bool]:
+    """Whether the index of the bundle and the launches say that there are norms of sums in fp16."""
+    said = json.loads((folder / "out" / layout.BUNDLE / layout.INDEX).read_text(encoding="utf-8")).get(layout.STRICT)
+    nodes = [n for n in proto.graph.node if n.domain == layout.DOMAIN]
+    return {bool(said), *(any(a.name == layout.STRICT for a in n.attribute) for n in nodes)}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("given", "strict"),
+    [
+        ({}, True), ({"half_norms": False}, False), ({"fusions": False}, False), ({"precision": "bf16"}, False),
+    ],
+)  # fmt: skip
+def test_norms_of_sums_in_fp16_are_said(tmp_path: Path, no_triton: None, given: dict[str, Any], strict: bool) -> None:
+    found, notes, proto = compiled(tmp_path, **given)
+    assert ("SkipSimplifiedLayerNormalization" in found) == strict
+    assert says_strict(tmp_path, proto) == {strict}
+    assert any("before 1.27 is refused unless it is in strict mode" in n for n in notes) == strict
+    assert Bundle.open(tmp_path / "out" / layout.BUNDLE).index.get(layout.STRICT, False) is strict
+
+
 @needs_compiler
 def test_not_asked_for(tmp_path: Path, no_triton: None) -> None:
     found, notes, _ = compiled(tmp_path, fusions=False)
     assert found == [] and not any("fus" in n for n in notes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rounded", ["biases of values", "other"])
+def test_what_rounds_constants_is_left_out_alone(
+    tmp_path: Path, no_triton: None, monkeypatch: pytest.MonkeyPatch, rounded: str
+) -> None:
+    """Where outputs are too far off with it; all else is fused."""
+
+    def coarse(view: View) -> int:
+        (scale,) = [n.input[1] for n in view.nodes("SimplifiedLayerNormalization")]
+        known = view.constant(scale)
+        assert known is not None
+        other = view.tensor("coarse", np.round(known.astype(np.float32), 1).astype(known.dtype))
+        return int(view.pass_by(scale, other))
+
+    monkeypatch.setattr(ort_fusions, "FUSIONS", (*ort_fusions.FUSIONS[:-1], (rounded, coarse), ort_fusions.FUSIONS[-1]))
+    _, notes, _ = compiled(tmp_path)
+    undone = rounded not in ort_fusions.ROUNDING
+    assert any(n.startswith("nothing was fused: ") for n in notes) == undone
+    fused = [n for n in notes if n.startswith("fused for ONNX Runtime: ")]
+    assert not fused if undone else "GELU (1)" in fused[0] and rounded not in fused[0]
 
 
 def broken(view: View) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -42,11 +43,13 @@ def built(harness: dict[str, Path], kind: str) -> Path:
     return harness[kind]
 
 
-def run(program: Path, mode: str, make: Maker, compiled_double: Path, tmp_path: Path) -> str:
+def run(
+    program: Path, mode: str, make: Maker, compiled_double: Path, tmp_path: Path, strict_norms: bool = False
+) -> str:  # fmt: skip
     shapes = {"query": ["b", "n", 4, 64], "key": ["b", "m", 4, 64], "value": ["b", "m", 4, 64]}
     model = node_model("Attention", shapes, dict.fromkeys(shapes, "float16"), scale=0.125, left=9, right=0)
     made = make(model, (80,))
-    shorten(made.folder / layout.BUNDLE / layout.INDEX)
+    shorten(made.folder / layout.BUNDLE / layout.INDEX, strict_norms)
     record = tmp_path / "record.json"
     record.write_text(made.record, encoding="utf-8")
     environment = {
@@ -61,9 +64,10 @@ def run(program: Path, mode: str, make: Maker, compiled_double: Path, tmp_path: 
     return done.stdout
 
 
-def shorten(path: Path) -> None:
+def shorten(path: Path, strict_norms: bool) -> None:
     """One kernel is enough, and every byte of the index costs time."""
     index = json.loads(path.read_text(encoding="utf-8"))
+    index |= {layout.STRICT: True} if strict_norms else {}
     index["entries"], index["nodes"] = [max(index["entries"], key=lambda e: e["shared"])], []
     (call,) = index["calls"]
     call["kernels"] = [{"architecture": 80, "rank": 0, "entry": index["entries"][0]["id"]}]
@@ -91,6 +95,29 @@ def test_damaged_files(harness: dict[str, Path], make: Maker, compiled_double: P
 def test_a_run_allocates_nothing(harness: dict[str, Path], make: Maker, compiled_double: Path, tmp_path: Path) -> None:
     said = run(built(harness, "allocations"), "allocations", make, compiled_double, tmp_path)
     assert "allocations in 1000 runs: 0" in said
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["its own bundle", "the bundle of another model"])
+def test_norms_in_float16_before_1_27(
+    harness: dict[str, Path], make: Maker, compiled_double: Path, tmp_path: Path, marked: bool
+) -> None:
+    """Refused without the entry: where the bundle says it, when the library is registered; where only a node does, when
+    the session is made. Nothing else is.
+    """
+    said = run(built(harness, "address"), "norms", make, compiled_double, tmp_path, marked).splitlines()
+    found = {(version, entry): rest for version, entry, *rest in (line.split("|") for line in said)}
+    assert len(found) == len(said) == 18
+    for (version, entry), rest in found.items():
+        if version in ("1.27.0", "1.100.1", "2.0.0") or entry == "1":
+            assert rest == ["", "", ""], (version, entry)
+            continue
+        what = f"the model has norms of sums in float16, and ONNX Runtime {version} adds up their squares in float16"
+        *passed, refused = rest
+        assert passed == ([] if marked else ["", ""]), (version, entry)
+        where = r".*/bundle\.json" if marked else "node"
+        assert re.match(rf"{where}: {re.escape(what)} \(hint: ", refused), refused
+        for remedy in ("enable_skip_layer_norm_strict_mode=1", "attncompile.strict_norms=1", "1.27", "--no-half-norms"):
+            assert remedy in refused
 
 
 @pytest.mark.slow

@@ -37,10 +37,12 @@ EXPORTS = {
     "siglip-dynamo-18-sdpa": [("BNHD",) * 3] * 2 + [("BHND", "NB0HD", "NB1HD")],  # torch's own module pools
 }  # fmt: skip
 """Layouts of query, key and value at each site; empty: not compared."""
+BIASES = {"dinov2-torchscript-17-sdpa": 2, "siglip-dynamo-18-sdpa": 2}
+"""Sites whose keys and values have a product, and a bias, of their own."""
 
 
 def filled(name: str, folder: Path) -> Path:
-    """The committed graph with seeded weights in place of those that were left out."""
+    """The committed graph with seeded weights in place of those that were left out, and of biases that are zero."""
     proto, rng = (
         ModelProto.FromString(gzip.decompress((GRAPHS / f"{name}.onnx.gz").read_bytes())),
         np.random.default_rng(0),
@@ -50,6 +52,11 @@ def filled(name: str, folder: Path) -> Path:
             drawn = rng.standard_normal(list(tensor.dims), dtype=np.float32) * np.float32(0.05)
             kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
             tensor.CopyFrom(numpy_helper.from_array(drawn.astype(kind), tensor.name))
+        elif (
+            len(tensor.dims) == 1 and tensor.data_type == TensorProto.FLOAT and not numpy_helper.to_array(tensor).any()
+        ):
+            drawn = rng.standard_normal(list(tensor.dims), dtype=np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(drawn, tensor.name))
     onnx.save(proto, folder / "model.onnx")
     return folder / "model.onnx"
 
@@ -95,6 +102,8 @@ def test_nothing_is_copied_around_a_site(name: str, tmp_path: Path) -> None:
         layouts.append((said["q"], said["k"], said["v"]))
         assert {source(fused.proto, v) for v in node.input[:3]} <= {"Add", "MatMul", "Gemm"}
         assert behind(fused.proto, node) <= {"MatMul", "Gemm"}
+    moved = [fused.counts.get(f"biases of {x}", 0) for x in ("keys", "values")]
+    assert moved == [BIASES.get(name, 0)] * 2
     if EXPORTS[name]:
         assert sorted(layouts) == sorted(EXPORTS[name])
     feeds = [_feed(found.index.model.proto)]

@@ -17,7 +17,7 @@ import pytest
 from attncompile.core.errors import MissingDependency, TargetError
 from attncompile.runtime import InferenceSession, layout
 from attncompile.runtime import session as sessions
-from attncompile.runtime.session import exact_norms
+from attncompile.runtime.session import exact_norms, options_has
 from tests.runtime.conftest import Double, Made, Maker, needs_compiler, node_model
 
 pytestmark = needs_compiler
@@ -130,6 +130,36 @@ def test_importing_the_runtime_imports_nothing_else() -> None:
 def test_the_double_is_no_driver() -> None:
     """These tests say nothing about a real one: where there is one, those marked gpu do."""
     assert not hasattr(ctypes.CDLL(None), "cuLaunchKernel")
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "confirmed"),
+    [
+        ("1.26.0", {}, True), ("1.26.0", {"enable_skip_layer_norm_strict_mode": "0"}, False), ("1.27.0", {}, False),
+        ("1.27.0", {"enable_skip_layer_norm_strict_mode": "1"}, True),
+    ],
+)  # fmt: skip
+def test_strict_mode_is_confirmed_where_it_is_asked_for(
+    out: Made, monkeypatch: pytest.MonkeyPatch, version: str, given: dict[str, str], confirmed: bool
+) -> None:
+    """Before the library is registered, and only where the provider gets the option: else the library may refuse."""
+    monkeypatch.setattr(sessions, "missing", lambda device: None)
+    monkeypatch.setattr(sessions, "PROVIDER", "CPUExecutionProvider")
+    monkeypatch.setattr(sessions.onnxruntime, "__version__", version)
+    seen: list[bool] = []
+
+    class Options(sessions.onnxruntime.SessionOptions):  # type: ignore[misc]  # a class without types
+        def register_custom_ops_library(self, path: str) -> None:
+            seen.append(options_has(self, layout.STRICT_KEY))
+            super().register_custom_ops_library(path)
+
+    options = Options()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        InferenceSession(out.folder, sess_options=options, provider_options=given)
+    assert seen == [confirmed]
+    if confirmed:
+        assert options.get_session_config_entry(layout.STRICT_KEY) == "1"
 
 
 @pytest.mark.parametrize(("version", "asked"), [("1.23.2", True), ("1.26.0", True), ("1.27.0", False), ("2.0", False)])

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from attncompile.targets.onnxruntime_cuda import half_sums
 from attncompile.targets.ort_fusions import CONTRIB, FUSIONS, Fused, fuse
 from attncompile.verification.retype import retype
 
@@ -352,15 +353,40 @@ def test_skip_layer_norm(bias: int | None, read: bool) -> None:
     assert [a.f for a in skip.attribute] == [pytest.approx(1e-6)]
 
 
-def test_a_residual_in_fp16_is_left_alone_unless_asked_for() -> None:
-    """ONNX Runtime's CUDA kernel of before 1.27 would add up squares in fp16."""
+def test_a_residual_in_fp16_is_left_alone_if_asked_for() -> None:
+    """ONNX Runtime's CUDA kernel of before 1.27 would add up squares in fp16, but in strict mode."""
     g = Graph(HALF, x=(B, N, C), y=(B, N, C))
     total = g.op("Add", "x", "y")
     norm = g.op("LayerNormalization", total, g.weight(C), g.weight(C, seed=1), epsilon=1e-6)
     proto = g.model(norm, total)
     assert fused(proto).counts == {}
+    assert not half_sums(proto)
     result = fused(proto, half_norms=True)
+    assert fuse(proto, Path()).counts == result.counts and half_sums(result.proto)
+    assert not half_sums(retype(result.proto, {HALF: FLOAT}))
     assert ops(result) == ["SkipLayerNormalization"] and result.counts == {"residual and norm": 1}
+
+
+def test_norms_of_sums_of_types_that_are_not_written_down() -> None:
+    """A scale that is computed; one that nothing says the type of counts as fp16; so does a norm in a branch."""
+    for kind, unknown, wanted in ((HALF, False, True), (FLOAT, False, False), (FLOAT, True, True)):
+        g = Graph(kind, x=(B, N, C), y=(B, N, C), s=(C,))
+        scale = g.op("Neg", "s")
+        norm = g.op("LayerNormalization", g.op("Add", "x", "y"), scale, g.weight(C, seed=1), epsilon=1e-6)
+        proto = fused(g.model(norm), half_norms=True).proto
+        (skip,) = [n for n in proto.graph.node if n.domain == CONTRIB]
+        if unknown:
+            skip.input[2] = "of nobody"
+        assert half_sums(proto) is wanted, (kind, unknown)
+        branch = helper.make_graph(list(proto.graph.node), "branch", [], list(proto.graph.output))
+        branch.initializer.extend(proto.graph.initializer)
+        outer = onnx.ModelProto()
+        outer.CopyFrom(proto)
+        del outer.graph.node[:], outer.graph.initializer[:]
+        flag = helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
+        outer.graph.input.append(flag)
+        outer.graph.node.append(helper.make_node("If", ["flag"], ["z"], then_branch=branch, else_branch=branch))
+        assert half_sums(outer) is wanted, (kind, unknown)
 
 
 @pytest.mark.parametrize("place", ["biased", "scaled"])
@@ -613,9 +639,9 @@ def test_exports(name: str, expected: dict[str, int], tmp_path: Path, monkeypatc
         for left in ("e2e_models", "e2e_ours"):
             sys.modules.pop(left, None)
     proto = onnx.load(path)
-    without = fuse(proto, tmp_path).counts
+    without = fuse(proto, tmp_path, half_norms=False).counts
     assert {**expected, "residual and norm": 0}.items() <= {"residual and norm": 0, **without}.items()
-    result = fuse(proto, tmp_path, half_norms=True)
+    result = fuse(proto, tmp_path)
     assert expected.items() <= result.counts.items()
     assert not {"Tanh", "Erf", "ScatterND", "Pow", "ReduceMean"} & set(ops(result))
     wide = {HALF: FLOAT}

@@ -1,7 +1,7 @@
 """Benchmarks on a GPU: ``python tools/bench prepare DIR`` compiles (no GPU needed), ``kernels DIR`` measures.
 
-``table FILE`` prints a result as Markdown, ``plot FILE OUT.svg`` draws it. Peers that are not installed are left out by
-name. PYTHONPATH must hold the checkout where the package is not installed.
+``table FILE`` prints a result as Markdown, ``plot FILE OUT.svg`` draws it, one of whole models too. Peers that are not
+installed are left out by name. PYTHONPATH must hold the checkout where the package is not installed.
 """
 
 from __future__ import annotations
@@ -138,10 +138,20 @@ def main() -> None:
         results = [json.loads(p.read_text(encoding="utf-8")) for p in (given.result, given.withheld) if p is not None]
         print(fit(results[0], given.multiprocessors, *results[1:]))
     else:
-        from report import plot, table
+        _show(given)
 
-        result = json.loads(given.result.read_text(encoding="utf-8"))
-        print(table(result)) if given.verb == "table" else plot(result, given.out)
+
+def _show(given: argparse.Namespace) -> None:
+    import e2e_plot
+    import report
+
+    result = json.loads(given.result.read_text(encoding="utf-8"))
+    if given.verb == "table":
+        print(report.table(result))
+    elif any("limit_ms" in case for case in result["cases"]):
+        report.plot(result, given.out)
+    else:
+        e2e_plot.plot(result, given.out)
 
 
 def _e2e(given: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 def write(
     proto: ModelProto, source: Loaded, kit: Kit, folder: Path, profile: Any, fusions: bool = True,
-    half_norms: bool = False,
+    half_norms: bool = True,
 ) -> Path:  # fmt: skip
     """``OUT/`` for ONNX Runtime's CUDA provider, weights beside the model."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,7 @@ Bundle::Bundle(std::string folder) : folder_(std::move(folder)), index_(folder_ 
     const std::int64_t format = root.integer("format", "the index", 0, 1 << 30);
     if (format != kFormat)
       throw Error("its format is " + std::to_string(format) + ", this library reads " + std::to_string(kFormat), "");
+    strict_norms_ = root.find("strict_norms") != nullptr && root.boolean("strict_norms", "the index");
     for (const json::Value& entry : root.array("entries", "the index")) read_entry(entry);
     for (const json::Value& call : root.array("calls", "the index")) read_call(call);
   } catch (const Error& error) {

@@ -66,6 +66,8 @@ class Bundle {
 
   const std::string& index() const { return index_; }
   const std::vector<std::unique_ptr<Call>>& calls() const { return calls_; }
+  // Whether the model beside it has norms of sums in float16.
+  bool strict_norms() const { return strict_norms_; }
 
   // The entries of `call` of the architecture that suits a device best, best first: its own, else the nearest lower
   // minor, else the newest whose PTX the driver can translate.
@@ -83,6 +85,7 @@ class Bundle {
   std::string code(const Entry& entry, bool cubin) const;
 
   std::string folder_, index_;
+  bool strict_norms_ = false;
   std::map<std::string, std::unique_ptr<Entry>> entries_;
   std::vector<std::unique_ptr<Call>> calls_;
 

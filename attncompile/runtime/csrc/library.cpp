@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <sys/stat.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -21,6 +22,8 @@ namespace {
 constexpr const char* kDomain = "attncompile.kernels";
 constexpr const char* kProvider = "CUDAExecutionProvider";
 constexpr const char* kBundleKey = "attncompile.bundle";              // session option: the folder of the bundle
+constexpr const char* kStrictKey = "attncompile.strict_norms";        // session option: "1" if the provider has strict mode
+constexpr const char* kStrict = "strict_norms";                       // attribute of nodes of models that need it
 constexpr const char* kProviderVariable = "ATTNCOMPILE_TEST_PROVIDER";  // for tests on machines without a GPU
 
 // Runs `what`; whatever it throws becomes a status.
@@ -56,9 +59,47 @@ std::string text_of(const Api& api, Get get) {
   return out;
 }
 
+bool has_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
+  std::size_t size = 0;
+  OrtStatus* status = api.attribute(info, name, nullptr, &size);
+  if (status == nullptr) return true;
+  api.release(status);
+  return false;
+}
+
+// Norms of sums in float16, beside kernels of this library. Before 1.27 ONNX Runtime's CUDA provider adds up their squares
+// in float16 unless it is in strict mode, which no library can ask it: whoever registers this one says so.
+class Norms {
+ public:
+  Norms(const Api& api, const OrtSessionOptions* options, const char* version) : version_(version) {
+    int major = 0, minor = 0, said = 0;
+    if (std::sscanf(version, "%d.%d", &major, &minor) == 2 && std::make_pair(major, minor) >= std::make_pair(1, 27)) return;
+    expect(api, api.has_config(options, kStrictKey, &said));
+    exact_ = said != 0 && text_of(api, [&](char* to, std::size_t* size) {
+               return api.config(options, kStrictKey, to, size);
+             }) == "1";
+  }
+
+  bool exact() const { return exact_; }
+
+  // Throws unless they are right here.
+  void require(const std::string& where) const {
+    if (exact_) return;
+    throw Error(where + ": the model has norms of sums in float16, and ONNX Runtime " + version_ +
+                    " adds up their squares in float16",
+                "give its CUDA provider enable_skip_layer_norm_strict_mode=1 and the session options the entry " +
+                    std::string(kStrictKey) + "=1, before this library is registered; or take ONNX Runtime 1.27 or "
+                    "later; or compile the model again with --no-half-norms");
+  }
+
+ private:
+  std::string version_;
+  bool exact_ = true;
+};
+
 struct Op : CustomOp {
-  Op(std::shared_ptr<const Bundle> of, const Call& its, const std::string& where)
-      : bundle(std::move(of)), call(its), title(its.op + "_" + its.key), runs_on(where) {
+  Op(std::shared_ptr<const Bundle> of, const Call& its, const std::string& where, const Norms& norms_here)
+      : bundle(std::move(of)), call(its), title(its.op + "_" + its.key), runs_on(where), norms(norms_here) {
     name = [](const CustomOp* op) { return self(op).title.c_str(); };
     provider = [](const CustomOp* op) { return self(op).runs_on.c_str(); };
     input_type = [](const CustomOp* op, std::size_t i) { return self(op).call.inputs[i].type; };
@@ -99,6 +140,7 @@ struct Op : CustomOp {
       } catch (const Error&) {
         throw Error(node + ": it has no attribute 'launch'", "load the model that compile wrote for onnxruntime-cuda");
       }
+      if (!its.norms.exact() && has_attribute(api, info, kStrict)) its.norms.require(node);  // the bundle is of another
       *out = new Made{api, {api, its.bundle, its.call, std::move(node), record}};
     });
   }
@@ -106,6 +148,7 @@ struct Op : CustomOp {
   std::shared_ptr<const Bundle> bundle;
   const Call& call;
   std::string title, runs_on;
+  Norms norms;
 };
 
 // A bundle as it was when it was read, with its ops. Lives as long as this library is loaded.
@@ -163,15 +206,17 @@ std::string identity(const std::string& folder, const std::string& provider) {
   return out;
 }
 
-Registered opened(const Api& api, const std::string& folder, const std::string& provider, std::string key) {
+Registered opened(const Api& api, const std::string& folder, const std::string& provider, const Norms& norms,
+                  std::string key) {
   Registered out;
   out.key = std::move(key);
   out.api = api;
   const auto bundle = std::make_shared<const Bundle>(folder);
+  if (bundle->strict_norms()) norms.require(bundle->index());
   expect(api, api.create_domain(kDomain, &out.domain));
   for (const auto& call : bundle->calls()) {
     if (call->entries.empty()) continue;
-    out.ops.push_back(std::make_unique<Op>(bundle, *call, provider));
+    out.ops.push_back(std::make_unique<Op>(bundle, *call, provider, norms));
     OrtStatus* status = api.add_op(out.domain, out.ops.back().get());
     if (status != nullptr) api.release_domain(out.domain);
     expect(api, status);
@@ -179,16 +224,17 @@ Registered opened(const Api& api, const std::string& folder, const std::string& 
   return out;
 }
 
-void add(const Api& api, OrtSessionOptions* options) {
+void add(const Api& api, OrtSessionOptions* options, const char* version) {
   const char* given = std::getenv(kProviderVariable);
   const std::string provider = given != nullptr && *given != '\0' ? given : kProvider;
   const std::string folder = folder_of(api, options);
-  std::string key = identity(folder, provider);
+  const Norms norms(api, options, version);
+  std::string key = identity(folder, provider) + (norms.exact() ? "|" : "|" + std::string(version));
   Registry& known = registry();
   const std::lock_guard<std::mutex> lock(known.mutex);
   for (const Registered& one : known.all)
     if (one.key == key) return expect(api, api.add_domain(options, one.domain));
-  known.all.push_back(opened(api, folder, provider, std::move(key)));
+  known.all.push_back(opened(api, folder, provider, norms, std::move(key)));
   expect(api, api.add_domain(options, known.all.back().domain));
 }
 
@@ -202,5 +248,5 @@ extern "C" __attribute__((visibility("default"))) attncompile::OrtStatus* Regist
   if (slots == nullptr)
     return Api(base->get_api(1)).status(Code::not_implemented, "attncompile's kernels need ONNX Runtime 1.23 or later");
   const Api api(slots);
-  return guarded(api, [&] { add(api, options); });
+  return guarded(api, [&] { add(api, options, base->get_version()); });
 }

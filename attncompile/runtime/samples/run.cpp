@@ -11,6 +11,7 @@ static void run(const std::string& out, bool cpu) {
     Ort::Env env;
     Ort::SessionOptions options;
     if (!cpu) {
+        options.AddConfigEntry("attncompile.strict_norms", "1");  // as below: else before 1.27 the library may refuse
         options.RegisterCustomOpsLibrary((out + "/libattncompile_ort.so").c_str());
         const OrtApi& api = Ort::GetApi();
         OrtCUDAProviderOptionsV2* cuda = nullptr;

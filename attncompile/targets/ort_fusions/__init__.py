@@ -16,11 +16,11 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from attncompile.targets.ort_fusions import gelu, norm, rotary, skip
+from attncompile.targets.ort_fusions import bias, gelu, norm, rotary, skip
 from attncompile.targets.ort_fusions.operands import operands, outputs
 from attncompile.targets.ort_fusions.view import CONTRIB, View
 
-__all__ = ["AROUND_OURS", "CONTRIB", "FUSIONS", "Fused", "fuse"]
+__all__ = ["AROUND_OURS", "CONTRIB", "FUSIONS", "ROUNDING", "Fused", "fuse"]
 
 FUSIONS: tuple[tuple[str, Callable[[View], int]], ...] = (
     ("copies", rotary.identities),
@@ -31,6 +31,8 @@ FUSIONS: tuple[tuple[str, Callable[[View], int]], ...] = (
     ("rotary halves", rotary.rotary_halves),
     ("operands", operands),
     ("outputs", outputs),
+    ("biases of keys", bias.key_biases),
+    ("biases of values", bias.value_biases),
     ("GELU", gelu.gelu),
     ("RMS norm", norm.rms_norm),
     ("modulated norm", norm.modulated),
@@ -40,8 +42,11 @@ FUSIONS: tuple[tuple[str, Callable[[View], int]], ...] = (
 )
 """Name and function, in the order in which they run: each takes a view, changes it and says how often."""
 
-AROUND_OURS = ("copies", "sizes", "operands", "outputs", "transposes")
-"""Fusions that the layout of ops of ours takes part in: where those are written out, they are not found."""
+AROUND_OURS = ("copies", "sizes", "operands", "outputs", "transposes", "biases of keys", "biases of values")
+"""Fusions that ops of ours take part in: where those are written out, they are not found."""
+
+ROUNDING = ("biases of values",)
+"""Fusions that round constants anew: where outputs are too far off with them, they are worth a try without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +57,11 @@ class Fused:
     counts: Mapping[str, int]
 
 
-def fuse(proto: ModelProto, folder: Path, only: tuple[str, ...] = (), half_norms: bool = False) -> Fused:
-    """A copy of ``proto`` with these fusions, or all. External data in ``folder`` is read only where it is small.
-    ``half_norms``: see ``skip.skip_norm``.
+def fuse(
+    proto: ModelProto, folder: Path, only: tuple[str, ...] = (), half_norms: bool = True, without: tuple[str, ...] = ()
+) -> Fused:
+    """A copy of ``proto`` with these fusions, or all but those ``without``. External data in ``folder`` is read only
+    where it is small, or where biases move through a product. ``half_norms``: see ``skip.skip_norm``.
     """
     copy = ModelProto()
     copy.CopyFrom(proto)
@@ -62,7 +69,7 @@ def fuse(proto: ModelProto, folder: Path, only: tuple[str, ...] = (), half_norms
     view.sweep()
     counts = {}
     for name, run in FUSIONS:
-        if not only or name in only:
+        if name in (only or [n for n, _ in FUSIONS]) and name not in without:
             counts[name] = run(view)
             view.sweep()
     view.finish()

@@ -17,7 +17,7 @@ from attncompile.core.layout import DIGITS, unpacked
 from attncompile.targets.ort_fusions.view import OURS, Dims, View, attribute, reshape_target
 
 _MOVES = ("Reshape", "Transpose", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Identity")
-_FREE = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
+FREE = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
 """Those that leave elements where they are."""
 _COLUMNS = "BHDN"
 
@@ -119,7 +119,7 @@ def _source(view: View, value: str, layout: str, columns: bool) -> tuple[str, st
     while (node := view.maker(root, *_MOVES)) is not None:
         chain.append(node)
         root = node.input[0]
-    while chain and any(n.op_type not in _FREE for n in chain):
+    while chain and any(n.op_type not in FREE for n in chain):
         try:
             found = _layout(view, value, chain, layout)
             if found is not None and (columns or unpacked(found[1]) != _COLUMNS):

@@ -8,12 +8,15 @@ from onnx import NodeProto, TensorProto
 from attncompile.targets.ort_fusions.norm import last_axis, one_row
 from attncompile.targets.ort_fusions.view import CONTRIB, Dims, View, attribute
 
+SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+
 
 def skip_norm(view: View) -> int:
-    """``norm(a + b)`` as ``SkipLayerNormalization`` or ``SkipSimplifiedLayerNormalization``, in fp16 if asked for.
+    """``norm(a + b)`` as ``SkipLayerNormalization`` or ``SkipSimplifiedLayerNormalization``; in bf16 it stays.
 
     In fp16 ONNX Runtime's CUDA kernels of these added up squares in fp16 before 1.27 (its pull request 28682), unless
-    the provider's option ``enable_skip_layer_norm_strict_mode`` is set: rows of a few hundred are infinite there.
+    the provider's option ``enable_skip_layer_norm_strict_mode`` is set: rows of a few hundred are infinite there. A
+    model with such norms says so, and the library of kernels refuses it there.
     """
     done, kinds = 0, (TensorProto.FLOAT, TensorProto.FLOAT16) if view.half_norms else (TensorProto.FLOAT,)
     for node in view.nodes("LayerNormalization", "SimplifiedLayerNormalization"):
@@ -49,7 +52,7 @@ def _fuse(view: View, node: NodeProto, total: NodeProto, shape: Dims, epsilon: f
         inputs.pop()
     summed = view.is_output(x) or len(view.readers(x)) > 1
     outputs = [y, "", "", x] if summed else [y]
-    op_type = "SkipSimplifiedLayerNormalization" if simple else "SkipLayerNormalization"
+    op_type = SKIP_NORMS[simple]
     view.put(op_type, inputs, outputs, CONTRIB, epsilon=epsilon)
 
 

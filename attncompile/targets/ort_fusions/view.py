@@ -30,7 +30,7 @@ class View:
     ``half_norms``: residual sums may go into norms in fp16 (``skip``).
     """
 
-    def __init__(self, proto: ModelProto, folder: Path, half_norms: bool = False) -> None:
+    def __init__(self, proto: ModelProto, folder: Path, half_norms: bool = True) -> None:
         self._proto, self._folder, self.half_norms = proto, folder, half_norms
         inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
         described = (*inferred.input, *inferred.output, *inferred.value_info)

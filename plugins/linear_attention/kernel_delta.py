@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attncompile.plugins.linear_attention.kernel_causal import CLOSED, gates, left_over, nearest
+from attncompile.plugins.linear_attention.kernel_causal import CLOSED, gates, left_over
 from attncompile.plugins.linear_attention.kernel_triton import LOG2E, low, places, read_state, scaled, write_state
 from attncompile.plugins.tile_softmax import moved
 
@@ -26,26 +26,14 @@ def elapsed(log_decay, rate, b, rows, place, g, groups, tokens, DECAY: tl.conste
 
 
 @triton.jit
-def precise(a, b):
-    """A product of float32s by tensor cores: of what a tf32 holds, and of what is left over."""
-    low_a, low_b = nearest(a), nearest(b)
-    left = tl.dot(a - low_a, low_b, input_precision="tf32")
-    left = tl.dot(low_a, b - low_b, left, input_precision="tf32")
-    return tl.dot(low_a, low_b, left, input_precision="tf32")
-
-
-@triton.jit
 def solve(
     key, log_decay, beta,
     k_b, k_n, k_h, k_o, NK,
     solved,
     MAP: tl.constexpr, DECAY: tl.constexpr, BETA: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, BT: tl.constexpr,
-    SQUARE: tl.constexpr, K_COLUMNS: tl.constexpr, K_UNIT: tl.constexpr,
+    K_COLUMNS: tl.constexpr, K_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A block: one tile of one key head. What lies in squares of ``SQUARE`` tokens, four at most, is inverted row by
-    row, all squares at once; the rest by (I - M)(I + M M), where M is the inverted squares times what is below them:
-    its fourth power is zero. Grid (cdiv(NK, BT), HKV, B).
-    """
+    """A block: one tile of one key head, whose inverse is made row by row in float32. Grid (cdiv(NK, BT), HKV, B)."""
     tile, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles, groups = tl.num_programs(0), tl.num_programs(1)
     place, cols = tl.arange(0, BT), tl.arange(0, K1)
@@ -61,22 +49,15 @@ def solve(
     if BETA == 2:
         at = at * groups + g
     rates = tl.load(beta + at, mask=rows < NK, other=0.0).to(tl.float32)
-    # [i, j] is what the i-th token takes of the earlier j-th.
-    p = tl.dot(f, tl.trans(f)) * tl.exp2(tl.minimum(x[:, None] - x[None, :], 0.0)) * rates[:, None]
+    # Transposed: [j, i] is what the i-th token takes of the earlier j-th.
+    p = tl.dot(f, tl.trans(f)) * tl.exp2(tl.minimum(x[None, :] - x[:, None], 0.0)) * rates[None, :]
     # Taken, not multiplied by 0: a later key may be infinite.
-    p = tl.where(place[:, None] > place[None, :], p, 0.0)
-    inside = (place // SQUARE)[:, None] == (place // SQUARE)[None, :]
+    p = tl.where(place[None, :] > place[:, None], p, 0.0)
     inverse = tl.where(place[:, None] == place[None, :], 1.0, 0.0)
-    for i in range(1, SQUARE):
-        row = inside & (place % SQUARE == i)[:, None]
-        of = tl.sum(tl.where(row, p, 0.0), 0)
+    for i in range(1, BT):
+        of = tl.sum(tl.where((place == i)[None, :], p, 0.0), 1)
         made = tl.sum(of[:, None] * inverse, 0)
-        inverse = tl.where(row, inverse - made[None, :], inverse)
-    if BT > SQUARE:
-        m = precise(inverse, tl.where(inside, 0.0, p))
-        if BT > 2 * SQUARE:
-            inverse += precise(precise(m, m), inverse)
-        inverse -= precise(m, inverse)
+        inverse = tl.where((place == i)[:, None], inverse - made[None, :], inverse)
     out = solved + ((b * groups + g) * tiles + tile).to(tl.int64) * (BT * BT)
     tl.store(out + place[:, None] * BT + place[None, :], inverse * rates[None, :])
 

@@ -103,7 +103,7 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
             t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
         ]  # fmt: skip
     if op == SOLVE:
-        return [t(w, 1, SQUARE=n) for w, n in ((4, 16), (4, 32), (8, 32), (8, 16), (2, 64))]
+        return [t(4, 1), t(2, 1), t(8, 1)]
     if op == DELTA:
         return [t(4, s, BV=v) for v in (16, 32) for s in (1, 2, 3)] + [t(8, 2, BV=64), t(8, 2, BV=32)]
     if op == STEP:

@@ -25,6 +25,7 @@ from attncompile.passes.evaluate import GraphIndex, World
 from attncompile.passes.extract import extract_site
 from attncompile.pipeline import Options
 from attncompile.plugins import mechanism
+from attncompile.plugins.linear_attention import kernel
 from attncompile.plugins.linear_attention import mechanism as module
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES
 from attncompile.report import Report
@@ -291,3 +292,16 @@ def test_the_delta_rule_of_the_operator(rule: str, tmp_path: Path) -> None:
         for m in (made, model.proto)
     )
     assert ours.shape == theirs.shape and np.linalg.norm(ours - theirs) <= 3e-6 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunk"),
+    [
+        ((1, 70, 16384, 32, 32), 2048), ((1, 16, 16384, 128, 128), 1024), ((1, 16, 65536, 128, 128), 4096),
+        ((4, 16, 8192, 72, 72), 2048), ((1, 1, 4096, 64, 64), 1024), ((1, 1, 4100, 64, 64), 0),
+        ((64, 16, 65536, 64, 64), 0), ((1, 8, 1000, 32, 32), 0),
+    ],
+)  # fmt: skip
+def test_chunks_are_as_many_as_fill_a_gpu(sizes: tuple[int, ...], chunk: int) -> None:
+    """Two short heads share a block; all chunks are alike and whole tiles, and none is short."""
+    assert kernel.whole_chunk(*sizes) == chunk

@@ -152,6 +152,7 @@ def _fused(
     """The lowered model, with fusions if those leave its outputs what they were; the target, and what to say. Those
     that round constants are left out where all together do not.
     """
+    said: tuple[str, ...] = ()
     for form in (target, target.fusing(True, target.half_norms, ROUNDING)):
         lowered = form.lower(proto, found.model, precision)
         if not form.fused:
@@ -160,7 +161,8 @@ def _fused(
             proto, found.model, precision, evidence(), form.fused, lowered, form.unlaunched, form.half_norms
         )
         if verdict.ok:
-            return form, lowered, (verdict.reason,)
+            return form, lowered, (*said, verdict.reason)
+        said = (f"without {', '.join(ROUNDING)}: {verdict.reason}",)
         if not form.fused.keys() & set(ROUNDING):
             break
     plain = target.fusing(False)

@@ -156,13 +156,15 @@ def ordered_time(
     gpu: GpuCost | None, time: BlockTime, order: Sequence[int],
 ) -> BlockTime:  # fmt: skip
     """``time`` of a site some of whose heads have another order of their tokens, such as ``order``: with what it takes
-    to bring all heads to their orders and back, and to copy key heads that are shared, if every second head has it.
+    to bring all heads to their orders and back, and to copy key heads that are shared, at most: one head of a group has
+    it.
     """
     shape = shape_of(site, binding)
     if gpu is not None:
         return replace(time, fixed=time.fixed + gpu.moving(site, shape))
     plain = streaming(0, 0)
-    mixed = [plain if head % 2 else ordered(order, plain) for head in range(site.heads)]
+    group = max(2, site.heads // site.kv_heads)
+    mixed = [plain if head % group else ordered(order, plain) for head in range(site.heads)]
     moved, still = (_relative(site, geometry, mechanism, shape, patterns) for patterns in (mixed, [plain] * site.heads))
     return replace(time, fixed=time.fixed + (moved - still) * dense_cost(site, shape).elements)
 

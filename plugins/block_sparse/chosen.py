@@ -56,7 +56,8 @@ def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
     """
     check_site(site)
     edge, texts = given.get("edge", 0) or edge_of(site), given.get("heads", ())
-    if edge not in BLOCKS or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+    named = isinstance(texts, list | tuple) and all(isinstance(t, str) for t in texts)
+    if not isinstance(edge, int) or edge not in BLOCKS or not named:
         raise Unsupported("parameters", f"edge is {' or '.join(map(str, BLOCKS))} and heads a list of patterns")
     if len(texts) != site.heads:
         raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")

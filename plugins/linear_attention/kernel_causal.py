@@ -26,9 +26,12 @@ CLOSED = tl.constexpr(-185.0)
 no difference of their sums is a NaN.
 """
 WIDEST = tl.constexpr(-160.0)
-"""The furthest that a channel may close in a tile whose decays are split, in units of log2: 2^80 times any half, and
-2^-80 times all but the smallest, are float32s.
+"""The furthest that a channel may close in a tile whose decays are split, in units of log2: 2^80 and 2^-80 times any
+float16 are float32s.
 """
+WIDE = tl.constexpr(-64.0)
+"""Likewise of bfloat16 and of exponentials, where neither is above ``LARGEST``."""
+LARGEST = tl.constexpr(2.0**90)
 
 
 @triton.jit
@@ -64,16 +67,22 @@ def left_over(log_decay, rate, b, rows, g, first, end, groups, tokens, DECAY: tl
 @triton.jit
 def nearest(x):
     """float32 rounded to what a tf32 holds: a product cuts off the other bits, which is twice as far, to one side."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
 
 
 @triton.jit
-def gated_products(fq, fk, own, whole, place, BT: tl.constexpr):
+def gated_products(fq, fk, own, whole, place, BT: tl.constexpr, SMALL: tl.constexpr):
     """Of a tile [BT, K]: fq[i] . (fk[j] * 2^(own[i] - own[j])) for j <= i, ``own`` the sums of gates up to a token and
     ``whole`` of all. One product, the decay split halfway, so that neither factor leaves float32's range; where a
-    channel closes further than that in one tile, a key at a time.
+    channel closes further than that in one tile, a key at a time. ``SMALL``: features are float16s.
     """
-    if tl.min(whole, 0) >= WIDEST:
+    if SMALL:
+        fits = tl.min(whole, 0) >= WIDEST
+    else:
+        size = tl.maximum(tl.max(tl.max(tl.abs(fq), 1), 0), tl.max(tl.max(tl.abs(fk), 1), 0))
+        fits = (tl.min(whole, 0) >= WIDE) & (size <= LARGEST)
+    if fits:
         halfway = (whole * 0.5)[None, :]
         p = tl.dot(nearest(fq * tl.exp2(own - halfway)), tl.trans(nearest(fk * tl.exp2(halfway - own))))
     else:
@@ -274,6 +283,7 @@ def gated_output(
     v_base = value + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
     o_base = output + b.to(tl.int64) * o_b * 8 + h.to(tl.int64) * o_h * 8
     half = query.dtype.element_ty
+    SMALL: tl.constexpr = (half == tl.float16) and (Q_MAP != 3) and (K_MAP != 3)
     index = (b * groups + g) * C + c
     rows = c * CHUNK + place
     p = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -287,7 +297,7 @@ def gated_output(
         fq, fk = features(q, seen, Q_MAP), features(k, seen, K_MAP)
         x = channel_gates(log_decay, b, rows, g, groups, NQ, NQ, cols, DK)
         own = tl.cumsum(x, 0)
-        p += gated_products(fq, fk, own, tl.sum(x, 0), place, CHUNK)
+        p += gated_products(fq, fk, own, tl.sum(x, 0), place, CHUNK, SMALL)
         reading = fq * tl.exp2(own)
         s, largest = scaled(read_state(state, index, K, V, DK, BK, DV, BV))
         acc += tl.dot(reading.to(half), s.to(half)) * largest

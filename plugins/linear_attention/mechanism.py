@@ -18,7 +18,7 @@ from attncompile.plugins.linear_attention import causal
 from attncompile.plugins.linear_attention.causal import CAUSAL_CHUNK, CHANNEL_CHUNK
 from attncompile.plugins.linear_attention.form import Form, Sizes
 from attncompile.plugins.linear_attention.function import function, node
-from attncompile.plugins.linear_attention.kernel import preferred_chunk, whole_chunk
+from attncompile.plugins.linear_attention.kernel import CHANNEL_CHUNKS, preferred_chunk, whole_chunk
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, register
 from attncompile.plugins.linear_attention.reference import reference
 from attncompile.plugins.linear_attention.site import facts_of, form_of, head_decays, sizes_of
@@ -101,7 +101,10 @@ class LinearAttention:
             return parameters
         batch = site.batch if isinstance(site.batch, int) else 1
         chunk = preferred_chunk(facts.decay, batch * site.heads, site.key_length, site.value_dim)
-        return {**parameters, "chunk": max(chunk, parameters.get("chunk", 0))}
+        longest = max(chunk, parameters.get("chunk", 0))
+        if facts.decay == "channel":  # a plan's may be longer than a tile
+            longest = min(longest, CHANNEL_CHUNKS[-1])
+        return {**parameters, "chunk": longest}
 
     def lower(self, site: AttentionSite, parameters: Parameters, opset: int) -> Lowering:
         """Raises ``Unsupported`` where ``supports`` says no, or for an opset without a body."""

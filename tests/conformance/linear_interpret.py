@@ -73,14 +73,14 @@ def gates_of_the_first_channel(log_decay, b, rows, g, groups, tokens, end, cols,
 
 
 @triton.jit
-def always_split(fq, fk, own, whole, place, BT: tl.constexpr):
+def always_split(fq, fk, own, whole, place, BT: tl.constexpr, SMALL: tl.constexpr):
     """``gated_products`` that splits a decay however far it goes."""
     halfway = (whole * 0.5)[None, :]
     return tl.dot(fq * tl.exp2(own - halfway), tl.trans(fk * tl.exp2(halfway - own)))
 
 
 @triton.jit
-def not_decayed(fq, fk, own, whole, place, BT: tl.constexpr):
+def not_decayed(fq, fk, own, whole, place, BT: tl.constexpr, SMALL: tl.constexpr):
     """``gated_products`` for which nothing decays inside of a tile."""
     return tl.dot(fq, tl.trans(fk))
 
@@ -197,6 +197,24 @@ def earlier_tokens(decay: str) -> str:
     return "" if all(np.isfinite(x).all() for x in got) else "a later key reaches earlier tokens"
 
 
+def large_features() -> str:
+    """Features and gates that float32 holds, but not one times half the decay of the other."""
+    form = Form("exp", "exp", "sum", causal=True, decay="channel", chunk=64)
+    case = Linear("large", form, (1, 64, 64, 1, 1, 16, 16), dtype="bfloat16")
+    made = linear.tensors
+
+    def drawn(case: Linear, device: str = "cpu") -> Tensors:
+        at = made(case, device)
+        at["query"][:, :2] = 40.0
+        at["key"].clamp_(max=1.0)
+        at["log_decay"].fill_(-1.7)
+        return at
+
+    with patch.object(linear, "tensors", drawn):
+        got = [linear.run(case, launch.interpreted, small)["output"] for small in (False, True)]
+    return "" if all(np.isfinite(x).all() for x in got) else "products of large features are not finite"
+
+
 def main(part: int, parts: int) -> None:
     mend()
     warnings.simplefilter("ignore")
@@ -204,6 +222,7 @@ def main(part: int, parts: int) -> None:
     work += [
         (f"earlier tokens, decay {d}", lambda d=d: earlier_tokens(d)) for d in ("none", "head", "token", "channel")
     ]
+    work.append(("large features", large_features))
     work += [(f"planted: {name}", lambda n=name: planted(n)) for name in PLANTED]
     for name, run in work[part::parts]:
         print(json.dumps({"name": name, "wrong": run()}), flush=True)

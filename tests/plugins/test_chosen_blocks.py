@@ -147,7 +147,8 @@ def test_what_is_refused(case) -> None:
     ):  # fmt: skip
         refused = SUBJECT.supports(case(queries=200, causal=True).site(**changes), good)
         assert (refused.ok, refused.code) == (False, code), changes
-    for changes in ({"edge": 32}, {"heads": ["pooled 0.2"] * 3}, {"heads": ["pooled 0.2", "xattention 0.2"] * 2},
+    for changes in ({"edge": 32}, {"edge": 64.0}, {"heads": ["pooled 0.2"] * 3},
+                    {"heads": ["pooled 0.2", "xattention 0.2"] * 2},
                     {"heads": ["pooled 2"] * 4}, {"heads": ["anchor 4", "anchor 2", "dense", "pooled 0.2"]},
                     {"heads": ["anchor -4"] * 4}, {"masked_rows": "uniform"},
                     {"heads": ["pooled 0.2"] * 3 + ["mean"]}):  # fmt: skip

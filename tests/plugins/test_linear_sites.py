@@ -126,7 +126,7 @@ def test_kernels_like_longer_chunks() -> None:
 
     assert chunk(8192, 32) == (64, 1024) and chunk(2048, 32) == (64, 256)
     assert chunk(8192, 1) == (64, 64) and chunk(100, 200) == (64, 128) and chunk("n", 32) == (64, 64)
-    assert chunk(8192, 32, decay="channel", decay_source="g", form="operator") == (16, 128)
+    assert chunk(8192, 32, decay="channel", decay_source="g", form="operator") == (16, 64)
     plain = causal(causal=False, mask=MaskFacts(), query_length=4096, key_length=4096)
     assert kernel_parameters(LINEAR, plain, {"chunk": 7}) == {"chunk": 7}
 

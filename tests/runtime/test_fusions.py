@@ -199,6 +199,7 @@ def test_what_rounds_constants_is_left_out_alone(
     _, notes, _ = compiled(tmp_path)
     undone = rounded not in ort_fusions.ROUNDING
     assert any(n.startswith("nothing was fused: ") for n in notes) == undone
+    assert any(n.startswith("without biases of values: ") for n in notes) != undone
     fused = [n for n in notes if n.startswith("fused for ONNX Runtime: ")]
     assert not fused if undone else "GELU (1)" in fused[0] and rounded not in fused[0]
 

@@ -56,7 +56,7 @@ def _named(name: str) -> Linear:
 
 TRIALS = (
     Trial(_named("gated-delta-8k"), (64, 512, 1024)),
-    Trial(_named("gla-8k"), (32, 64)),
+    Trial(_named("gla-8k"), (64,)),
     Trial(_named("simple-gla-8k"), (256, 512, 1024)),
     Trial(_named("gated-delta-step"), (1,)),
     Trial(_named("retention-8k"), (64, 128, 256, 512, 1024)),

@@ -89,7 +89,7 @@ class Norms {
                     " adds up their squares in float16",
                 "give its CUDA provider enable_skip_layer_norm_strict_mode=1 and the session options the entry " +
                     std::string(kStrictKey) + "=1, before this library is registered; or take ONNX Runtime 1.27 or "
-                    "later; or compile the model again with --no-half-norms");
+                    "later; or compile the model again with --no-half-norms, unless it came with such norms");
   }
 
  private:

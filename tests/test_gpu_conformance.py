@@ -110,7 +110,7 @@ def test_the_cases_have_every_op_with_kernels_and_both_turns(tool: Any) -> None:
             ops[call.op] += 1
             turns[call.op, kernels()[call.op].programs(wide, 80).index(program)] += 1
     assert set(ops) == set(kernels()) and min(ops.values()) >= 10, ops
-    assert all(turns[op, 1] >= 4 for op in ops if op != "LinearAttentionCombine"), turns
+    assert all(turns[op, 1] >= 3 for op in ops if op != "LinearAttentionCombine"), turns
 
 
 def test_what_is_general_stays_so(tool: Any) -> None:

@@ -132,10 +132,6 @@ CASES = (
     Linear("GLA", replace(RETENTION, decay="channel", chunk=32), (2, 75, 75, 4, 2, 32, 32)),
     Linear("GLA, bfloat16, first state", replace(RETENTION, decay="channel", chunk=64, initial=True, query_map="relu"),
            (1, 90, 90, 2, 2, 24, 40), MIXED, "bfloat16"),
-    Linear("GLA, sums", Form("relu", "elu+1", "sum", 1e-3, causal=True, decay="channel", chunk=32, initial=True),
-           (1, 75, 75, 2, 1, 72, 32)),
-    Linear("GLA, a softmax of queries, a bound", Form("softmax", "relu", "sum", 1e-3, 30.0, causal=True,
-           decay="channel", chunk=32, initial=True), (1, 75, 75, 4, 2, 72, 136)),
     Linear("GLA, strong gates", replace(RETENTION, decay="channel", chunk=64), (1, 70, 70, 1, 1, 16, 16), size=12.0),
     Linear("retention, long chunks", replace(RETENTION, chunk=128), (1, 300, 300, 2, 2, 32, 32)),
     Linear("a running sum, long chunks", Form("relu", "elu+1", "sum", 1e-3, causal=True, chunk=256),
@@ -177,6 +173,10 @@ CASES = (
            (1, 3, 3, 1, 1, 256, 136), step=True),
     Linear("simple GLA, half gates", replace(RETENTION, decay="token", chunk=32, initial=True),
            (1, 75, 75, 2, 2, 48, 32), COLUMNS, decay_type="float16"),
+    Linear("GLA, sums", Form("relu", "elu+1", "sum", 1e-3, causal=True, decay="channel", chunk=32, initial=True),
+           (1, 75, 75, 2, 1, 72, 32)),
+    Linear("GLA, a softmax of queries, a bound", Form("softmax", "relu", "sum", 1e-3, 30.0, causal=True,
+           decay="channel", chunk=32, initial=True), (1, 75, 75, 4, 2, 72, 136)),
 )  # fmt: skip
 
 

@@ -187,9 +187,9 @@ def _linear(name: str, rng: np.random.Generator, causal: bool, lengths: Sequence
     if causal:
         decay = _pick(rng, "none", "head", "token", "token", "channel", "channel")
         chunk = _pick(rng, 16, 32, 64, 128, 256, 512)
-        form = replace(form, causal=True, chunk=min(chunk, 128) if decay == "channel" else chunk, decay=decay,
+        form = replace(form, causal=True, chunk=min(chunk, 64) if decay == "channel" else chunk, decay=decay,
                        initial=bool(rng.random() < 0.4))  # fmt: skip
-        sums = maps[0] != "none" and decay != "channel" and rng.random() < 0.5
+        sums = maps[0] != "none" and rng.random() < 0.5
     else:
         form = replace(form, chunk=_pick(rng, 0, 0, 16, 50, 64, 256), key_weight=bool(rng.random() < 0.25))
         kind = _pick(rng, "none", "sum", "sum", "mala", "inline", "softmax")

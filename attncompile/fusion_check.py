@@ -24,7 +24,7 @@ from attncompile.targets import graph as g
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.engine import save
 from attncompile.targets.onnxruntime_cuda import ASIDE, set_aside
-from attncompile.targets.ort_fusions import AROUND_OURS, fuse
+from attncompile.targets.ort_fusions import AROUND_OURS, BIASES, fuse
 from attncompile.targets.ort_fusions.view import OURS
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def check(
     plain.graph.value_info.extend(v for v in lowered.graph.value_info if v.name in launched - known)
     deployed = _with_bodies(proto, unlaunched) if unlaunched is not None and _in_float32(plain, precision) else None
     unseen = [] if deployed is not None else [n for n in AROUND_OURS if n in counts]
+    if set(unseen) & set(BIASES):
+        return Verdict.no(
+            "unseen", "a model without these biases can be compared up to 2^28 weights, outside of branches"
+        )
     if deployed is None:
         fused = fuse(plain, folder, half_norms=half_norms)
         for name, count in counts.items():

@@ -31,7 +31,7 @@ from attncompile.targets.base import BuildResult, Target
 from attncompile.targets.engine import METADATA, EngineTarget
 from attncompile.targets.kernels import Launching
 from attncompile.targets.onnxruntime_cuda import OnnxRuntimeCuda
-from attncompile.targets.ort_fusions import ROUNDING
+from attncompile.targets.ort_fusions import BIASES, ROUNDING
 from attncompile.targets.tensorrt import TensorRT
 
 if TYPE_CHECKING:
@@ -150,21 +150,24 @@ def _fused(
     evidence: Callable[[], Sequence[Feed]],
 ) -> tuple[OnnxRuntimeCuda, ModelProto, tuple[str, ...]]:  # fmt: skip
     """The lowered model, with fusions if those leave its outputs what they were; the target, and what to say. Those
-    that round constants are left out where all together do not.
+    that round constants are left out where all together do not, and all that drop any where nothing compares them.
     """
-    said: tuple[str, ...] = ()
-    for form in (target, target.fusing(True, target.half_norms, ROUNDING)):
+    first: Mapping[str, int] = {}
+    refused = ""
+    for form in (target, *(target.fusing(True, target.half_norms, without) for without in (ROUNDING, BIASES))):
         lowered = form.lower(proto, found.model, precision)
         if not form.fused:
             return form, lowered, ()
         verdict = fusion_check.check(
             proto, found.model, precision, evidence(), form.fused, lowered, form.unlaunched, form.half_norms
         )
+        first = first or form.fused
         if verdict.ok:
-            return form, lowered, (*said, verdict.reason)
-        said = (f"without {', '.join(ROUNDING)}: {verdict.reason}",)
-        if not form.fused.keys() & set(ROUNDING):
+            dropped = ", ".join(n for n in BIASES if n in first and n not in form.fused)
+            return form, lowered, ((f"without {dropped}: {refused}",) if dropped else ()) + (verdict.reason,)
+        if not form.fused.keys() & set(BIASES):
             break
+        refused = verdict.reason
     plain = target.fusing(False)
     return plain, plain.lower(proto, found.model, precision), (f"nothing was fused: {verdict.reason}",)
 

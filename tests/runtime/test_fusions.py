@@ -242,3 +242,17 @@ def test_above_the_limit_operands_are_not_compared_and_it_is_said(
     monkeypatch.setattr(fusion_check, "WIDENED", 0)
     notes, _ = launched(tmp_path, precision="fp16")
     assert any("not compared: " in n and "operands" in n for n in notes)
+
+
+@needs_compiler
+def test_above_the_limit_biases_stay_and_it_is_said(
+    tmp_path: Path, no_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever drops biases is not taken where it is not compared; all else is fused."""
+    monkeypatch.setattr(fusion_check, "WIDENED", 0)
+    dropping = (("biases of keys", lambda view: 1), ("biases of values", lambda view: 1))
+    monkeypatch.setattr(ort_fusions, "FUSIONS", (*(f for f in ort_fusions.FUSIONS if "biases" not in f[0]), *dropping))
+    notes, _ = launched(tmp_path, precision="fp16")
+    assert any(n.startswith("without biases of keys, biases of values: ") for n in notes)
+    (fused,) = [n for n in notes if n.startswith("fused for ONNX Runtime: ")]
+    assert "biases" not in fused

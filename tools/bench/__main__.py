@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from cases import CASES
 from sweep import sweep
@@ -141,13 +142,25 @@ def main() -> None:
         _show(given)
 
 
+def _table(result: dict[str, Any]) -> str:
+    """By what was measured: chosen blocks, linear attention, or the other kernels."""
+    import report
+
+    if "density" in result:
+        import selection
+
+        return selection.table(result)
+    linear = any("share_of_copy" in case for case in result["cases"])
+    return report.linear_table(result) if linear else report.table(result)
+
+
 def _show(given: argparse.Namespace) -> None:
     import e2e_plot
     import report
 
     result = json.loads(given.result.read_text(encoding="utf-8"))
     if given.verb == "table":
-        print(report.table(result))
+        print(_table(result))
     elif any("limit_ms" in case for case in result["cases"]):
         report.plot(result, given.out)
     else:

@@ -5,6 +5,7 @@ machine without this GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from e2e_models import Model
 from onnx import ModelProto
 
-from attncompile import pipeline
+from attncompile import fusion_check, pipeline
 from attncompile.console import SilentProgress
 from attncompile.core.errors import TargetError
 from attncompile.core.folder import copy_file
@@ -29,6 +30,7 @@ from attncompile.passes.replace import apply
 from attncompile.pipeline import Options
 from attncompile.plugins import kernels, mechanism
 from attncompile.targets.onnxruntime_cuda import OnnxRuntimeCuda
+from attncompile.targets.ort_fusions import BIASES
 
 TARGET = "onnxruntime-cuda"
 
@@ -134,7 +136,8 @@ def write(
 ) -> Path:  # fmt: skip
     """``OUT/`` for ONNX Runtime's CUDA provider, weights beside the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = OnnxRuntimeCuda(kit, fusions, half_norms)
+    known = sum(prod(t.dims) for t in proto.graph.initializer) <= fusion_check.WIDENED
+    target = OnnxRuntimeCuda(kit, fusions, half_norms, () if known else BIASES)  # as `compile` deploys it
     lowered = target.lower(proto, source, None)
     for file in source.external_files:
         copy_file(file.path, folder / file.location)  # ONNX and its runtime refuse links

@@ -42,6 +42,24 @@ def _mark(case: dict[str, Any]) -> str:
     return "" if all(case["met"].values()) else " (missed)"
 
 
+OF_LINEAR = ("fla", "lightning", "einsum")
+
+
+def linear_table(result: dict[str, Any]) -> str:
+    """Markdown of ``tools/bench linear``, and of what ``--tactics`` timed in a row."""
+    lines = ["| case | ours | fla | lightning | einsum | wanted | reached |", "|---|---|---|---|---|---|---|"]
+    in_a_row = [t for t in result.get("tactics", []) if "ratios" in t]
+    for case in [c for c in (*result["cases"], *in_a_row) if "wrong" not in c]:
+        ms, wanted = case["ms"], dict(case.get("wanted", {}))
+        ours = min(t for name, t in ms.items() if name not in OF_LINEAR)
+        peers = " | ".join(f"{ms[n]:.3f}" if n in ms else "" for n in OF_LINEAR)
+        reached = "; ".join(f"{n} {x:.2f}" for n, x in case["ratios"].items())
+        asked = "; ".join(f"{n} >= {x:g}" for n, x in wanted.items())
+        shown = "; ".join(filter(None, (reached, f"{case['share_of_copy']:.2f} of the copy rate")))
+        lines.append(f"| {case['name']} | {ours:.3f} | {peers} | {asked} | {shown} |")
+    return "\n".join(lines)
+
+
 def plot(result: dict[str, Any], out: Path) -> None:
     """Times over ours, a bar each; the limit as a line."""
     import matplotlib

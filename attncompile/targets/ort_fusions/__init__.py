@@ -20,7 +20,7 @@ from attncompile.targets.ort_fusions import bias, gelu, norm, rotary, skip
 from attncompile.targets.ort_fusions.operands import operands, outputs
 from attncompile.targets.ort_fusions.view import CONTRIB, View
 
-__all__ = ["AROUND_OURS", "CONTRIB", "FUSIONS", "ROUNDING", "Fused", "fuse"]
+__all__ = ["AROUND_OURS", "BIASES", "CONTRIB", "FUSIONS", "ROUNDING", "Fused", "fuse"]
 
 FUSIONS: tuple[tuple[str, Callable[[View], int]], ...] = (
     ("copies", rotary.identities),
@@ -44,6 +44,9 @@ FUSIONS: tuple[tuple[str, Callable[[View], int]], ...] = (
 
 AROUND_OURS = ("copies", "sizes", "operands", "outputs", "transposes", "biases of keys", "biases of values")
 """Fusions that ops of ours take part in: where those are written out, they are not found."""
+
+BIASES = ("biases of keys", "biases of values")
+"""Fusions that leave constants out: nothing but a comparison of what is deployed sees a wrong one."""
 
 ROUNDING = ("biases of values",)
 """Fusions that round constants anew: where outputs are too far off with them, they are worth a try without."""

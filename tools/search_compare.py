@@ -219,7 +219,7 @@ class Comparison:
         errors = self._measured(choice) if choice else [0.0] * len(self.known)
         time_ = choose.time_of(self.spaces, choice)
         return Row(name, strength, time_ / self._base, self._exported / time_, self.search.density(choice),
-                   self.limits.bound(errors), errors, [], choice)  # fmt: skip
+                   self.limits.bound(errors) if choice else 0.0, errors, [], choice)  # fmt: skip
 
     def _noting(self, row: Row) -> Row:
         """A row that stays: it meets the held-out inputs."""

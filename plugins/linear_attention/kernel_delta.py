@@ -8,25 +8,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attncompile.plugins.linear_attention.kernel_causal import CLOSED, gates, left_over
+from attncompile.plugins.linear_attention.kernel_causal import CLOSED, gates, running
 from attncompile.plugins.linear_attention.kernel_triton import LOG2E, low, places, read_state, scaled, write_state
 from attncompile.plugins.tile_softmax import moved
 
 
 @triton.jit
-def elapsed(log_decay, rate, b, rows, place, g, groups, tokens, DECAY: tl.constexpr):
-    """Logarithms of what is left of a state before a tile after each of its tokens, in units of log2."""
+def elapsed(log_decay, rate, b, first, place, g, groups, tokens, DECAY: tl.constexpr, BT: tl.constexpr):
+    """Logarithms, in units of log2, of what is left of a state before a tile after each of its tokens [BT], and after
+    all of them.
+    """
     if DECAY == 0:
-        x = place.to(tl.float32) * 0.0
+        x, every = place.to(tl.float32) * 0.0, 0.0
     elif DECAY == 1:
         x = rate * (place + 1).to(tl.float32)
+        every = rate * tl.minimum(tokens - first, BT).to(tl.float32)
     else:
-        x = tl.cumsum(gates(log_decay, b, rows, g, groups, tokens, tokens), 0)
-    return x
+        x, every = running(log_decay, b, first, g, groups, tokens, BT)
+    return x, every
 
 
 @triton.jit
-def keys_of(k_base, rows, cols, k_n, NK, MAP: tl.constexpr, DK: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
+def keys_of(
+    k_base, rows, cols, k_n, NK, MAP: tl.constexpr, DK: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
     """Features of keys at ``rows`` and ``cols``; 0 past the last."""
     seen = (rows < NK)[:, None] & (cols < DK)[None, :]
     return low(tl.load(k_base + places(rows, cols, k_n * UNIT, COLUMNS), mask=seen, other=0.0), seen, MAP)
@@ -229,6 +234,70 @@ def solve(
 
 
 @triton.jit
+def scaled_rows(state):
+    """``scaled`` row by row."""
+    largest = tl.max(tl.abs(state), 1)
+    return state * tl.where(largest > 0.0, 1.0 / largest, 0.0)[:, None], largest
+
+
+@triton.jit
+def turned_delta(
+    key, value, solved, log_decay, initial_state,
+    k_b, k_n, k_h, v_b, v_n, v_h, k_o, v_o, NK, C,
+    written, state, final_state,
+    MAP: tl.constexpr, DECAY: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr, CHUNK: tl.constexpr,
+    K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
+):  # fmt: skip
+    """A block: all tiles of one key head in order, ``BV`` channels of the values. Everything is transposed, [BV, .]:
+    what a product gives is the next one's first factor, and stays in registers. Grid (cdiv(DV, BV), HKV, B).
+    """
+    STEPS: tl.constexpr = CHUNK // BT
+    part, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.num_programs(1)
+    head, V = b * groups + g, part * BV
+    cols, out_cols, place = tl.arange(0, K1), V + tl.arange(0, BV), tl.arange(0, BT)
+    k_base = moved(key, k_o) + b.to(tl.int64) * k_b * 8 + g.to(tl.int64) * k_h * 8
+    v_base = moved(value, v_o) + b.to(tl.int64) * v_b * 8 + g.to(tl.int64) * v_h * 8
+    half = key.dtype.element_ty
+    s = tl.zeros((BV, K1), tl.float32)
+    if initial_state is not None:
+        s += tl.trans(read_state(initial_state, head, 0, V, DK, K1, DV, BV))
+    rate = 0.0
+    if DECAY == 1:
+        rate = tl.maximum(tl.load(log_decay + g).to(tl.float32) * LOG2E, CLOSED)
+    tiles = tl.cdiv(NK, BT)
+    for step in range(0, tiles):
+        first = step * BT
+        rows = first + place
+        seen = (rows < NK)[:, None] & (cols < DK)[None, :]
+        k = tl.load(k_base + places(rows, cols, k_n * K_UNIT, K_COLUMNS), mask=seen, other=0.0)
+        v_seen = (rows < NK)[:, None] & (out_cols < DV)[None, :]
+        v = tl.load(v_base + places(rows, out_cols, v_n * V_UNIT, V_COLUMNS), mask=v_seen, other=0.0)
+        at = solved + (head * tiles + step).to(tl.int64) * (BT * BT)
+        t = tl.load(at + place[:, None] * BT + place[None, :])
+        if state is not None:
+            if step % STEPS == 0:
+                write_state(state, tl.trans(s), head * C + step // STEPS, 0, V, DK, K1, DV, BV)
+        f = low(k, seen, MAP)
+        held, largest = scaled_rows(s)
+        read = tl.dot(held.to(half), tl.trans(f)) * largest[:, None]
+        x, every = elapsed(log_decay, rate, b, first, place, g, groups, NK, DECAY, BT)
+        if DECAY != 0:
+            read *= tl.exp2(x)[None, :]
+        new = tl.dot(tl.trans(v).to(tl.float32) - read, tl.trans(t), input_precision="tf32")
+        low_new = new.to(half)
+        to = (b.to(tl.int64) * NK + rows) * groups + g
+        tl.store(written + to[:, None] * DV + out_cols[None, :], tl.trans(low_new), mask=v_seen)
+        if DECAY != 0:
+            s *= tl.exp2(every)
+            low_new = (new * tl.exp2(tl.minimum(every - x, 0.0))[None, :]).to(half)
+        s = tl.dot(low_new, f, s)
+    if final_state is not None:
+        write_state(final_state, tl.trans(s), head, 0, V, DK, K1, DV, BV)
+
+
+@triton.jit
 def delta(
     key, value, solved, log_decay, initial_state,
     k_b, k_n, k_h, v_b, v_n, v_h, k_o, v_o, NK, C,
@@ -255,7 +324,6 @@ def delta(
     tiles = tl.cdiv(NK, BT)
     for step in range(0, tiles):
         first = step * BT
-        end = tl.minimum(first + BT, NK)
         rows = first + place
         seen = (rows < NK)[:, None] & (cols < DK)[None, :]
         k = tl.load(k_base + places(rows, cols, k_n * K_UNIT, K_COLUMNS), mask=seen, other=0.0)
@@ -269,16 +337,16 @@ def delta(
         f = low(k, seen, MAP)
         held, largest = scaled(s)
         read = tl.dot(f, held.to(half)) * largest
+        x, every = elapsed(log_decay, rate, b, first, place, g, groups, NK, DECAY, BT)
         if DECAY != 0:
-            read *= tl.exp2(elapsed(log_decay, rate, b, rows, place, g, groups, NK, DECAY))[:, None]
+            read *= tl.exp2(x)[:, None]
         new = tl.dot(t, v.to(tl.float32) - read, input_precision="tf32")
         low_new = new.to(half)
         to = (b.to(tl.int64) * NK + rows) * groups + g
         tl.store(written + to[:, None] * DV + out_cols[None, :], low_new, mask=v_seen)
         if DECAY != 0:
-            until, whole = left_over(log_decay, rate, b, rows, g, first, end, groups, NK, DECAY)
-            s *= whole
-            low_new = (new * until[:, None]).to(half)
+            s *= tl.exp2(every)
+            low_new = (new * tl.exp2(tl.minimum(every - x, 0.0))[:, None]).to(half)
         s = tl.dot(tl.trans(f), low_new, s)
     if final_state is not None:
         write_state(final_state, s, head, 0, V, DK, K1, DV, BV)

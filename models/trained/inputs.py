@@ -8,7 +8,8 @@ of each in turn: of many inputs ``attncompile`` chooses on every other one and h
 
 Six texts of two windows are not six independent ones. ``lm --data FOLDER --split test`` takes windows of what
 ``corpus`` wrote there, as they are, each of a file of its own, of none that a committed window is of; ``--part
-calibration`` and ``--part held-out`` share no file. The tokens must be those of the committed tokenizer.
+calibration`` and ``--part held-out`` share no file. The tokens must be those of the committed tokenizer. With
+``--mixed`` a third of these windows have records, and a third a repeated segment.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ DATA = Path(__file__).with_name("data")
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Where more text for ``lm`` is: a split that ``corpus`` wrote to ``folder``."""
+    """Where more text for ``lm`` is: a split that ``corpus`` wrote to ``folder``. ``mixed``: of every three windows
+    one as it is, one with records to look up, one with a repeated segment.
+    """
 
     folder: Path
     split: str = "test"
+    mixed: bool = False
 
 
 def samples(
@@ -65,7 +69,11 @@ def samples(
                 "ask for fewer, fewer --tokens, or another --split",
             )
         chosen = np.linspace(0, len(rows) - 1, count).round().astype(int)
-        made = [{"input_ids": torch.from_numpy(rows[index : index + 1])} for index in chosen]
+        windows = torch.from_numpy(rows[chosen])
+        if more.mixed:
+            every = _texts(windows, recipes.lm, generator)
+            windows = torch.stack([every[n % 3 * count + n] for n in range(count)])
+        made = [{"input_ids": window[None]} for window in windows]
     elif name == "lm":
         windows = torch.from_numpy(corpus.held(DATA))[_WINDOWS[part], : (tokens or recipes.lm.context) + 1]
         made = [{"input_ids": row[None, :-1]} for row in _texts(windows, recipes.lm, generator)]
@@ -140,12 +148,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="of the decoder; its context where not given")
     parser.add_argument("--data", type=Path, help="folder of `corpus`: more windows for lm, each of a file of its own")
     parser.add_argument("--split", choices=corpus.SPLITS, default="test", help="of --data")
+    parser.add_argument("--mixed", action="store_true", help="of --data: a third with records, a third with a repeat")
     parser.add_argument("--recipe", type=Path)
     arguments = parser.parse_args()
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
     try:
         check(arguments.out, arguments.count * (1 + (arguments.part == _BOTH)))
-        more = Texts(arguments.data, arguments.split) if arguments.data else None
+        more = Texts(arguments.data, arguments.split, arguments.mixed) if arguments.data else None
         sets = samples(arguments.model, arguments.count, arguments.part, load(arguments.recipe), dtype,
                        arguments.tokens, more)  # fmt: skip
         save(sets, arguments.out)

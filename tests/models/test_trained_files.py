@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from attncompile.models.trained import corpus, inputs, scores  # noqa: E402
+from attncompile.models.trained import corpus, inputs, scores, tasks  # noqa: E402
 from attncompile.models.trained.evaluate import Session, Torch  # noqa: E402
 from attncompile.models.trained.export import built, committed  # noqa: E402
 from attncompile.models.trained.recipe import load  # noqa: E402
@@ -122,6 +122,28 @@ def _split(folder: Path, files: list[np.ndarray], tokenizer: str | None = None) 
     record = {"splits": {"test": {"sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}},
               "tokenizer_sha256": tokenizer or known}  # fmt: skip
     (folder / "corpus.json").write_text(json.dumps(record))
+
+
+def test_a_third_of_texts_with_records_and_a_third_with_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)
+    files = [rng.integers(4, 4096, 520) for _ in range(8)]
+    _split(tmp_path, files)
+    made = {}
+    for more in ((), ("--mixed",)):
+        out = tmp_path / f"{len(more)}.json"
+        given = ["lm", "--tokens", "512", "--data", str(tmp_path), "--count", "4", *more, "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["inputs", *given])
+        assert inputs.main() == 0
+        made[more] = np.concatenate([s["input_ids"] for s in load_inputs(out)])
+    plain, mixed = made[()], made[("--mixed",)]
+    assert plain.shape == mixed.shape == (4, 512) and (plain == np.array([f[:512] for f in files[::2]])).all()
+    changed = (plain != mixed).sum(1)
+    assert changed[0] == changed[3] == 0
+    assert changed[1] > 8 * tasks.RECORD // 2 and np.isin([tasks.KEY, tasks.VALUE], mixed[1]).all()
+    pieces = np.lib.stride_tricks.sliding_window_view(mixed[2], 64)
+    assert any((pieces[i + 64 :] == pieces[i]).all(1).any() for i in range(len(pieces) - 64))
 
 
 def test_more_text_is_of_files_of_their_own_and_of_none_that_is_committed(

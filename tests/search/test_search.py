@@ -431,3 +431,18 @@ def test_of_many_sequences_some_are_read_and_all_are_run(
     found = compiled(full, tmp_path, max_error=0.03)
     assert set(read) == {0, 2} and found.search is not None and found.search.calibration == 3
     assert found.outcome == "replaced" and len(found.search.held) == 3
+
+
+def test_a_head_that_does_not_matter_is_skipped(tmp_path: Path) -> None:
+    """Under a causal mask too, where no query may have the mean of all values; and its output is zero."""
+    made = constructed.build(TOKENS, 1)
+    (out,) = [t for t in made.graph.initializer if t.name == "o0"]
+    matrix = onnx.numpy_helper.to_array(out).copy()
+    matrix[48:] *= 1e-3  # the last head's rows
+    out.CopyFrom(onnx.numpy_helper.from_array(matrix, "o0"))
+    found = compiled(constructed.write(tmp_path, made, constructed.feeds(4, TOKENS)), tmp_path, max_error=0.02)
+    assert found.outcome == "replaced" and found.search is not None, found.warnings
+    heads = found.search.sites["site0"]
+    assert [h.pattern == "skip" for h in heads] == [False, False, False, True]
+    assert heads[3].density == heads[3].kept == 0 and not heads[3].seen.any() and heads[3].damage < 1e-5
+    assert found.parity is not None and 0 < found.parity.value <= 0.02

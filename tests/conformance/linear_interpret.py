@@ -101,9 +101,9 @@ def not_kept(acc, sums, m, x, v, seen):
 
 
 @triton.jit
-def nothing_elapsed(log_decay, rate, b, rows, place, g, groups, tokens, DECAY: tl.constexpr):
+def nothing_elapsed(log_decay, rate, b, first, place, g, groups, tokens, DECAY: tl.constexpr, BT: tl.constexpr):
     """``elapsed`` for which nothing decays inside of a tile."""
-    return place.to(tl.float32) * 0.0
+    return place.to(tl.float32) * 0.0, 0.0
 
 
 def _expressions(**changed: str) -> Callable[[Program], Program]:

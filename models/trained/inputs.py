@@ -7,9 +7,9 @@ windows that takes the first four, calibration the next two, held-out the last t
 of each in turn: of many inputs ``attncompile`` chooses on every other one and holds the rest out.
 
 Six texts of two windows are not six independent ones. ``lm --data FOLDER --split test`` takes windows of what
-``corpus`` wrote there, as they are, each of a file of its own, of none that a committed window is of; ``--part
-calibration`` and ``--part held-out`` share no file. The tokens must be those of the committed tokenizer. With
-``--mixed`` a third of these windows have records, and a third a repeated segment.
+``corpus`` wrote there, each of a file of its own, of none that a committed window is of; ``--part calibration`` and
+``--part held-out`` share no file. The tokens must be those of the committed tokenizer. ``--mixed`` puts records to look
+up into every third of them and a repeated segment into every third: plain text hardly asks for either.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ DATA = Path(__file__).with_name("data")
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Where more text for ``lm`` is: a split that ``corpus`` wrote to ``folder``. ``mixed``: of every three windows
-    one as it is, one with records to look up, one with a repeated segment.
-    """
+    """Where more text for ``lm`` is: a split that ``corpus`` wrote to ``folder``."""
 
     folder: Path
     split: str = "test"
@@ -69,11 +67,11 @@ def samples(
                 "ask for fewer, fewer --tokens, or another --split",
             )
         chosen = np.linspace(0, len(rows) - 1, count).round().astype(int)
-        windows = torch.from_numpy(rows[chosen])
+        ground = torch.from_numpy(rows[chosen])
         if more.mixed:
-            every = _texts(windows, recipes.lm, generator)
-            windows = torch.stack([every[n % 3 * count + n] for n in range(count)])
-        made = [{"input_ids": window[None]} for window in windows]
+            few = [_texts(window[None], recipes.lm, generator) for window in ground]
+            ground = torch.stack([texts[number % len(texts)] for number, texts in enumerate(few)])
+        made = [{"input_ids": row[None]} for row in ground]
     elif name == "lm":
         windows = torch.from_numpy(corpus.held(DATA))[_WINDOWS[part], : (tokens or recipes.lm.context) + 1]
         made = [{"input_ids": row[None, :-1]} for row in _texts(windows, recipes.lm, generator)]
@@ -148,7 +146,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="of the decoder; its context where not given")
     parser.add_argument("--data", type=Path, help="folder of `corpus`: more windows for lm, each of a file of its own")
     parser.add_argument("--split", choices=corpus.SPLITS, default="test", help="of --data")
-    parser.add_argument("--mixed", action="store_true", help="of --data: a third with records, a third with a repeat")
+    parser.add_argument("--mixed", action="store_true", help="records and repeated segments in two thirds of --data")
     parser.add_argument("--recipe", type=Path)
     arguments = parser.parse_args()
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]

@@ -124,28 +124,6 @@ def _split(folder: Path, files: list[np.ndarray], tokenizer: str | None = None) 
     (folder / "corpus.json").write_text(json.dumps(record))
 
 
-def test_a_third_of_texts_with_records_and_a_third_with_repeats(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = np.random.default_rng(3)
-    files = [rng.integers(4, 4096, 520) for _ in range(8)]
-    _split(tmp_path, files)
-    made = {}
-    for more in ((), ("--mixed",)):
-        out = tmp_path / f"{len(more)}.json"
-        given = ["lm", "--tokens", "512", "--data", str(tmp_path), "--count", "4", *more, "--out", str(out)]
-        monkeypatch.setattr(sys, "argv", ["inputs", *given])
-        assert inputs.main() == 0
-        made[more] = np.concatenate([s["input_ids"] for s in load_inputs(out)])
-    plain, mixed = made[()], made[("--mixed",)]
-    assert plain.shape == mixed.shape == (4, 512) and (plain == np.array([f[:512] for f in files[::2]])).all()
-    changed = (plain != mixed).sum(1)
-    assert changed[0] == changed[3] == 0
-    assert changed[1] > 8 * tasks.RECORD // 2 and np.isin([tasks.KEY, tasks.VALUE], mixed[1]).all()
-    pieces = np.lib.stride_tricks.sliding_window_view(mixed[2], 64)
-    assert any((pieces[i + 64 :] == pieces[i]).all(1).any() for i in range(len(pieces) - 64))
-
-
 def test_more_text_is_of_files_of_their_own_and_of_none_that_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,9 +133,9 @@ def test_more_text_is_of_files_of_their_own_and_of_none_that_is_committed(
     within = [np.concatenate([fine[0][:9], window, fine[1][:3]]) for window in windows]
     _split(tmp_path, [fine[0], within[0], fine[1], rng.integers(4, 4096, 63), fine[2], fine[3], within[1], fine[4]])
 
-    def made(count: int, part: str) -> list[list[int]]:
+    def made(count: int, part: str, *options: str) -> list[list[int]]:
         out = tmp_path / f"{part}.json"
-        given = ["lm", "--tokens", "64", "--data", str(tmp_path), "--part", part, "--count", str(count)]
+        given = ["lm", "--tokens", "64", "--data", str(tmp_path), "--part", part, "--count", str(count), *options]
         monkeypatch.setattr(sys, "argv", ["inputs", *given, "--out", str(out)])
         assert inputs.main() == 0
         sets = load_inputs(out)
@@ -178,6 +156,19 @@ def test_more_text_is_of_files_of_their_own_and_of_none_that_is_committed(
     (tmp_path / "test.xz").write_bytes(lzma.compress(b"\1\0\0\0"))
     assert inputs.main() == 2
     assert "not the tokens that corpus.json names" in capsys.readouterr().err
+
+
+def test_texts_are_mixed_with_records_and_repeated_segments(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    files = [rng.integers(4, 4096, 96 + n) for n in range(8)]
+    _split(tmp_path, files)
+    sets = inputs.samples("lm", 4, "calibration", load(), tokens=96, more=inputs.Texts(tmp_path, mixed=True))
+    plain, records, repeated, again = (s["input_ids"][0].tolist() for s in sets)
+    assert [plain, again] == [files[0][:96].tolist(), files[6][:96].tolist()] and len(records) == len(repeated) == 96
+    keys = [tuple(records[i + 1 : i + 1 + tasks.KEYS]) for i, t in enumerate(records) if t == tasks.KEY]
+    assert len(keys) == 8 and all(keys.count(key) == 2 for key in keys), "each record is asked for"
+    pieces = [tuple(repeated[i : i + 96 // 8]) for i in range(96 - 96 // 8 + 1)]
+    assert len(set(pieces)) < len(pieces) and repeated != files[4][:96].tolist()
 
 
 def test_many_images_come_in_fours_and_parts_share_none(monkeypatch: pytest.MonkeyPatch) -> None:

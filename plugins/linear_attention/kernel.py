@@ -360,10 +360,10 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
             best = tactic(4, 3, BV=values, BM=128, FAST=1, BLOCKS=16)
         return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4)]
     if op == SOLVE:
-        return [tactic(1, 1, BK=min(k1, 64)), tactic(1, 1, BK=min(k1, 32))]
+        return [tactic(1, 1, BK=min(k1, 64))]
     if op == DELTA:
         values = min(v1, 32 if k1 <= 128 else 16)
-        return [tactic(4, 3, BV=values, TURNED=0), tactic(4, 1, BV=16, TURNED=0)]
+        return [tactic(4, 3, BV=values), tactic(4, 1, BV=16)]
     if op == STEP:
         return [tactic(4, 1, BV=16), tactic(2, 1, BV=16)]
     chunk = int(call.attributes["chunk"])
@@ -373,6 +373,8 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         best = tactic(4, 4, BK=min(k1, 64), BV=min(v1, 64), BT=rows)
         if gated:
             best = tactic(8, 3, BK=min(k1, 32), BV=min(v1, 128), BT=rows)
+        elif call.attributes.get("decay") == DECAYS[3] and wide == 128 and chunk >= 128:  # gates are summed once a tile
+            best = tactic(8, 3, BK=min(k1, 64), BV=min(v1, 64), BT=128)
         return [best, tactic(4, 1, BK=min(k1, 64), BV=min(v1, 32), BT=min(rows, 32))]
     if gated:
         # A softmax runs over all features.
@@ -527,12 +529,6 @@ class DeltaKernel(_LinearKernel):
         said = call.attributes
         return {"MAP": MAPS[said["key_map"]], "DECAY": said["decay"], "CHUNK": said["chunk"], "BT": said["tile"],
                 **units(call, {"key": "K", "value": "V"})}  # fmt: skip
-
-    def _program(self, call: OpCall, tactic: Tactic, rank: int) -> Program:
-        made = super()._program(call, tactic, rank)
-        turned = "turned_" if made.constants.get("TURNED") else ""
-        constants = {k: v for k, v in made.constants.items() if k != "TURNED"}
-        return replace(made, function=f"{PACKAGE}.{self.module}:{turned}delta", constants=constants)
 
     def _extras(self, call: OpCall) -> Sequence[tuple[str, str]]:
         return (("NK", "NK"), ("C", "cdiv(NK, chunk)"))

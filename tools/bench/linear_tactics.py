@@ -103,12 +103,9 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
             t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
         ]  # fmt: skip
     if op == SOLVE:
-        return [t(1, 1, BK=64), t(1, 1, BK=32), t(1, 1, 168, BK=32), t(2, 1, BK=64)]
+        return [t(1, 1, BK=64), t(1, 1, 168, BK=32), t(2, 1, BK=64)]
     if op == DELTA:
-        return [
-            *(t(4, s, BV=32, TURNED=0) for s in (2, 3, 4)), t(4, 3, BV=16, TURNED=0),
-            *(t(4, s, BV=64, TURNED=1) for s in (2, 3)),
-        ]  # fmt: skip
+        return [t(4, 3, BV=32), t(4, 4, BV=32), t(4, 3, BV=16)]
     if op == STEP:
         return [t(w, 1, BV=v) for v in (8, 16, 32) for w in (2, 4, 8)]
     chunk = int(call.attributes["chunk"])

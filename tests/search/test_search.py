@@ -431,6 +431,8 @@ def test_of_many_sequences_some_are_read_and_all_are_run(
     found = compiled(full, tmp_path, max_error=0.03)
     assert set(read) == {0, 2} and found.search is not None and found.search.calibration == 3
     assert found.outcome == "replaced" and len(found.search.held) == 3
+    heads = found.search.sites["site0"]
+    assert all(h.density == pytest.approx(h.seen.mean()) for h in heads), "means over what was read"
 
 
 def test_a_head_that_does_not_matter_is_skipped(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from onnx import ModelProto, ValueInfoProto, numpy_helper
 
 from attncompile.core.site import AttentionSite

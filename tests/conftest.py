@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -27,6 +29,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if WORKER not in os.environ:
         shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True)
+
+
+REGISTRY = "torch.onnx._internal.exporter._registration"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """torch's exporter reads the signatures of all its functions anew for every model: here once a process. None of
+    our exports adds to them.
+    """
+    registry = getattr(sys.modules.get(REGISTRY), "ONNXRegistry", None)
+    read = getattr(getattr(registry, "from_torchlib", None), "__func__", None)
+    if registry is not None and read is not None and not hasattr(read, "cache_info"):
+        registry.from_torchlib = classmethod(functools.cache(read))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from attncompile.targets import base
 from attncompile.targets.onnx import Onnx
 from tests.passes.attention_graphs import Spec, build, save
 
+pytestmark = pytest.mark.usefixtures("brief")
 HEADS = 8
 CAUSAL = Spec(batch=1, heads=HEADS, kv_heads=HEADS, length=1100, head_dim=64, mask="causal", scale=0.125)
 

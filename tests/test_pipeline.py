@@ -23,6 +23,9 @@ from tests.exports import exported
 from tests.passes.attention_graphs import Spec, build, save
 from tests.passes.test_replace import feed_of
 
+BRIEF = pytest.mark.usefixtures("brief")
+"""Of tests whose outcome does not depend on what is faster."""
+
 WINDOWED = Spec(batch=1, heads=2, kv_heads=2, length=700, head_dim=16, mask="window", left=15, right=0, scale=0.25)
 
 
@@ -30,6 +33,7 @@ def windowed(folder: Path, spec: Spec = WINDOWED) -> Path:
     return save(build(spec), folder, "windowed.onnx")
 
 
+@BRIEF
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "minilm"])
 def test_every_recipe(tmp_path: Path, name: str) -> None:
     """Where nothing is won (all but Mistral's window), the file is byte-identical and every site says why."""
@@ -70,6 +74,7 @@ def test_a_window_is_replaced_proved_and_faster(tmp_path: Path) -> None:
     assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
+@BRIEF
 def test_dynamic_length_is_right_at_every_length(tmp_path: Path) -> None:
     spec = Spec(batch=1, heads=2, kv_heads=1, length=300, head_dim=16, mask="window", left=15, right=0, dynamic=True)
     path, out = windowed(tmp_path, spec), tmp_path / "out"
@@ -83,6 +88,7 @@ def test_dynamic_length_is_right_at_every_length(tmp_path: Path) -> None:
         assert np.linalg.norm(after - before) <= 1e-5 * np.linalg.norm(before), length
 
 
+@BRIEF
 def test_a_wrong_mechanism_is_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that is off by one looks almost right: the site's check must find it and the file stay as it was."""
     from attncompile.plugins.neighborhood.mechanism import NeighborhoodAttention
@@ -137,6 +143,7 @@ def test_plan_round_trip_and_wrong_plans(tmp_path: Path) -> None:
             compiled(wrong)
 
 
+@BRIEF
 def test_sparse_needs_real_inputs_and_keeps_the_budget(tmp_path: Path) -> None:
     """Full attention with near tokens dominating: a window fits a loose budget, nothing fits 0."""
     proto = build(Spec(batch=1, heads=2, kv_heads=2, length=900, head_dim=16, scale=0.02, merge_output=True))
@@ -212,6 +219,7 @@ def test_target_errors_leave_the_portable_file(tmp_path: Path, monkeypatch: pyte
     assert outputs.target("onnx", None).name == "onnx"
 
 
+@BRIEF
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision(tmp_path: Path, dtype: str) -> None:
     """fp16 runs on the CPU; bf16 is checked on a float32 twin and the report says so."""
@@ -225,6 +233,7 @@ def test_half_precision(tmp_path: Path, dtype: str) -> None:
     assert bool(result.timings) == (dtype == "fp16")
 
 
+@BRIEF
 def test_padding_and_window_keep_fully_masked_rows(tmp_path: Path) -> None:
     """Left-padded prompts, where the first rows see no key at all: the output must not change anywhere."""
     path = exported("mistral", tokens=512, window=32, dynamic=("sequence",), padding_mask=True)
@@ -272,6 +281,7 @@ def test_compiling_twice_finds_nothing_more(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "model.onnx").read_bytes() == (out / "model.onnx").read_bytes()
 
 
+@BRIEF
 def test_an_unchanged_file_is_not_said_to_be_converted(tmp_path: Path) -> None:
     path = exported("vit", "torchscript", 17)
     result = pipeline.compile(path, Options(target="onnx", out=tmp_path / "out"))
@@ -287,6 +297,7 @@ def test_a_metric_without_a_budget_is_refused(tmp_path: Path) -> None:
         pipeline.compile(windowed(tmp_path), Options(policy="sparse", target="onnx", metric="cosine"))
 
 
+@BRIEF
 def test_a_planned_approximation_without_inputs_is_undone(tmp_path: Path) -> None:
     """A narrower window than the model's, asked for by hand: seeded noise is no evidence for it."""
     path, out, plan_file = windowed(tmp_path), tmp_path / "out", tmp_path / "plan.toml"

@@ -14,7 +14,7 @@ of those that were tried. They come in the order of FIRST.
 With --density there is no budget: all are made to keep so many blocks, and their errors are measured.
 
 With --also TARGET the same choices are priced for that target's GPU too, by the cost model of launches: ``gpu`` is what
-they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels.
+they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels; of choices of fixed lists.
 
 Errors are 0 for equal outputs and grow with distance: see ``attncompile.search.tasks.badness``. --write keeps models,
 and of each the patterns of its heads in patterns.json.
@@ -234,9 +234,13 @@ def priced(
     row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequence[Edit], gpu: GpuCost,
     binding: Mapping[str, int],
 ) -> None:  # fmt: skip
-    """The row's gains on a GPU, at these sizes of the model's axes."""
+    """The row's gains on a GPU, at these sizes of the model's axes; none where heads choose blocks when the model runs,
+    whose kernels are priced by the search for that target alone.
+    """
     kernels = {e.site.id: e.lowering for e in exact}
     lists, turned = search.blocks(row.choice), search.turned(row.choice)
+    if set(row.choice) - set(lists):
+        return
     before = dense = ours = 0.0
     for site in sites:
         shape = shape_of(site, binding)

@@ -36,6 +36,7 @@ from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
 from attncompile.search.slim import SlimModel
 from attncompile.search.state import State, key_of
+from attncompile.verification.answers import answers
 from attncompile.verification.next_token import next_token
 
 if TYPE_CHECKING:
@@ -564,20 +565,16 @@ class Search:
     def limits(self) -> Limits:
         """What a choice is judged by."""
         settings = self._settings
-        answers = self._answers() if settings.metric == "top1_agreement" else 0
+        judged = self._answers() if settings.metric == "top1_agreement" else 0
         return Limits(
             tasks.badness(settings.metric, settings.budget), len(self._held), settings.confidence,
-            tasks.POWER.get(settings.metric, 0.5), together=bool(answers) or settings.metric in tasks.TOGETHER,
-            rows=answers,
+            tasks.POWER.get(settings.metric, 0.5), together=bool(judged) or settings.metric in tasks.TOGETHER,
+            rows=judged,
         )  # fmt: skip
 
     def _answers(self) -> int:
-        """How many things an input asks to classify, each of them one entry of its batch; 0 where it is not so."""
-        graph = self._found.model.proto.graph
-        sizes = {value.shape[:1] for feed in self.feeds for value in feed.values()}
-        shapes = {self._worlds[i].shapes.get(o.name) for i in range(len(self.feeds)) for o in graph.output}
-        alike = len(sizes) == 1 and all(s is not None and len(s) == 2 and s[:1] in sizes for s in shapes)
-        return next(iter(sizes))[0] if alike and () not in sizes else 0
+        outputs = self._found.model.proto.graph.output
+        return answers(self.feeds, [world.shapes.get(o.name) for world in self._worlds for o in outputs])
 
     def _by_budget(self, spaces: Sequence[SiteSpace]) -> Result:
         settings = self._settings

@@ -14,7 +14,7 @@ import numpy as np
 
 from attncompile import measure, metrics
 from attncompile.core import block_selection
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import MEAN, BlockGeometry, BlockPattern
 from attncompile.core.block_selection import BlockSelection
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.measure import Provider
@@ -166,7 +166,7 @@ def _scored(
         if order:
             there, at = operands.ordered(head, BlockPattern(same[0]).places(geometry)), 0
         met = chosen(there, geometry, at, same, which)
-        made = maps.score(there, geometry, at, met, which)
+        made = maps.score(there, geometry, at, met, which, [k for k, text in enumerate(same) if text == MEAN.text])
         size = size or made.size
         error = made.error * (size / made.size if made.size > 0 else 1.0)
         found |= dict(zip(same, zip(error, made.kept, met[:, which].sum(axis=(1, 2)), strict=True), strict=True))

@@ -7,8 +7,9 @@ windows that takes the first four, calibration the next two, held-out the last t
 of each in turn: of many inputs ``attncompile`` chooses on every other one and holds the rest out.
 
 Six texts of two windows are not six independent ones. ``lm --data FOLDER --split test`` takes windows of what
-``corpus`` wrote there, as they are, each of a file of its own, of none that a committed window is of; ``--part
-calibration`` and ``--part held-out`` share no file. The tokens must be those of the committed tokenizer.
+``corpus`` wrote there, each of a file of its own, of none that a committed window is of; ``--part calibration`` and
+``--part held-out`` share no file. The tokens must be those of the committed tokenizer. ``--mixed`` puts records to look
+up into every third of them and a repeated segment into every third: plain text hardly asks for either.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Texts:
 
     folder: Path
     split: str = "test"
+    mixed: bool = False
 
 
 def samples(
@@ -65,7 +67,11 @@ def samples(
                 "ask for fewer, fewer --tokens, or another --split",
             )
         chosen = np.linspace(0, len(rows) - 1, count).round().astype(int)
-        made = [{"input_ids": torch.from_numpy(rows[index : index + 1])} for index in chosen]
+        ground = torch.from_numpy(rows[chosen])
+        if more.mixed:
+            few = [_texts(window[None], recipes.lm, generator) for window in ground]
+            ground = torch.stack([texts[number % len(texts)] for number, texts in enumerate(few)])
+        made = [{"input_ids": row[None]} for row in ground]
     elif name == "lm":
         windows = torch.from_numpy(corpus.held(DATA))[_WINDOWS[part], : (tokens or recipes.lm.context) + 1]
         made = [{"input_ids": row[None, :-1]} for row in _texts(windows, recipes.lm, generator)]
@@ -140,12 +146,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="of the decoder; its context where not given")
     parser.add_argument("--data", type=Path, help="folder of `corpus`: more windows for lm, each of a file of its own")
     parser.add_argument("--split", choices=corpus.SPLITS, default="test", help="of --data")
+    parser.add_argument("--mixed", action="store_true", help="records and repeated segments in two thirds of --data")
     parser.add_argument("--recipe", type=Path)
     arguments = parser.parse_args()
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
     try:
         check(arguments.out, arguments.count * (1 + (arguments.part == _BOTH)))
-        more = Texts(arguments.data, arguments.split) if arguments.data else None
+        more = Texts(arguments.data, arguments.split, arguments.mixed) if arguments.data else None
         sets = samples(arguments.model, arguments.count, arguments.part, load(arguments.recipe), dtype,
                        arguments.tokens, more)  # fmt: skip
         save(sets, arguments.out)

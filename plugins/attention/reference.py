@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import exp, inf, log, tanh
+from math import exp, inf, log
 from typing import Any
 
 import numpy as np
@@ -52,56 +52,56 @@ def with_log_sum_exp(
         for h in range(heads):
             g = h // (heads // k.shape[2])
             for i in range(queries):
-                scores = {}
-                for j in range(keys):
-                    if _sees(b, h, i, j, queries, keys, parameters, optional):
-                        scores[j] = _score(scale * float(q[b, i, h] @ k[b, j, g]), b, h, i, j, parameters, optional)
+                seen = np.flatnonzero(_seen(b, h, i, queries, keys, parameters, optional))
+                scores = _scores(scale * (k[b, seen, g] @ q[b, i, h]), b, h, i, keys, seen, parameters, optional)
                 sinks = optional.get("sinks")
                 sink = -inf if sinks is None else float(sinks[h if len(sinks) > 1 else 0])
-                top = max([*scores.values(), sink])
+                top = scores.max(initial=sink)
                 if top == -inf:
                     rule = parameters.get("masked_rows", "zero")
                     out[b, i, h] = {"zero": 0.0, "uniform": v[b, :, g].mean(axis=0), "nan": np.nan}[rule]
                     continue
-                weights = {j: exp(score - top) for j, score in scores.items()}
-                total = sum(weights.values()) + exp(sink - top)
-                for j, weight in weights.items():
-                    out[b, i, h] += weight / total * v[b, j, g]
+                weights = np.exp(scores - top)
+                total = float(weights.sum()) + exp(sink - top)
+                out[b, i, h] = weights / total @ v[b, seen, g]
                 lse[b, h, i] = log(total) + top
     return out, lse
 
 
-def _sees(
-    b: int, h: int, i: int, j: int, queries: int, keys: int, parameters: Mapping[str, Any],
+def _seen(
+    b: int, h: int, i: int, queries: int, keys: int, parameters: Mapping[str, Any],
     optional: Mapping[str, np.ndarray | None],
-) -> bool:  # fmt: skip
-    distance = j - (i + keys - queries)
+) -> np.ndarray:  # fmt: skip
+    """Bool [Nk]: the keys that a query sees."""
+    place = np.arange(keys)
+    distance = place - (i + keys - queries)
     left, right = int(parameters.get("left", -1)), int(parameters.get("right", -1))
-    if (left >= 0 and distance < -left) or (right >= 0 and distance > right):
-        return False
+    seen = ((distance >= -left) | (left < 0)) & ((distance <= right) | (right < 0))
     lengths = optional.get("key_lengths")
-    if lengths is not None and j >= int(lengths[b]):
-        return False
+    if lengths is not None:
+        seen &= place < int(lengths[b])
     for name in ("key_mask", "mask"):
         given = optional.get(name)
-        if given is not None and not _at(given, b, h, i, j):
-            return False
-    return True
+        if given is not None:
+            seen &= _row(given, keys, b, h, i).astype(bool)
+    return seen
 
 
-def _score(
-    score: float, b: int, h: int, i: int, j: int, parameters: Mapping[str, Any],
+def _scores(
+    scores: np.ndarray, b: int, h: int, i: int, keys: int, seen: np.ndarray, parameters: Mapping[str, Any],
     optional: Mapping[str, np.ndarray | None],
-) -> float:  # fmt: skip
+) -> np.ndarray:  # fmt: skip
     """The softcap comes before the bias."""
     softcap = float(parameters.get("softcap", 0.0))
     if softcap:
-        score = softcap * tanh(score / softcap)
+        scores = softcap * np.tanh(scores / softcap)
     bias = optional.get("bias")
-    return score if bias is None else score + float(_at(bias, b, h, i, j))
+    return scores if bias is None else scores + _row(bias, keys, b, h, i)[seen]
 
 
-def _at(given: np.ndarray, *place: int) -> Any:
-    """The element of something broadcastable to [B, H, Nq, Nk]."""
-    last = place[4 - given.ndim :]
-    return given[tuple(0 if size == 1 else x for size, x in zip(given.shape, last, strict=True))]
+def _row(given: np.ndarray, keys: int, *place: int) -> np.ndarray:
+    """The row [Nk] of a query in something broadcastable to [B, H, Nq, Nk]."""
+    rest = given.shape[:-1]
+    last = place[3 - len(rest) :]
+    row = given[tuple(0 if size == 1 else x for size, x in zip(rest, last, strict=True))]
+    return np.broadcast_to(row, (keys,))

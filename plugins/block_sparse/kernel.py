@@ -102,8 +102,7 @@ class BlockSparseKernel:
         items = f"cdiv(NQ, {block}) * {pieces} * H * B" if pieces > 1 else f"cdiv(NQ, {block}) * H * B"
         if hopper:
             # As many blocks as the GPU runs at once: one consumer leaves room for another block beside it.
-            run, at_once = constants["RUN"], "SMS" if constants["CONSUMERS"] == 2 else "SMS * 2"
-            items = f"cdiv({items}, {run})" if run else f"min({items}, {at_once})"
+            items = f"min({items}, SMS)" if constants["CONSUMERS"] == 2 else f"min({items}, SMS * 2)"
         return Program(
             op=self.op, tactic=tactic.name, language="gluon" if hopper else "triton",
             function=f"{PACKAGE}.{'kernel_hopper' if hopper else 'kernel_triton'}:attention",

@@ -49,19 +49,6 @@ def row_at(number, lists, HAS_ORDER: gl.constexpr):
 
 
 @gluon.jit
-def share(total, RUN: gl.constexpr):
-    """First piece of this thread block's, the end, and how far apart they are."""
-    first = gl.program_id(0)
-    end = total
-    step = gl.num_programs(0)
-    if RUN > 0:
-        first *= RUN
-        end = gl.minimum(first + RUN, total)
-        step = 1
-    return first, end, step
-
-
-@gluon.jit
 def span_of(n, lists):
     """Where the entries of row ``n`` begin, where the full ones do, and where they end."""
     at = lists[0] + n * 3
@@ -83,7 +70,7 @@ def place(number, n, lists, BLOCK: gl.constexpr):
 @gluon.jit
 def produce(
     operands, CONSUMERS: gl.constexpr, HAS_ORDER: gl.constexpr, BLOCK: gl.constexpr, DK: gl.constexpr,
-    DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr,
+    DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """For one row of blocks after the other its queries, then its keys and values, BN at a time."""
     rings, barriers, lists, total, columns, query, key, value, q_strides, k_strides, v_strides = operands
@@ -99,11 +86,11 @@ def produce(
     stage = 0
     phase = 1
     turn = 0
-    begin, stop, step = share(total, RUN)
-    n = row_at(begin, lists, HAS_ORDER)
-    after = row_at(begin + step, lists, HAS_ORDER)
+    step = gl.num_programs(0)
+    n = row_at(gl.program_id(0), lists, HAS_ORDER)
+    after = row_at(gl.program_id(0) + step, lists, HAS_ORDER)
     start, _, end = span_of(n, lists)
-    for number in range(begin, stop, step):
+    for number in range(gl.program_id(0), total, step):
         next_start, _, next_end = span_of(after, lists)
         next_after = row_at(number + 2 * step, lists, HAS_ORDER)
         if end > start:
@@ -193,7 +180,7 @@ def hide_first(s, tile, facts, BLOCK: gl.constexpr):
 @gluon.jit
 def consume(
     common, HAS_ORDER: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, RULE: gl.constexpr,
-    BLOCK: gl.constexpr, RUN: gl.constexpr, AHEAD: gl.constexpr, SPEC: gl.constexpr,
+    BLOCK: gl.constexpr, SPEC: gl.constexpr,
 ):  # fmt: skip
     """For one row of blocks after the other 64 of its queries. SPEC: see ``hopper_pipeline.consume_first``."""
     rings, barriers, lists, total, entries, sinks, sinks_h, output, log_sum_exp, o_strides, factor = common
@@ -213,13 +200,13 @@ def consume(
     phase = 0
     turn = 0
     go = 1 if INDEX == 0 else 0
-    begin, stop, step = share(total, RUN)
-    n = row_at(begin, lists, HAS_ORDER)
-    after = row_at(begin + step, lists, HAS_ORDER)
+    step = gl.num_programs(0)
+    n = row_at(gl.program_id(0), lists, HAS_ORDER)
+    after = row_at(gl.program_id(0) + step, lists, HAS_ORDER)
     start, all_from, end = span_of(n, lists)
     column = gl.load(columns + start, mask=start < end, other=0)
     kind = gl.load(kinds + start, mask=start < all_from, other=0)
-    for number in range(begin, stop, step):
+    for number in range(gl.program_id(0), total, step):
         next_start, next_from, next_end = span_of(after, lists)
         next_after = row_at(number + 2 * step, lists, HAS_ORDER)
         first, h, g, b = place(number, n, lists, BLOCK)
@@ -238,10 +225,7 @@ def consume(
             work = (rings, barriers, (turn & 1) * CONSUMERS + INDEX, facts, factor)
             plain = gl.maximum(partial, 1)
             middle = opaque(tiles, DV)
-            if AHEAD:
-                state = consume_first(slot, (m, l, acc1, acc2), work, partial > 0, hide_first, BLOCK, SPEC)
-            else:
-                state = consume_first(slot, (m, l, acc1, acc2), work, partial > 0, hide, BLOCK, SPEC)
+            state = consume_first(slot, (m, l, acc1, acc2), work, partial > 0, hide_first, BLOCK, SPEC)
             state = consume_run(state, work, 1, plain, hide, BLOCK, True, SPEC)
             state = consume_run(state, work, plain, middle, hide, BLOCK, False, SPEC)
             if DV > 64:
@@ -283,7 +267,7 @@ def attention(
     output, log_sum_exp,
     RULE: gl.constexpr, DK: gl.constexpr, K1: gl.constexpr, K2: gl.constexpr, DV: gl.constexpr, V1: gl.constexpr,
     V2: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    TAKE: gl.constexpr, GIVE: gl.constexpr, TURNS: gl.constexpr, RUN: gl.constexpr, AHEAD: gl.constexpr,
+    TAKE: gl.constexpr, GIVE: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """As ``kernel_triton.attention``, without bias, key mask and counts, for blocks of 64 CONSUMERS queries. Any
     one-dimensional grid: the thread blocks share the ceil(NQ / BLOCK) H B rows of blocks.
@@ -318,12 +302,12 @@ def attention(
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (common, HAS_ORDER, HAS_SINKS, HAS_LSE, RULE, BLOCK, RUN, AHEAD, (0, 2, DK, DV, BN, STAGES, TURNS))),
-            (consume, (common, HAS_ORDER, HAS_SINKS, HAS_LSE, RULE, BLOCK, RUN, AHEAD, (1, 2, DK, DV, BN, STAGES, TURNS))),
-            (produce, (operands, 2, HAS_ORDER, BLOCK, DK, DV, BN, STAGES, RUN)),
+            (consume, (common, HAS_ORDER, HAS_SINKS, HAS_LSE, RULE, BLOCK, (0, 2, DK, DV, BN, STAGES, TURNS))),
+            (consume, (common, HAS_ORDER, HAS_SINKS, HAS_LSE, RULE, BLOCK, (1, 2, DK, DV, BN, STAGES, TURNS))),
+            (produce, (operands, 2, HAS_ORDER, BLOCK, DK, DV, BN, STAGES)),
         ], [4, 4], [TAKE, GIVE])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (common, HAS_ORDER, HAS_SINKS, HAS_LSE, RULE, BLOCK, RUN, AHEAD, (0, 1, DK, DV, BN, STAGES, False))),
-            (produce, (operands, 1, HAS_ORDER, BLOCK, DK, DV, BN, STAGES, RUN)),
+            (consume, (common, HAS_ORDER, HAS_SINKS, HAS_LSE, RULE, BLOCK, (0, 1, DK, DV, BN, STAGES, False))),
+            (produce, (operands, 1, HAS_ORDER, BLOCK, DK, DV, BN, STAGES)),
         ], [4], [GIVE])  # fmt: skip

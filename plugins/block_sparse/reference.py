@@ -77,13 +77,13 @@ def with_log_sum_exp(
             for h in range(heads):
                 g = h // (heads // kv_heads)
                 row = visible[b if len(visible) > 1 else 0, h if visible.shape[1] > 1 else 0, i]
-                seen = [j for j in range(keys) if row[j] and open_keys[b, j] and added[b, h, i, j] > -np.inf]
+                seen = np.flatnonzero((row != 0) & open_keys[b] & (added[b, h, i] > -np.inf))
                 sink = -np.inf if sinks is None else float(sinks[h if len(sinks) > 1 else 0])
-                if not seen and sink == -np.inf:
+                if not len(seen) and sink == -np.inf:
                     out[b, i, h] = {"zero": 0.0, "uniform": v[b, :, g].mean(axis=0), "nan": np.nan}[masked_rows]
                     continue
                 scores = scale * (k[b, seen, g] @ q[b, i, h]) + added[b, h, i, seen]
-                top = max([*scores, sink])
+                top = scores.max(initial=sink)
                 weights = row[seen] * np.exp(scores - top)
                 total = weights.sum() + np.exp(sink - top)
                 out[b, i, h] = (weights / total) @ v[b, seen, g]

@@ -65,18 +65,16 @@ def with_state(
                 for h in mine
             }
             for j in range(keys):
-                kept = np.array([exp(x) for x in decay[j]])
+                kept = np.exp(decay[j])
                 state, total = kept[:, None] * state, kept * total
                 written = v[b, j, g].copy()
                 rate = given.get("beta")
                 if rate is not None:
-                    read = np.array([float(state[:, e] @ fk[j]) for e in range(len(written))])
-                    written = float(rate[b, j, g if rate.shape[2] > 1 else 0]) * (written - read)
+                    written = float(rate[b, j, g if rate.shape[2] > 1 else 0]) * (written - fk[j] @ state)
                 weight = given.get("key_weight")
                 times = 1.0 if weight is None else float(weight[b, j, g])
-                for f in range(len(total)):
-                    state[f] += times * fk[j, f] * written
-                    total[f] += fk[j, f]
+                state += times * np.outer(fk[j], written)
+                total += fk[j]
                 if causal:
                     for h in mine:
                         out[b, j, h] = _read(fq[h][j], state, total, mean, parameters)
@@ -94,8 +92,7 @@ def _read(
     q: np.ndarray, state: np.ndarray, total: np.ndarray, mean: np.ndarray, parameters: Mapping[str, Any]
 ) -> np.ndarray:
     """What a query of features ``q`` gets."""
-    found = np.array([sum(q[f] * state[f, e] for f in range(len(q))) for e in range(state.shape[1])])
-    s = float(sum(q[f] * total[f] for f in range(len(q))))
+    found, s = q @ state, float(q @ total)
     scale, kind = float(parameters.get("scale", 1.0)), parameters.get("normaliser", "none")
     with np.errstate(divide="ignore", invalid="ignore"):
         if kind == "none":

@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from attncompile.models.trained import corpus, inputs, scores  # noqa: E402
+from attncompile.models.trained import corpus, inputs, scores, tasks  # noqa: E402
 from attncompile.models.trained.evaluate import Session, Torch  # noqa: E402
 from attncompile.models.trained.export import built, committed  # noqa: E402
 from attncompile.models.trained.recipe import load  # noqa: E402
@@ -133,9 +133,9 @@ def test_more_text_is_of_files_of_their_own_and_of_none_that_is_committed(
     within = [np.concatenate([fine[0][:9], window, fine[1][:3]]) for window in windows]
     _split(tmp_path, [fine[0], within[0], fine[1], rng.integers(4, 4096, 63), fine[2], fine[3], within[1], fine[4]])
 
-    def made(count: int, part: str) -> list[list[int]]:
+    def made(count: int, part: str, *options: str) -> list[list[int]]:
         out = tmp_path / f"{part}.json"
-        given = ["lm", "--tokens", "64", "--data", str(tmp_path), "--part", part, "--count", str(count)]
+        given = ["lm", "--tokens", "64", "--data", str(tmp_path), "--part", part, "--count", str(count), *options]
         monkeypatch.setattr(sys, "argv", ["inputs", *given, "--out", str(out)])
         assert inputs.main() == 0
         sets = load_inputs(out)
@@ -158,12 +158,25 @@ def test_more_text_is_of_files_of_their_own_and_of_none_that_is_committed(
     assert "not the tokens that corpus.json names" in capsys.readouterr().err
 
 
+def test_texts_are_mixed_with_records_and_repeated_segments(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    files = [rng.integers(4, 4096, 96 + n) for n in range(8)]
+    _split(tmp_path, files)
+    sets = inputs.samples("lm", 4, "calibration", load(), tokens=96, more=inputs.Texts(tmp_path, mixed=True))
+    plain, records, repeated, again = (s["input_ids"][0].tolist() for s in sets)
+    assert [plain, again] == [files[0][:96].tolist(), files[6][:96].tolist()] and len(records) == len(repeated) == 96
+    keys = [tuple(records[i + 1 : i + 1 + tasks.KEYS]) for i, t in enumerate(records) if t == tasks.KEY]
+    assert len(keys) == 8 and all(keys.count(key) == 2 for key in keys), "each record is asked for"
+    pieces = [tuple(repeated[i : i + 96 // 8]) for i in range(96 - 96 // 8 + 1)]
+    assert len(set(pieces)) < len(pieces) and repeated != files[4][:96].tolist()
+
+
 def test_many_images_come_in_fours_and_parts_share_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from attncompile.models.trained import many_images
 
-    monkeypatch.setattr(many_images, "_DRAWN", 8)
-    sets = [one["images"] for one in many_images.load_data(3)]
-    assert [s.shape for s in sets] == [(4, 3, 256, 256)] * 6 and sets[0].dtype == np.float32
-    assert len({image.tobytes() for s in sets for image in s}) == 24
+    monkeypatch.setattr(many_images, "_DRAWN", 4)
+    sets = [one["images"] for one in many_images.load_data(2)]
+    assert [s.shape for s in sets] == [(4, 3, 256, 256)] * 4 and sets[0].dtype == np.float32
+    assert len({image.tobytes() for s in sets for image in s}) == 16
     again = [one["images"] for one in many_images.load_data(1)]
     assert [a.tobytes() for a in again] == [s.tobytes() for s in sets[:2]]  # calibration, held out

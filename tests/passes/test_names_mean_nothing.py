@@ -187,13 +187,12 @@ def unchanged(name: str, normal: bool = False) -> list[dict[str, Any]]:
 CHANGES = (renamed, shuffled, unsorted, with_identities, with_casts)
 
 
-@pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("change", CHANGES, ids=[c.__name__ for c in CHANGES])
+@pytest.mark.parametrize("name", BASES)
 def test_same_sites_and_facts(name: str, change: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
     before = unchanged(name)
     assert before
-    for seed in range(2):
-        assert facts(change(BASES[name](), np.random.default_rng(seed)), tmp_path) == before
+    assert facts(change(BASES[name](), np.random.default_rng(len(name))), tmp_path) == before
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -205,8 +204,16 @@ def test_all_changes_at_once(name: str, tmp_path: Path) -> None:
     assert facts(proto, tmp_path) == before
 
 
-@pytest.mark.parametrize("name", BASES)
-@pytest.mark.parametrize("opset", range(18, 28))
+OPSETS = [
+    (name, opset)
+    for at, name in enumerate(BASES)
+    for opset in range(18, 28)
+    if name in ("window", "einsum") or opset == 27 or opset % 4 == at % 4
+]
+"""All of two, whose conversion is quick; of each other the newest, which all conversions lead to, and every fourth."""
+
+
+@pytest.mark.parametrize(("name", "opset"), OPSETS)
 def test_converted_to_another_opset(name: str, opset: int, tmp_path: Path) -> None:
     converted = version_converter.convert_version(BASES[name](), opset)
     if opset <= RUNS:

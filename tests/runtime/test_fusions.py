@@ -21,6 +21,7 @@ from attncompile.targets.ort_fusions.view import CONTRIB, View
 from tests.passes.attention_graphs import Spec, build, save
 from tests.runtime.conftest import needs_compiler
 
+pytestmark = pytest.mark.usefixtures("brief")
 WINDOWED = Spec(batch=1, heads=2, kv_heads=2, length=300, head_dim=16, mask="window", left=15, right=0, scale=0.25)
 
 

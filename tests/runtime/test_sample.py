@@ -19,6 +19,7 @@ from attncompile.pipeline import Options
 from tests.runtime.conftest import needs_compiler
 from tests.runtime.test_fusions import with_packed
 
+pytestmark = pytest.mark.usefixtures("brief")
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "attncompile/runtime/samples/run.cpp"
 HEADERS = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))

@@ -59,7 +59,7 @@ def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | No
 def fitted(
     cases: Sequence[dict[str, Any]], multiprocessors: int, parts: float, beside: int
 ) -> tuple[float, list[float | int]]:
-    """The mean square of the relative errors, and the constants, the given ``parts`` and ``beside`` the last of them."""
+    """The mean square of the relative errors, and the constants, ``parts`` and ``beside`` the last of them."""
     matrix = np.array([features(Work(**c["work"]), multiprocessors, parts, beside) for c in cases])
     scaled = matrix / np.array([c["ms"] * 1e6 for c in cases])[:, None]
     constants = least_squares(scaled, np.ones(len(cases)))

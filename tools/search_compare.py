@@ -235,11 +235,11 @@ def priced(
     binding: Mapping[str, int],
 ) -> None:  # fmt: skip
     """The row's gains on a GPU, at these sizes of the model's axes; none where heads choose blocks when the model runs,
-    whose kernels are priced by the search for that target alone.
+    whose kernels are priced by the search for that target alone, or average all values, which is not priced.
     """
     kernels = {e.site.id: e.lowering for e in exact}
     lists, turned = search.blocks(row.choice), search.turned(row.choice)
-    if set(row.choice) - set(lists):
+    if set(row.choice) - set(lists) or any("mean" in texts for texts in search.patterns(row.choice).values()):
         return
     before = dense = ours = 0.0
     for site in sites:

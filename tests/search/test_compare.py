@@ -117,13 +117,18 @@ def test_moving_heads_to_their_orders_is_priced() -> None:
     search._heads = {"a": plan, "b": plan}
     row = compare.Row("x", "", 1.0, 1.0, 1.0, 0.0, [0.0], [0.0], {"a": (1, 1), "b": (1, 2)})
     assert search.turned(row.choice) == {"b"}
-    known = SimpleNamespace(blocks=lambda choice: {"a": (64, 4), "b": (64, 4)}, turned=search.turned)
+    known = SimpleNamespace(turned=search.turned, patterns=search.patterns)
+    known.blocks = lambda choice: {"a": (64, 4), "b": (64, 4)}
     compare.priced(row, known, sites, [], gpu, {})
     assert row.gpu == pytest.approx(16 / 2.6)
     chosen = compare.Row("x", "", 1.0, 1.0, 1.0, 0.0, [0.0], [0.0], {"a": (1, 1), "b": (1, 2)})
     known.blocks = lambda choice: {"a": (64, 4)}  # b chooses when the model runs
     compare.priced(chosen, known, sites, [], gpu, {})
     assert chosen.gpu is None and chosen.gpu_over_exact is None
+    known.blocks = lambda choice: {"a": (64, 4), "b": (64, 4)}
+    plan.offered[1][1] = "mean"
+    compare.priced(chosen, known, sites, [], gpu, {})
+    assert chosen.gpu is None
 
 
 def test_the_sparsest_candidate_of_a_kind_that_keeps_enough() -> None:

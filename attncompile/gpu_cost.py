@@ -30,8 +30,9 @@ SCORE_BYTES = 8
 read by the second product, two bytes each. ONNX Runtime moves no less."""
 POOLING = 5.0
 """How often queries and keys go through memory for the means of their blocks: padded, weighed, summed, each an op."""
-MOVING = 2.0
-"""How much longer a gather of rows takes than its bytes alone. Assumed, not measured."""
+MOVING = 4.7
+"""How much longer a gather of rows takes in ONNX Runtime than its bytes alone: 3.4 to 5.1 times on an H200 where it
+takes more than 10 microseconds (docs/bench/orders-h200.json)."""
 BESIDE = ("MatMul", "Exp")
 """Standard ops that take time beside kernels of ours; others that a lowering holds move little or nothing."""
 MASK_BYTES = 4

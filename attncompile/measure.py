@@ -39,6 +39,9 @@ _LONG_CALL = 1.0
 """Seconds of a first call after which no more of them are needed to see that one is enough for a sample."""
 _MIN_SAMPLE_SECONDS = 2e-3
 _NARROW = 0.01
+CUDA = "CUDAExecutionProvider"
+LEAN_CUDA = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+"""What a lean session asks of the CUDA provider."""
 
 Feed = Mapping[str, np.ndarray]
 Optimisation = Literal["all", "extended", "basic", "none"]
@@ -108,7 +111,9 @@ def open_session(
 ) -> ort.InferenceSession:  # fmt: skip
     """An ONNX Runtime session with ``threads`` intra-op threads (default: ``default_threads()``) and one inter-op.
     ``provider``: where it runs; ``cuda`` leaves to the CPU what the GPU cannot do. ``lean``: memory goes back after
-    every run, and a second one takes no more than the first; by default both are kept, up to twice a run's need.
+    every run, and a second one takes no more than the first; by default both are kept, up to twice a run's need. On
+    ``cuda`` a lean session keeps what a run needed and no more, so that several fit on one GPU, and its float32
+    products are float32's (ONNX Runtime's are TF32's else): what is judged there is the model, as on a CPU.
 
     Raises BadModel if ONNX Runtime cannot load the model, BadArguments for a bad ``threads`` or ``optimisation``,
     MissingDependency where this ONNX Runtime has no such provider.
@@ -136,8 +141,9 @@ def open_session(
     if isinstance(source, str) and not Path(source).is_file():
         raise BadModel(f"{source} does not exist", "give the path of an ONNX file")
     names = providers(provider)
+    given = [(name, LEAN_CUDA if lean and name == CUDA else {}) for name in names]
     try:
-        session = ort.InferenceSession(source, options, providers=names)
+        session = ort.InferenceSession(source, options, providers=given)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         name = "the model" if isinstance(source, bytes) else source
         raise BadModel(
@@ -155,13 +161,13 @@ def providers(name: Provider) -> list[str]:
     """ONNX Runtime's names. Raises MissingDependency where it has none of them, never falls back by itself."""
     if name == "cpu":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if CUDA not in ort.get_available_providers():
         raise MissingDependency(
             "this ONNX Runtime has no CUDA provider", "install onnxruntime-gpu in place of onnxruntime, or use cpu"
         )
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    return [CUDA, "CPUExecutionProvider"]
 
 
 def run_session(session: Session, feed: Feed, names: Sequence[str] | None = None) -> list[np.ndarray]:

@@ -153,6 +153,22 @@ def test_a_call_without_a_measured_cost_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    ("blocks", "peak", "beside", "expected"),
+    [
+        (264, 1.0, 1, 2.0),
+        (265, 1.0, 1, 3.0),
+        (148, 1.0, 2, 1.5),
+        (40, 1.8, 1, 1.8),  # the longest block
+        (264, 1.5, 1, 1.5 + 1.0),  # the longest, and of the second half the longest: the average
+        (198, 1.5, 2, (1.5 + 1.5 - 1 / 3 + 1.5 - 2 / 3) / 2),
+        (264, 5.0, 1, 5.0),
+    ],
+)
+def test_what_the_busiest_multiprocessor_does(blocks: int, peak: float, beside: int, expected: float) -> None:
+    assert cost.busiest(blocks / 132, peak, beside) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     ("dims", "expected"), [((64, 64), False), ((128, 128), False), ((72, 72), True), ((64, 96), True)]
 )
 def test_head_dims_that_are_multiplied_in_two_parts(dims: tuple[int, int], expected: bool) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from attncompile import measure
 from attncompile.core.errors import AttncompileError, BadArguments, BadModel
 from attncompile.measure import (
     MIN_ROUNDS,
@@ -188,6 +189,25 @@ def test_open_session_errors(tmp_path: Path) -> None:
         open_session(relu_model(), threads=0)
     with pytest.raises(BadArguments):
         open_session(relu_model(), optimisation="most")  # type: ignore[arg-type]
+
+
+def test_a_lean_session_on_a_gpu_asks_for_float32_and_no_spare_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[tuple[str, dict[str, str]]]] = []
+
+    class Session:
+        def __init__(self, source: object, options: object, providers: list[tuple[str, dict[str, str]]]) -> None:
+            asked.append(providers)
+
+        def get_providers(self) -> list[str]:
+            return [measure.CUDA]
+
+    monkeypatch.setattr(measure.ort, "get_available_providers", lambda: [measure.CUDA])
+    monkeypatch.setattr(measure.ort, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(measure.ort, "InferenceSession", Session)
+    for lean in (False, True):
+        open_session(b"", 1, provider="cuda", lean=lean)
+    plain, kept = (dict(providers)[measure.CUDA] for providers in asked)
+    assert plain == {} and kept == {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
 
 
 def test_run_session_maps_errors() -> None:

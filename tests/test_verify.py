@@ -901,3 +901,28 @@ def test_scalar_inputs_are_compared(tmp_path: Path) -> None:
     model = model_of([helper.make_node("Relu", ["x"], ["out"])], {"x": ([], F32)}, ([], F32), {})
     path = save(model, tmp_path / "scalar.onnx")
     assert compare_models(path, path, [{"x": np.array(2.0, np.float32)}]).passed
+
+
+def test_of_answers_the_share_counts(tmp_path: Path) -> None:
+    """A classifier in batches of four: one answer of twelve changes, whichever input it is in."""
+
+    def classifier(third: float, rank: int = 2) -> ModelProto:
+        sizes = ["b", 3] if rank == 2 else [1, "b", 3]
+        bias = nh.from_array(np.array([0, 0, third], np.float32), "bias")
+        values = [helper.make_tensor_value_info(n, F32, sizes) for n in "xy"]
+        graph = helper.make_graph([helper.make_node("Add", ["x", "bias"], ["y"])], "g", values[:1], values[1:], [bias])
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+    inputs = [{"x": np.eye(4, 3, dtype=np.float32) * 2 + np.float32([1, 0, 0])} for _ in range(3)]
+    inputs[1]["x"][3] = [0.5, 0, 0.45]
+    a, b = (save(classifier(third), tmp_path / f"{third}.onnx") for third in (0.0, 0.1))
+    found = compare_models(a, b, inputs, metric="top1_agreement", budget=0.9)
+    assert found.passed and found.worst == pytest.approx(11 / 12) and found.together
+    assert [o.metrics.top1_agreement for o in found.outputs if o.metrics] == [1.0, 0.75, 1.0]
+    strict = compare_models(a, b, inputs, metric="top1_agreement", budget=0.95)
+    assert not strict.passed and "91.667% of all answers stay" in strict.verdict.reason
+    # Rows of one text are not independent: the worst input counts.
+    a, b = (save(classifier(third, 3), tmp_path / f"{third}-3.onnx") for third in (0.0, 0.1))
+    rows = [{"x": one["x"][None]} for one in inputs]
+    found = compare_models(a, b, rows, metric="top1_agreement", budget=0.9)
+    assert not found.passed and found.worst == 0.75 and not found.together

@@ -8,12 +8,16 @@ heads of all sites: one window, or one share of the attention weight that every 
 have to keep. The fastest of them is then met by the search at no more than the mean error that it was measured to have
 on the calibration inputs ("at equal error").
 
+With --limit SECONDS no further single mechanism is begun after so much time; "at equal error" is then against the best
+of those that were tried. They come in the order of FIRST.
+
 With --density there is no budget: all are made to keep so many blocks, and their errors are measured.
 
 With --also TARGET the same choices are priced for that target's GPU too, by the cost model of launches: ``gpu`` is what
-they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels.
+they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels; of choices of fixed lists.
 
-Errors are 0 for equal outputs and grow with distance: see ``attncompile.search.tasks.badness``. --write keeps models.
+Errors are 0 for equal outputs and grow with distance: see ``attncompile.search.tasks.badness``. --write keeps models,
+and of each the patterns of its heads in patterns.json.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,9 @@ from attncompile.search.choose import Choice, Limits, SiteSpace, Unit
 from attncompile.shaped import binding_of
 from attncompile.targets import base as targets
 from attncompile.targets import onnx as onnx_target
+
+FIRST = ("blocks", "slash", "sinks 1 + window", "neighborhood", "pooled", "xattention")
+"""Single mechanisms that are tried before others: what time is short for should be the weaker ones."""
 
 EACH, EQUAL, EXACT = "each head its own", "each head its own, at equal error", "exact replacements only"
 
@@ -89,7 +96,7 @@ def pick(unit: Unit, kept: np.ndarray, kind: str, strength: float | str) -> int:
 
 
 def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
-    """Kinds and their strengths, the sparsest first."""
+    """Kinds, those of FIRST first, and their strengths, the sparsest first."""
     texts = {u.labels[k] for s in spaces for u in s.units for k in u.of(0)[1:]}
     patterns = [BlockPattern(t) for t in texts]
     found: dict[str, list[float | str]] = {}
@@ -108,7 +115,7 @@ def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
     chosen = {text for s in spaces for u in s.units for text in u.labels if is_selection(text)}
     for way in sorted({text.split()[0] for text in chosen}):  # by blocks that are chosen when the model runs
         found[way] = [*sorted((t for t in chosen if t.startswith(f"{way} ")), key=lambda t: BlockSelection(t).amount)]
-    return found
+    return dict(sorted(found.items(), key=lambda f: FIRST.index(f[0]) if f[0] in FIRST else len(FIRST)))
 
 
 def uniform(
@@ -125,16 +132,21 @@ def uniform(
 
 
 class Comparison:
-    """Judges choices of one search. ``noted`` is called with every row that is found: long runs leave something."""
+    """Judges choices of one search. ``noted`` is called with every row that is found: long runs leave something.
+    ``late``: whether no further single mechanism is to be begun; ``skipped`` are those that were not.
+    """
 
     def __init__(
-        self, search: Search, spaces: list[SiteSpace], metric: str, limits: Limits, noted: Callable[[Row], None]
-    ) -> None:
+        self, search: Search, spaces: list[SiteSpace], metric: str, limits: Limits, noted: Callable[[Row], None],
+        late: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self.search = search
         self.spaces = spaces
         self.metric = metric
         self.limits = limits
         self._noted = noted
+        self._late = late
+        self.skipped: list[str] = []
         self.known, self.held = split(len(search.feeds))
         self._base = sum(s.base for s in spaces)
         self._exported = sum(search.exported(s.site) or s.base for s in spaces)
@@ -151,6 +163,9 @@ class Comparison:
                 found.append(self._noting(self._judged(best.choice, EACH, f"{refused} refused" if refused else "")))
         alike: list[Row] = []
         for name, strengths in families(self.spaces).items():
+            if self._late():
+                self.skipped.append(name)
+                continue
             kind = "" if isinstance(strengths[0], str) else name
 
             def judge(strength: float | str, kind: str = kind, name: str = name) -> Row:
@@ -170,6 +185,9 @@ class Comparison:
         choice = choose.within_density(spaces, density, search.density)
         found.append(self._noting(self._judged(choice, EACH, "")))
         for name, strengths in families(spaces).items():
+            if self._late():
+                self.skipped.append(name)
+                continue
             kind = "" if isinstance(strengths[0], str) else name
             fitting = [(search.density(c), str(s), c) for s in strengths for c in [uniform(search, spaces, kind, s)]]
             fitting = [f for f in fitting if f[2] and f[0] <= density]
@@ -201,7 +219,7 @@ class Comparison:
         errors = self._measured(choice) if choice else [0.0] * len(self.known)
         time_ = choose.time_of(self.spaces, choice)
         return Row(name, strength, time_ / self._base, self._exported / time_, self.search.density(choice),
-                   self.limits.bound(errors), errors, [], choice)  # fmt: skip
+                   self.limits.bound(errors) if choice else 0.0, errors, [], choice)  # fmt: skip
 
     def _noting(self, row: Row) -> Row:
         """A row that stays: it meets the held-out inputs."""
@@ -212,15 +230,22 @@ class Comparison:
         return row
 
 
-def priced(row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequence[Edit], gpu: GpuCost) -> None:
-    """The row's gains on a GPU, at the sizes of the model's fixed lengths."""
+def priced(
+    row: Row, search: Search, sites: Sequence[AttentionSite], exact: Sequence[Edit], gpu: GpuCost,
+    binding: Mapping[str, int],
+) -> None:  # fmt: skip
+    """The row's gains on a GPU, at these sizes of the model's axes; none where heads choose blocks when the model runs,
+    whose kernels are priced by the search for that target alone.
+    """
     kernels = {e.site.id: e.lowering for e in exact}
     lists, turned = search.blocks(row.choice), search.turned(row.choice)
+    if set(row.choice) - set(lists):
+        return
     before = dense = ours = 0.0
     for site in sites:
-        shape = shape_of(site, {})
+        shape = shape_of(site, binding)
         file = gpu.before(site, shape)
-        best = min(file, gpu.milliseconds(site, kernels[site.id], {})) if site.id in kernels else file
+        best = min(file, gpu.milliseconds(site, kernels[site.id], binding)) if site.id in kernels else file
         before, dense = before + file, dense + best
         ours += gpu.lists(site, shape, *lists[site.id]) if site.id in lists else best
         ours += gpu.moving(site, shape) if site.id in turned else 0.0
@@ -261,12 +286,13 @@ def main() -> None:
     parser.add_argument("--metric", default="relative_l2", choices=tuple(tasks.POWER))
     parser.add_argument("--policy", default="sparse")
     parser.add_argument("--target", default="onnx", help="whose predicted times count")
-    parser.add_argument("--also", help="a target for whose GPU the choices are priced too; fixed lengths")
+    parser.add_argument("--also", help="a target for whose GPU the choices are priced too")
     parser.add_argument("--fp16", action="store_true")
     parser.add_argument("--grid")
     parser.add_argument("--jobs", type=int, default=measure.default_threads())
     parser.add_argument("--threads", type=int, help="of all jobs together")
     parser.add_argument("--provider", default="cpu", choices=("cpu", "cuda"), help="where the search runs the model")
+    parser.add_argument("--limit", type=float, help="seconds after which no further single mechanism is begun")
     parser.add_argument("--time", action="store_true", help="time the chosen models in ONNX Runtime, in paired rounds")
     parser.add_argument("--state", type=Path, help="folder of what is found; a run that was interrupted goes on there")
     parser.add_argument("--write", type=Path, help="folder for the chosen models, one subfolder a row")
@@ -287,13 +313,17 @@ def main() -> None:
         also = pipeline.gpu_of(replace(options, precision="fp16"), targets.get(given.also), worlds)
     sites = open_sites(found.detection.sites, rules, registry, exact)
     said = gpu.said if gpu is not None else "for the CPU"
+    binding = binding_of(found, found.feeds[0])
     rows: list[Row] = []
     start = time.perf_counter()
+
+    def late() -> bool:
+        return given.limit is not None and time.perf_counter() - start > given.limit
 
     def noted(row: Row) -> None:
         rows.append(row)
         if also is not None:
-            priced(row, search, sites, exact, also)
+            priced(row, search, sites, exact, also, binding)
         if given.write:
             written(row, len(rows) - 1, given.write)
         if given.json:
@@ -306,13 +336,16 @@ def main() -> None:
                 "confidence": rules.confidence,
                 "times": f"predicted {said}", "calibration": len(known), "held_out": len(held),
                 "also": also.said if also is not None else None,
-                "seconds": round(time.perf_counter() - start), "rows": [r.to_json() for r in rows],
+                "warnings": list(search.warnings), "seconds": round(time.perf_counter() - start),
+                "rows": [r.to_json() for r in rows],
             }, indent=1) + "\n", encoding="utf-8")  # fmt: skip
 
     def written(row: Row, number: int, models: Path) -> Path:
         place = models / f"{number}-{row.name.replace(' + ', '-').replace(', ', '-').replace(' ', '-')}"
         place.mkdir(parents=True, exist_ok=True)
         proto = apply(found.index.model, [(e.site, e.lowering) for e in search.edits(row.choice)])
+        patterns = json.dumps(search.patterns(row.choice), indent=1) + "\n"
+        (place / "patterns.json").write_text(patterns, encoding="utf-8")
         return onnx_target.write(proto, found.model, place)
 
     with tempfile.TemporaryDirectory(prefix="attncompile-compare-") as name:
@@ -327,9 +360,11 @@ def main() -> None:
             spaces = [s for s in search.spaces(sites) if search.kept(s.site)]  # others have no heads to choose for
             limits = search.limits()
             if given.density is None:
-                Comparison(search, spaces, given.metric, limits, noted).rows()
+                compared = Comparison(search, spaces, given.metric, limits, noted, late)
+                compared.rows()
             else:
-                Comparison(search, spaces, given.metric, replace(limits, budget=math.inf), noted).rows_at(given.density)
+                compared = Comparison(search, spaces, given.metric, replace(limits, budget=math.inf), noted, late)
+                compared.rows_at(given.density)
             for i, row in enumerate(rows if given.time else ()):
                 path = written(row, i, folder / "timed")
                 before, after = (measure.open_session(p, lean=True) for p in (found.model.path, path))
@@ -339,6 +374,10 @@ def main() -> None:
         finally:
             search.close()
     print(table(rows))
+    for text in search.warnings:
+        print(f"\nwarning: {text}")
+    if compared.skipped:
+        print(f"\nnot tried for lack of time: {', '.join(compared.skipped)}")
     if given.density is None:
         print(f"\nbudget {given.metric} {given.max_error:g}, times predicted {said}: {verdict(rows)}")
 

@@ -4,6 +4,7 @@ Written as a person writes it in plan.toml:
 
 - ``dense``: everything;
 - ``mean``: nothing, every query gets the mean of all values (attention that is uniform);
+- ``skip``: nothing, every query gets zero (a head that does not matter: arXiv:2506.03065);
 - ``sinks S window W``: the first S blocks of keys, and the blocks at most W away (A-shape, streaming heads:
   arXiv:2309.17453, arXiv:2407.02490, arXiv:2502.14866);
 - ``columns C.. diagonals D..``: whole columns of blocks, and the blocks at these distances behind the query's own,
@@ -17,8 +18,9 @@ Written as a person writes it in plan.toml:
   grid in this order, the slowest first (PAROAttention, arXiv:2506.16054). Tokens before and behind the grid stay there.
   Blocks are then blocks of that order, and a ``grid`` or ``radial`` is over its axes. Not on a causal site.
 
-A block of a query's own token is part of every pattern but ``mean``, so no query is left without a key. What the site's
-own causal mask hides stays hidden: blocks above the diagonal belong to no pattern of a causal site.
+A block of a query's own token is part of every pattern but ``mean`` and ``skip``, so no query of another is left
+without a key. What the site's own causal mask hides stays hidden: blocks above the diagonal belong to no pattern of a
+causal site.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ _FORMS = {
     "radial": re.compile(r"radial(?: (\d+(?:\.\d+)?))?"),
     "blocks": re.compile(r"blocks ([A-Za-z0-9+/=]+)"),
 }
+EMPTY = frozenset({"mean", "skip"})
+"""Kinds that meet no block."""
+ORDERLESS = EMPTY | {"dense"}
+"""Kinds that are the same in every order of the tokens."""
 _ORDER = re.compile(r"order (\d+(?:,\d+)*) (.*)")
 
 
@@ -89,7 +95,7 @@ class BlockPattern:
         match = _ORDER.fullmatch(self.text)
         order = tuple(int(axis) for axis in match[1].split(",")) if match else ()
         kind = _kind(match[2] if match else self.text)
-        if match and kind in ("dense", "mean"):
+        if match and kind in ORDERLESS:
             raise Unsupported("pattern", f"'{self.text[:60]}': {kind} is the same in every order", f"write {kind}")
         object.__setattr__(self, "order", order)
         object.__setattr__(self, "kind", kind)
@@ -117,9 +123,9 @@ class BlockPattern:
         if self.order:
             return self.inner.blocks(self._ordered(geometry))
         count = geometry.count
-        if self.kind == "mean":
-            if geometry.causal:
-                raise Unsupported("pattern", "a causal query has no mean of all values", "use another pattern")
+        if self.kind == "mean" and geometry.causal:
+            raise Unsupported("pattern", "a causal query has no mean of all values", "use another pattern")
+        if self.kind in EMPTY:
             return np.zeros((count, count), bool)
         if self.kind == "dense":
             return geometry.all
@@ -235,7 +241,7 @@ def _radial_blocks(geometry: BlockGeometry, width: int) -> np.ndarray:
 
 
 def _kind(text: str) -> str:
-    if text in ("dense", "mean"):
+    if text in ORDERLESS:
         return text
     for kind, form in _FORMS.items():
         if text and text == text.strip() and form.fullmatch(text):
@@ -244,13 +250,14 @@ def _kind(text: str) -> str:
             return kind
     raise Unsupported(
         "pattern", f"'{text[:60]}' is no pattern of a head",
-        "dense, mean, sinks S window W, columns C,.. diagonals D,.., grid HxW, radial or blocks TEXT; but for the "
-        "first two also behind an order of the grid's axes, as in order 1,0 sinks 1 window 2",
+        "dense, mean, skip, sinks S window W, columns C,.. diagonals D,.., grid HxW, radial or blocks TEXT; but for "
+        "the first three also behind an order of the grid's axes, as in order 1,0 sinks 1 window 2",
     )  # fmt: skip
 
 
 DENSE = BlockPattern("dense")
 MEAN = BlockPattern("mean")
+SKIP = BlockPattern("skip")
 
 
 def streaming(sinks: int, window: int) -> BlockPattern:

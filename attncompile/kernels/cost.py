@@ -5,10 +5,11 @@ begin and end, then what its products, score elements and masked score elements 
 
     ms = launch + load * (block + (flops * flop + scores * score + masked * mask) / blocks),
 
-where load is the number of rounds, or what the longest block does over the average, if that is more; products and
-scores cost ``parts`` times as much where a head dim is multiplied in two parts; and no less than the bytes take. The
-constants are fitted by ``tools/bench fit`` on every second configuration of a sweep; the others say how far off it is
-(``cost.toml``): by about a quarter for the Gluon kernels of dense attention, windows and grids, further for the rest.
+where load is what the busiest multiprocessor does, in blocks of average length: the number of rounds where blocks are
+alike; the longest are first. Products and scores cost ``parts`` times as much where a head dim is multiplied in two
+parts; and it is no less than the bytes take. Where ``beside`` blocks share a multiprocessor a round is a part as long.
+The constants are fitted by ``tools/bench fit`` to a sweep; the configurations of another say how far off it is
+(``cost.toml``).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from attncompile.core.kernel import Program, Work
 class CostModel:
     """Constants of one language's kernels on one architecture, in nanoseconds: of a launch, of a block, of 10^9 flops
     of one block, of a million score elements and of a million masked ones, and the factor ``parts``;
-    ``multiprocessors`` and bytes a nanosecond of the GPU that they were measured on. ``withheld``: the largest
-    relative error on configurations not fitted.
+    ``beside``; ``multiprocessors`` and bytes a nanosecond of the GPU that they were measured on. ``withheld``: the
+    largest relative error on configurations not fitted.
     """
 
     launch: float
@@ -38,6 +39,7 @@ class CostModel:
     score: float
     mask: float
     parts: float
+    beside: int
     multiprocessors: int
     bandwidth: float
     withheld: float
@@ -45,7 +47,7 @@ class CostModel:
 
     def features(self, work: Work) -> tuple[float, float, float, float, float]:
         """What the constants are multiplied by, in their order."""
-        return features(work, self.multiprocessors, self.parts)
+        return features(work, self.multiprocessors, self.parts, self.beside)
 
     def milliseconds(self, work: Work) -> float:
         constants = (self.launch, self.block, self.flop, self.score, self.mask)
@@ -53,11 +55,25 @@ class CostModel:
         return max(computed, self.launch + work.bytes / self.bandwidth) * 1e-6
 
 
-def features(work: Work, multiprocessors: int, parts: float) -> tuple[float, float, float, float, float]:
+def features(
+    work: Work, multiprocessors: int, parts: float, beside: int = 1
+) -> tuple[float, float, float, float, float]:
     """Launches, blocks, 10^9 flops, 10^6 scores and 10^6 masked scores that one multiprocessor has to do."""
-    load = max(float(ceil(work.blocks / multiprocessors)), work.peak)
+    load = busiest(work.blocks / multiprocessors, work.peak, beside)
     share = load / work.blocks * (parts if work.parted else 1.0)
     return 1.0, load, work.flops * share * 1e-9, work.scores * share * 1e-6, work.masked * share * 1e-6
+
+
+def busiest(rounds: float, peak: float, beside: int) -> float:
+    """What the multiprocessor does that has the longest block of each of ``rounds`` (blocks over multiprocessors), in
+    blocks of average length: their lengths are taken to fall evenly from ``peak`` to 2 - ``peak``, as they do under a
+    triangle. A ``peak`` above 2 is a few long ones among short ones.
+    """
+    count = ceil(rounds * beside)
+    if peak > 2.0:
+        return max(count / beside, peak)
+    fall = 2.0 * (peak - 1.0) / (rounds * beside)
+    return max(sum(peak - fall * k for k in range(count)) / beside, peak)
 
 
 @cache

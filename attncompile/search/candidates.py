@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from attncompile.core.block_pattern import DENSE, MEAN, BlockGeometry, BlockPattern, bitmap, slash, streaming
+from attncompile.core.block_pattern import DENSE, MEAN, SKIP, BlockGeometry, BlockPattern, bitmap, slash, streaming
 from attncompile.core.errors import Unsupported
 
 KEPT = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
@@ -33,7 +33,7 @@ GRID_SHARES = (0.15, 0.25, 0.375, 0.5, 0.75)
 
 def candidates(mass: np.ndarray, geometry: BlockGeometry, average: bool) -> list[BlockPattern]:
     """Patterns with different blocks, dense first, then the sparsest first. ``mass`` [R, R] as of ``maps.masses``.
-    ``average``: whether the mean of all values may be offered.
+    ``average``: whether the mean of all values may be offered; else nothing is, zero.
     """
     dense = geometry.all
     known = {dense.tobytes()}
@@ -47,7 +47,7 @@ def candidates(mass: np.ndarray, geometry: BlockGeometry, average: bool) -> list
             known.add(seen.tobytes())
             found.append((int(seen.sum()), pattern))
     ordered = [p for _, p in sorted(found, key=lambda x: x[0])]
-    return [DENSE, *([MEAN] if average and not geometry.causal else []), *ordered]
+    return [DENSE, MEAN if average and not geometry.causal else SKIP, *ordered]
 
 
 def selections() -> list[list[str]]:

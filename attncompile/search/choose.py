@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attncompile.search.confidence import FLOOR, mean_bound, upper_bound
+from attncompile.search.confidence import FLOOR, mean_bound, share_bound, upper_bound
 
 Choice = Mapping[str, tuple[int, ...]]
 """Site -> candidate of each of its units; sites that stay as they are are left out."""
@@ -202,7 +202,7 @@ class Point:
 class Limits:
     """What a choice is judged by: ``budget`` for the errors of ``future`` more inputs, with this confidence. ``power``:
     errors grow like damage to it, near enough to begin with. ``together``: the mean over inputs keeps the budget, not
-    each of them.
+    each of them. ``rows``: an error is the share of so many answers that changed, which are one as good as the other.
     """
 
     budget: float
@@ -211,15 +211,20 @@ class Limits:
     power: float = 0.5
     evaluations: int = 9
     together: bool = False
+    rows: int = 0
 
     def bound(self, errors: Sequence[float]) -> float:
         """What further inputs stay below, from the errors of the calibration inputs."""
+        if self.rows and errors and all(math.isfinite(e) for e in errors):
+            return share_bound(round(sum(errors) * self.rows), len(errors) * self.rows, self.confidence)
         return (mean_bound if self.together else upper_bound)(errors, self.future, self.confidence)
 
     def lost(self, errors: Sequence[float], count: int) -> bool:
         """Whether the budget is exceeded whatever the others of ``count`` inputs give."""
         if not self.together:
             return max(errors) > self.budget
+        if self.rows:
+            return self.bound([*errors, *[0.0] * (count - len(errors))]) > self.budget
         return sum(errors) / count > _MARGIN * self.budget
 
     def judged(self, errors: Sequence[float]) -> float:

@@ -6,6 +6,9 @@ inequality): mean + t(1 - (1 - confidence) / future, n - 1) * deviation * sqrt(1
 
 A perplexity is that of a text as a whole: of its logarithm what counts is the mean over the inputs, and the bound is a
 prediction interval for the mean of ``future`` more: mean + t(confidence, n - 1) * deviation * sqrt(1 / n + 1 / future).
+
+A classifier's answer stays or changes: what counts is the share of inputs whose answer changes, and the bound is
+Clopper and Pearson's for that share of all inputs (Biometrika 26, 1934).
 """
 
 from __future__ import annotations
@@ -51,6 +54,32 @@ def mean_bound(errors: Sequence[float], future: int, confidence: float) -> float
         return errors[0]
     factor = student(confidence, n - 1) * math.sqrt(1 / n + 1 / max(future, 1))
     return float(np.mean(errors) + factor * np.std(errors, ddof=1))
+
+
+def share_bound(changed: int, count: int, confidence: float) -> float:
+    """The share of all inputs that change, which ``changed`` of ``count`` leave possible with this confidence: the
+    largest p of which so few are not rarer than 1 - confidence.
+    """
+    if changed >= count:
+        return 1.0
+    low, high = changed / count, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _at_most(changed, count, middle) > 1 - confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _at_most(changed: int, count: int, share: float) -> float:
+    """The probability of at most so many changes, for 0 < share < 1."""
+    term = count * math.log1p(-share)  # the logarithm: of many inputs the first terms are too small
+    total = 0.0
+    for k in range(changed + 1):
+        total += math.exp(term)
+        term += math.log((count - k) / (k + 1)) + math.log(share) - math.log1p(-share) if k < count else 0.0
+    return total
 
 
 @lru_cache(maxsize=256)

@@ -134,15 +134,15 @@ def ordered_masses(
 
 
 def score(
-    operands: Operands, geometry: BlockGeometry, head: int, choices: np.ndarray, which: Sequence[int]
-) -> HeadScores:
-    """``choices`` bool [K, R, R]. A choice without any block gives the mean of all values (pattern ``mean``); a query
-    whose blocks are all padding gives zero.
+    operands: Operands, geometry: BlockGeometry, head: int, choices: np.ndarray, which: Sequence[int],
+    averaged: Sequence[int] = (),
+) -> HeadScores:  # fmt: skip
+    """``choices`` bool [K, R, R]. Those numbered in ``averaged`` give the mean of all values (pattern ``mean``); a
+    query without a block, or whose blocks are all padding, gives zero.
     """
     count = len(choices)
     error, kept = np.zeros(count), np.zeros(count)
     size, looked = 0.0, 0
-    empty = ~choices.any(axis=(1, 2))
     group = operands.heads // operands.key.shape[0]
     mean = operands.value[head // group].mean(axis=0)
     if operands.weights is not None:
@@ -157,7 +157,7 @@ def score(
         weight = taken @ mass.T  # [K, queries]
         out = (taken @ parts.reshape(blocks, -1)).reshape(count, queries, dim)
         np.divide(out, np.where(weight > 0, weight, 1)[..., None], out=out)
-        out[empty] = mean
+        out[list(averaged)] = mean
         out -= dense
         error += np.square(out, dtype=np.float64).sum(axis=(1, 2))
         kept += (weight / safe).sum(axis=1)

@@ -36,6 +36,7 @@ from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
 from attncompile.search.slim import SlimModel
 from attncompile.search.state import State, key_of
+from attncompile.verification.answers import answers
 from attncompile.verification.next_token import next_token
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ PROBES = 2
 
 FEW = 6
 """Calibration inputs below which the bound on others is wide, because little is known of how they differ."""
+
+SEQUENCES = 64
+"""Of so many sequences of the calibration inputs maps are read and patterns scored: of more the mean says no more.
+Whole models are run on all inputs."""
 
 _PART = 2
 """Calibration inputs after which it is looked whether a choice has lost the budget already."""
@@ -206,6 +211,8 @@ class Search:
         self._gpu = gpu
         self._state_folder = state
         self._known, self._held = split(len(feeds))
+        batch = max((value.shape[0] for value in feeds[0].values() if value.ndim), default=1)
+        self._read = self._known[: max(-(-SEQUENCES // batch), 1)]
         self._warnings: list[str] = []
         self._heads: dict[str, _HeadPlan] = {}
         self._whole: dict[str, list[Edit]] = {}
@@ -230,6 +237,11 @@ class Search:
             return self._by_budget(spaces)
         finally:
             self.close()
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the user should know of what was found so far."""
+        return self._warnings
 
     def close(self) -> None:
         """Ends the workers."""
@@ -335,10 +347,10 @@ class Search:
         model = self._slim.with_outputs(read, "capture.onnx", self._exact)  # the same but for rounding, and faster
         sizes = {n: 4 * int(np.prod(s)) for n, s in self._worlds[0].shapes.items()}
         groups = tasks.groups([p.spec for p in self._heads.values()], sizes, whole_sites.CAPTURE_BYTES)
-        self._progress.stage("read attention maps", len(groups) * len(self._known))
+        self._progress.stage("read attention maps", len(groups) * len(self._read))
         work = [
             (f"mass-{i}-{g}", tasks.Masses(model, self._files[i], tuple(group), provider))
-            for i in self._known for g, group in enumerate(groups)
+            for i in self._read for g, group in enumerate(groups)
         ]  # fmt: skip
         maps: dict[str, list[np.ndarray]] = {}
         for arrays in self._stored(work, lambda found: found):
@@ -351,10 +363,10 @@ class Search:
                 plan.masses[order] = np.mean(maps[tasks.ordered_name(name, order)], axis=0)
             plan.offer(self._gpu is None and not plan.spec.padding)
         texts = {n: plan.offered for n, plan in self._heads.items()}
-        self._progress.stage("score patterns of heads", len(groups) * len(self._known))
+        self._progress.stage("score patterns of heads", len(groups) * len(self._read))
         scoring = [
             (f"score-{i}-{g}", tasks.Scores(model, self._files[i], tuple(group), texts, i, provider))
-            for i in self._known for g, group in enumerate(groups)
+            for i in self._read for g, group in enumerate(groups)
         ]  # fmt: skip
         totals: dict[str, list[tuple[np.ndarray, ...]]] = {}
         for arrays in self._stored(scoring, _flattened):
@@ -369,7 +381,7 @@ class Search:
                         known[h] = tuple(a + b for a, b in zip(known[h], found, strict=True))
         for name, plan in self._heads.items():
             plan.damage, plan.kept, plan.shares = (
-                [scored[i] / len(self._known) for scored in totals[name]] for i in range(len(_SCORED))
+                [scored[i] / len(self._read) for scored in totals[name]] for i in range(len(_SCORED))
             )
 
     def _stored(
@@ -409,11 +421,11 @@ class Search:
         sites = [e[0].site for e in self._whole.values()]
         if not sites:
             return []
-        self._progress.stage("score approximations", len(sites) * len(self._known))
+        self._progress.stage("score approximations", len(sites) * len(self._read))
         slim = self._slim
         assert slim is not None
         scored = whole_sites.score_sites(
-            self._whole, sites, [self.feeds[i] for i in self._known], [self._worlds[i] for i in self._known],
+            self._whole, sites, [self.feeds[i] for i in self._read], [self._worlds[i] for i in self._read],
             lambda names: slim.with_outputs(names, "sites.onnx"), self._settings.threads, self._progress.advance,
         )  # fmt: skip
         spaces = []
@@ -553,10 +565,16 @@ class Search:
     def limits(self) -> Limits:
         """What a choice is judged by."""
         settings = self._settings
+        judged = self._answers() if settings.metric == "top1_agreement" else 0
         return Limits(
             tasks.badness(settings.metric, settings.budget), len(self._held), settings.confidence,
-            tasks.POWER.get(settings.metric, 0.5), together=settings.metric in tasks.TOGETHER,
+            tasks.POWER.get(settings.metric, 0.5), together=bool(judged) or settings.metric in tasks.TOGETHER,
+            rows=judged,
         )  # fmt: skip
+
+    def _answers(self) -> int:
+        outputs = self._found.model.proto.graph.output
+        return answers(self.feeds, [world.shapes.get(o.name) for world in self._worlds for o in outputs])
 
     def _by_budget(self, spaces: Sequence[SiteSpace]) -> Result:
         settings = self._settings
@@ -629,6 +647,13 @@ class Search:
                 share = sum(float(s[k]) for s, k in zip(plan.shares, picks, strict=True))
                 found[site] = (plan.geometry.edge, round(share * int(plan.geometry.all.sum())))
         return found
+
+    def patterns(self, choice: Choice) -> dict[str, list[str]]:
+        """Of each site of ``choice`` whose heads have patterns their texts, as in plan.toml."""
+        return {
+            site: [offered[k] for offered, k in zip(self._heads[site].offered, picks, strict=True)]
+            for site, picks in choice.items() if site in self._heads and not self._as_a_whole(site, picks)
+        }  # fmt: skip
 
     def turned(self, choice: Choice) -> set[str]:
         """Sites of ``choice`` whose heads are brought to orders of their own."""

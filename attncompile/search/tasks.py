@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from attncompile import measure, metrics
 from attncompile.core import block_selection
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import MEAN, BlockGeometry, BlockPattern
 from attncompile.core.block_selection import BlockSelection
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.measure import Provider
@@ -167,7 +166,7 @@ def _scored(
         if order:
             there, at = operands.ordered(head, BlockPattern(same[0]).places(geometry)), 0
         met = chosen(there, geometry, at, same, which)
-        made = maps.score(there, geometry, at, met, which)
+        made = maps.score(there, geometry, at, met, which, [k for k, text in enumerate(same) if text == MEAN.text])
         size = size or made.size
         error = made.error * (size / made.size if made.size > 0 else 1.0)
         found |= dict(zip(same, zip(error, made.kept, met[:, which].sum(axis=(1, 2)), strict=True), strict=True))
@@ -322,10 +321,22 @@ PROBE = {"perplexity": "kl", "kl": "kl"}
 of two noisy numbers where little is changed; its mean is the divergence of the two distributions."""
 
 
-@lru_cache(maxsize=2)
+_KEPT: dict[Provider, int] = {"cpu": 2, "cuda": 1}
+"""Sessions that a worker keeps open: one holds the memory of a run, and all workers share one GPU's."""
+
+_open: dict[tuple[Path, str, int, Provider], Any] = {}
+
+
 def _session(model: Path, stamp: str, threads: int, provider: Provider) -> Any:
     """``stamp`` tells models apart that were written to one path."""
-    return measure.open_session(model, threads, provider=provider, lean=True)
+    key = (model, stamp, threads, provider)
+    session = _open.pop(key, None)
+    if session is None:
+        while len(_open) >= _KEPT[provider]:
+            del _open[next(iter(_open))]  # before the next is there
+        session = measure.open_session(model, threads, provider=provider, lean=True)
+    _open[key] = session
+    return session
 
 
 def _captured(

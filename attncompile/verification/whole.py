@@ -15,6 +15,7 @@ from onnx import ModelProto, TensorProto
 from attncompile.core.errors import BadArguments, BadModel
 from attncompile.core.verdict import Verdict
 from attncompile.metrics import Metrics, compute
+from attncompile.verification.answers import answers
 from attncompile.verification.artifacts import save_results
 from attncompile.verification.inputs import check_feed
 from attncompile.verification.next_token import NextToken, next_token
@@ -66,6 +67,7 @@ class ModelComparison:
     iterations: int
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    together: bool = False
 
     @property
     def passed(self) -> bool:
@@ -79,8 +81,10 @@ class ModelComparison:
 
     @property
     def worst(self) -> float:
-        """The worst value of ``metric``, of perplexity that of all inputs together; NaN if nothing was compared."""
-        return _worst(self.outputs, self.metric)
+        """The worst value of ``metric``, of perplexity and of a classifier's ``top1_agreement`` that of all inputs
+        together; NaN if nothing was compared.
+        """
+        return _worst(self.outputs, self.metric, self.together)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -122,9 +126,9 @@ def compare_models(
 
     ``budget`` bounds ``metric`` (a lower bound for cosine, psnr and top1_agreement); default: ``exact_budget`` of the
     original for relative_l2. Of perplexity it bounds the relative rise over all inputs together, each counted alike,
-    and says nothing of outputs other than the logits. Integer and bool outputs must be equal. With ``folder`` the
-    inputs, both results and a data loader that `polygraphy run` accepts are written there, unless they exceed
-    ``save_limit`` bytes.
+    and says nothing of outputs other than the logits; of a classifier's top1_agreement it bounds the share of all
+    answers. Integer and bool outputs must be equal. With ``folder`` the inputs, both results and a data loader that
+    `polygraphy run` accepts are written there, unless they exceed ``save_limit`` bytes.
 
     ``original`` may be a ``Baseline``, which remembers its results from call to call.
 
@@ -155,6 +159,8 @@ def compare_models(
     else:
         results = run(baseline, baseline.path, rewritten, feeds)
     left, right = results[ORIGINAL], results[REWRITTEN]
+    shapes = [x.shape for side in left for _, x in side.items()]
+    together = metric == "perplexity" or (metric == "top1_agreement" and answers(feeds, shapes) > 0)
     outputs = []
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         a_values, b_values = dict(a.items()), dict(b.items())
@@ -164,7 +170,8 @@ def compare_models(
                 outputs.append(OutputComparison(name, i, None, verdict))
             else:
                 given = (language, feeds[i]) if language is not None and name == language.logits else None
-                outputs.append(_compare_output(name, i, a_values[name], b_values[name], metric, budget, given))
+                least = None if together else budget
+                outputs.append(_compare_output(name, i, a_values[name], b_values[name], metric, least, given))
     order = {o.name: k for k, o in enumerate(proto.graph.output)}
     outputs.sort(key=lambda o: (o.iteration, order.get(o.name, len(order)), o.name))
     polygraphy = polygraphy_verdict(results, metric, budget)
@@ -179,22 +186,28 @@ def compare_models(
             judged = budget if metric == "relative_l2" else None
             files = save_results(folder, feeds, results, (ORIGINAL, REWRITTEN), judged)
     return ModelComparison(
-        _overall(outputs, polygraphy, metric, budget), tuple(outputs), metric, budget, polygraphy, len(feeds), files,
-        tuple(notes),
+        _overall(outputs, polygraphy, metric, budget, together), tuple(outputs), metric, budget, polygraphy, len(feeds),
+        files, tuple(notes), together,
     )  # fmt: skip
 
 
-def _worst(outputs: Sequence[OutputComparison], metric: str) -> float:
+def _worst(outputs: Sequence[OutputComparison], metric: str, together: bool) -> float:
     values = [getattr(o.metrics, metric) for o in outputs if o.metrics is not None]
     found = [float(v) for v in values if v is not None]
     if not found or any(math.isnan(v) for v in found):
         return math.nan
     if metric == "perplexity":
         return float(np.expm1(sum(map(math.log1p, found)) / len(found)))
+    if together:  # of several outputs the worst
+        names = {o.name for o in outputs if o.metrics is not None}
+        of_each = [[getattr(o.metrics, metric) for o in outputs if o.name == name] for name in names]
+        return min(float(np.mean([v for v in values if v is not None])) for values in of_each)
     return min(found) if metric in HIGHER_IS_BETTER else max(found)
 
 
-def _overall(outputs: list[OutputComparison], polygraphy: Verdict, metric: str, budget: float) -> Verdict:
+def _overall(
+    outputs: list[OutputComparison], polygraphy: Verdict, metric: str, budget: float, together: bool
+) -> Verdict:
     if not outputs:
         return Verdict.no("nothing_compared", "the models have no outputs to compare")
     failed = [o for o in outputs if not o.verdict.ok]
@@ -203,17 +216,19 @@ def _overall(outputs: list[OutputComparison], polygraphy: Verdict, metric: str, 
         return Verdict.no(first.verdict.code, f"output {first.name}, inputs {first.iteration}: {first.verdict.reason}")
     if not polygraphy.ok:
         return Verdict.no(polygraphy.code, f"Polygraphy's comparison: {polygraphy.reason}")
-    worst = _worst(outputs, metric)
+    worst = _worst(outputs, metric, together)
     if metric == "perplexity" and not worst <= budget:
         return Verdict.no("over_budget", f"perplexity rises by {worst:.3%}, the budget is {budget:.3%}")
+    if together and metric == "top1_agreement" and not worst >= budget:
+        return Verdict.no("over_budget", f"{worst:.3%} of all answers stay, the budget is {budget:.3%}")
     return Verdict.yes(f"{len(outputs)} outputs compared, worst {metric} {worst:.3g}")
 
 
 def _compare_output(
-    name: str, iteration: int, a: np.ndarray, b: np.ndarray, metric: str, budget: float,
+    name: str, iteration: int, a: np.ndarray, b: np.ndarray, metric: str, budget: float | None,
     language: tuple[NextToken, Feed] | None = None,
 ) -> OutputComparison:  # fmt: skip
-    """``language``: the output holds logits, which are judged together later."""
+    """``budget`` None: all inputs are judged together later. ``language``: the output holds logits."""
     if a.shape != b.shape or a.dtype != b.dtype:
         reason = f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
         return OutputComparison(name, iteration, None, Verdict.no("shape_differs", reason))
@@ -239,7 +254,7 @@ def _compare_output(
     value = getattr(metrics, metric)
     if value is None:
         verdict = Verdict.no("not_applicable", f"{metric} needs at least two entries on the last axis")
-    elif value >= budget if metric in HIGHER_IS_BETTER else value <= budget:
+    elif budget is None or (value >= budget if metric in HIGHER_IS_BETTER else value <= budget):
         verdict = Verdict.yes()
     else:
         verdict = Verdict.no("over_budget", f"{metric} {value:.3g}, the budget is {budget:.3g}")

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attncompile import measure
+from attncompile.core.errors import MissingDependency
 from attncompile.models.trained import corpus, scores
 from attncompile.models.trained.export import built, committed
 from attncompile.models.trained.recipe import Recipes, load
@@ -40,15 +42,19 @@ class Runner(ABC):
 class Session(Runner):
     """An ONNX file in ONNX Runtime."""
 
-    def __init__(self, path: Path, providers: list[str], library: Path | None = None) -> None:
+    def __init__(self, path: Path, provider: measure.Provider, library: Path | None = None) -> None:
         import onnxruntime
 
+        names = measure.providers(provider)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns of float16 constants that it cannot fold on a CPU
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # two sessions of 8,192 tokens keep 10 GB
         if library is not None:
             options.register_custom_ops_library(str(library))
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        given = [(name, measure.LEAN_CUDA if name == measure.CUDA else {}) for name in names]
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=given)
+        if names[0] not in self._session.get_providers():
+            raise MissingDependency(f"ONNX Runtime did not start {names[0]}", "see which of its libraries are missing")
         self._inputs = self._session.get_inputs()
 
     def __call__(self, *values: Tensor) -> Tensor:
@@ -120,18 +126,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=_HELD)
     parser.add_argument("--split", choices=("held", *corpus.SPLITS), default="held")
     parser.add_argument("--tokens", type=int, help="of a window of text; the model's context where not given")
-    parser.add_argument("--provider", default="CPUExecutionProvider")
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=7, help="of the noise that images are made from")
     parser.add_argument("--images", type=Path, help="dit: write the sampled images here (PNG)")
     parser.add_argument("--recipe", type=Path)
     given = parser.parse_args()
     recipes = load(given.recipe)
     sample = Sample(given.count, given.probes, given.tokens, given.data, given.split)
-    run = Session(given.model or committed(given.kind), [given.provider], given.library)
+    run = Session(given.model or committed(given.kind), given.provider, given.library)
     result = evaluate(given.kind, run, recipes, sample)
     reference: Runner | None = None
     if given.reference:
-        reference = Session(given.reference, [given.provider])
+        reference = Session(given.reference, given.provider)
     elif given.torch:
         reference = Torch(given.kind, committed(given.kind), recipes)
     if reference is not None:

@@ -120,6 +120,11 @@ class ScoresKernel:
         return Work(2.0 * elements * stride * padded(call.head_dim), elements, 0.0, size, items, parted=parted(call))
 
 
+def signed(number: int) -> str:
+    """As an expression: there is no unary minus."""
+    return str(number) if number >= 0 else f"0 - {-number}"
+
+
 class SelectKernel:
     """Any sizes. Of the attributes it reads ``tiles``, ``causal`` and ``rule``; the others are arguments."""
 
@@ -177,7 +182,7 @@ class SelectKernel:
         if not near:
             constants |= {"TILES": int(said["tiles"]), "COUNTED": said["rule"] == "share", "SLACK": SLACK}
         extras = [int32("amount_h", "amount_stride_H"), int32("TQ", "T"), int32("C", "C"),
-                  int32("sinks", str(said["sinks"])), int32("window", str(said["window"]))]  # fmt: skip
+                  int32("sinks", str(said["sinks"])), int32("window", signed(said["window"]))]  # fmt: skip
         outputs = [Argument(n, "output", "int32") for n in ("rows", "columns", "kinds")]
         return Program(
             op=self.op, tactic=f"triton-width{width}-w4", language="triton",

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import FunctionProto, NodeProto
+from onnx import FunctionProto, NodeProto, helper
 
 from attncompile.plugins.block_sparse.head_lists import HeadPlan, Rows
 from attncompile.plugins.block_sparse.op import OP_TYPE, Form
@@ -28,7 +28,7 @@ WHOLE_ROWS = 1024
 def function(plan: HeadPlan, template: NodeProto, form: Form, call: Call) -> FunctionProto:
     """A body in standard ops of ``call.opset`` of the node ``template``, whose lists are in ``plan``."""
     body = Body(call.opset)
-    output = _Writer(body, plan, call).write()
+    output = _Writer(body, plan, call, form.masked_rows).write()
     doc = f"{OP_TYPE} in standard ops, for {call.dtype} and {call.heads}/{call.kv_heads} heads with blocks of their own"
     return body.function(OP_TYPE, template.overload, form.formal, output, attribute_names(template), doc)
 
@@ -38,6 +38,7 @@ class _Writer:
     body: Body
     plan: HeadPlan
     call: Call
+    masked_rows: str
 
     def write(self) -> str:
         body, call, geometry = self.body, self.call, self.plan.geometry
@@ -153,8 +154,14 @@ class _Writer:
         return body.op("Reshape", joined, body.ints(0, len(heads) * geometry.count, geometry.edge, call.value_dim))
 
     def _empty(self, value: str) -> str:
-        """[B, heads * R, e, Dv]: the mean of all values for every query."""
+        """[B, heads * R, e, Dv]: for every query the mean of all values, or zero."""
         body, call, geometry, heads = self.body, self.call, self.plan.geometry, self.plan.empty
+        if self.masked_rows == "zero":
+            sizes = body.ints(len(heads) * geometry.count, geometry.edge, call.value_dim)
+            shape = body.op("Concat", body.op("Shape", value, start=0, end=1), sizes, axis=0)
+            element, kind = float_type(call.dtype)
+            zero = helper.make_tensor("zero", element, [1], np.zeros(1, kind).tobytes(), raw=True)
+            return body.op("ConstantOfShape", shape, value=zero)
         mean = self._of_heads(body.op("ReduceMean", value, body.ints(2), keepdims=1), heads, call.group)
         spread = body.op("Expand", body.op("Unsqueeze", mean, body.ints(2)),
                          body.ints(1, 1, geometry.count, geometry.edge, 1))  # fmt: skip

@@ -15,7 +15,7 @@ from math import gcd
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import ORDERLESS, BlockGeometry, BlockPattern
 from attncompile.core.mechanism import Lowering
 from attncompile.core.site import AttentionSite, Layout, Operand
 from attncompile.plugins.block_sparse.op import OP_TYPE
@@ -47,11 +47,11 @@ def arranged(texts: Sequence[str], group: int, geometry: BlockGeometry) -> Arran
     runs: list[tuple[int, tuple[int, ...], list[int]]] = []  # key head, order, heads
     for key_head in range(len(texts) // group):
         of = range(key_head * group, (key_head + 1) * group)
-        bound = [patterns[h].order for h in of if patterns[h].kind not in ("dense", "mean")]
+        bound = [patterns[h].order for h in of if patterns[h].kind not in ORDERLESS]
         anything = bound[0] if bound else ()  # what is the same in every order costs no copy of its own
         by_order: dict[tuple[int, ...], list[int]] = {}
         for h in of:
-            free = patterns[h].kind in ("dense", "mean")
+            free = patterns[h].kind in ORDERLESS
             by_order.setdefault(anything if free else patterns[h].order, []).append(h)
         runs += [(key_head, order, heads) for order, heads in by_order.items()]
     shared = gcd(*(len(heads) for _, _, heads in runs))

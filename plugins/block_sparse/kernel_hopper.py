@@ -132,11 +132,33 @@ def produce(
 
 
 @gluon.jit
+def bits_of(words, hidden, BN: gl.constexpr):
+    """Four numbers a query, of which the first BN / 32 hold its bits; all set where not ``hidden``."""
+    w0 = gl.load(words, mask=hidden, other=-1)
+    w1 = gl.load(words + min(1, BN // 32 - 1), mask=hidden, other=-1)
+    w2 = gl.load(words + min(2, BN // 32 - 1), mask=hidden, other=-1)
+    w3 = gl.load(words + min(3, BN // 32 - 1), mask=hidden, other=-1)
+    return w0, w1, w2, w3
+
+
+@gluon.jit
+def shown_only(s, bits, first, NK):
+    """-inf where a bit is not set, or the key ``first`` + column does not exist."""
+    BN: gl.constexpr = s.shape[1]
+    inside = gl.arange(0, BN, layout=gl.SliceLayout(0, accumulator(BN)))
+    mine = bits[0][:, None]
+    for w in gl.static_range(1, BN // 32):
+        mine = gl.where((inside >= w * 32)[None, :], bits[w][:, None], mine)
+    shown = ((mine >> (inside % 32)[None, :]) & 1) != 0
+    return gl.where(shown & (first + inside < NK)[None, :], s, -float("inf"))
+
+
+@gluon.jit
 def hide(s, tile, facts, BLOCK: gl.constexpr):
     """-inf where a bit of a partial block is not set, or a key does not exist. Tiles from ``partial`` on are of full
     blocks, whose bits are not read.
     """
-    columns, kinds, masks, offsets, start, partial, NK = facts
+    columns, kinds, masks, offsets, start, partial, NK, _, _ = facts
     BN: gl.constexpr = s.shape[1]
     PARTS: gl.constexpr = BLOCK // BN
     entry = start + tile // PARTS
@@ -145,13 +167,14 @@ def hide(s, tile, facts, BLOCK: gl.constexpr):
     first = gl.load(columns + entry) * BLOCK + part * BN
     mask = gl.load(kinds + entry, mask=hidden, other=0).to(gl.int64)
     words = masks + (mask * (BLOCK * BLOCK // 32) + part * (BN // 32)) + offsets
-    inside = gl.arange(0, BN, layout=gl.SliceLayout(0, accumulator(BN)))
-    bits = gl.load(words, mask=hidden, other=-1)[:, None]
-    for w in gl.static_range(1, BN // 32):
-        more = gl.load(words + w, mask=hidden, other=-1)
-        bits = gl.where((inside >= w * 32)[None, :], more[:, None], bits)
-    shown = ((bits >> (inside % 32)[None, :]) & 1) != 0
-    return gl.where(shown & (first + inside < NK)[None, :], s, -float("inf"))
+    return shown_only(s, bits_of(words, hidden, BN), first, NK)
+
+
+@gluon.jit
+def hide_first(s, tile, facts, BLOCK: gl.constexpr):
+    """``hide`` for tile 0, whose bits are there already."""
+    _, _, _, _, _, _, NK, first, bits = facts
+    return shown_only(s, bits, first, NK)
 
 
 @gluon.jit
@@ -181,6 +204,8 @@ def consume(
     n = row_at(gl.program_id(0), lists, HAS_ORDER)
     after = row_at(gl.program_id(0) + step, lists, HAS_ORDER)
     start, all_from, end = span_of(n, lists)
+    column = gl.load(columns + start, mask=start < end, other=0)
+    kind = gl.load(kinds + start, mask=start < all_from, other=0)
     for number in range(gl.program_id(0), total, step):
         next_start, next_from, next_end = span_of(after, lists)
         next_after = row_at(number + 2 * step, lists, HAS_ORDER)
@@ -195,17 +220,20 @@ def consume(
                 turn += 1
         elif tiles > 0:
             partial = (all_from - start) * PARTS
-            facts = (columns, kinds, masks, offsets, start, partial, NK)
+            bits = bits_of(masks + kind.to(gl.int64) * (BLOCK * BLOCK // 32) + offsets, start < all_from, BN)
+            facts = (columns, kinds, masks, offsets, start, partial, NK, column * BLOCK, bits)
             work = (rings, barriers, (turn & 1) * CONSUMERS + INDEX, facts, factor)
             plain = gl.maximum(partial, 1)
             middle = opaque(tiles, DV)
-            state = consume_first(slot, (m, l, acc1, acc2), work, partial > 0, hide, BLOCK, SPEC)
+            state = consume_first(slot, (m, l, acc1, acc2), work, partial > 0, hide_first, BLOCK, SPEC)
             state = consume_run(state, work, 1, plain, hide, BLOCK, True, SPEC)
             state = consume_run(state, work, plain, middle, hide, BLOCK, False, SPEC)
             if DV > 64:
                 state = consume_run(state, work, middle, tiles, hide, BLOCK, False, SPEC)
             m, l, acc1, acc2, stage, phase, go = consume_last(state, work, turn, SPEC)
             turn += 1
+        column = gl.load(columns + next_start, mask=next_start < next_end, other=0)
+        kind = gl.load(kinds + next_start, mask=next_start < next_from, other=0)
         if HAS_SINKS:
             # It may be far above all scores, and is all that a row without a key has.
             sink = gl.load(sinks + h * sinks_h).to(gl.float32) * LOG2E

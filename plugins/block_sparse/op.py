@@ -150,6 +150,23 @@ def longest_first(rows: np.ndarray) -> np.ndarray:
     return _int32((sets[:, None] * count + within[sets]).reshape(-1))
 
 
+def balanced(rows: np.ndarray, at_once: int = 132, begin: int = 2) -> np.ndarray:
+    """``longest_first``, and of the rows that ``at_once`` thread blocks take next, block ``k`` the one at place ``k``, each
+    gets the longer the less it has done so far: all are at about the same set at any time, whose keys then lie in the
+    L2 cache. ``begin``: what begins and ends a row, in blocks of keys.
+    """
+    order = longest_first(rows)
+    work = (rows[..., 2] - rows[..., 0]).astype(np.int64).reshape(-1)[order] + begin
+    done, found = np.zeros(at_once, np.int64), np.empty_like(order)
+    for first in range(0, len(order), at_once):
+        mine = work[first : first + at_once]
+        longest = np.argsort(-mine, kind="stable")
+        free = np.argsort(done[: len(mine)], kind="stable")
+        found[first + free] = order[first + longest]
+        done[free] += mine[longest]
+    return found
+
+
 def _some(x: np.ndarray) -> np.ndarray:
     """At least one, since runtimes do not like empty tensors."""
     return _int32(x) if len(x) else np.zeros((1, *x.shape[1:]), np.int32)

@@ -73,7 +73,9 @@ def geometry_of(site: AttentionSite, edge: int = 0) -> BlockGeometry:
 
 
 def parameters(geometry: BlockGeometry, patterns: Sequence[BlockPattern]) -> Parameters:
-    """What plan.toml holds. ``mean`` heads give the mean of all values, which is what a query without a key gets."""
+    """What plan.toml holds. A query without a key gets the mean of all values where a head is ``mean``, and zero where
+    one is ``skip``.
+    """
     rule = "uniform" if any(p.kind == "mean" for p in patterns) else "zero"
     return {"masked_rows": rule, "edge": geometry.edge, "heads": [p.text for p in patterns]}
 
@@ -90,6 +92,9 @@ def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.n
         raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")
     if "mean" in texts and site.mask.part("padding") is not None:
         raise Unsupported("pattern", "a head that averages all values beside padding", "use another pattern than mean")
+    if {"mean", "skip"} <= set(texts):
+        raise Unsupported("pattern", "heads of one site that average all values, and heads that are skipped",
+                          "use one of mean and skip")  # fmt: skip
     seen = _seen(tuple(texts), geometry)
     if site.mask.part("padding") is not None and any(BlockPattern(text).order for text in texts):
         raise Unsupported("pattern", "a head in another order beside padding, which is said for tokens as they stand",
@@ -138,10 +143,10 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
     own. Raises ``Unsupported`` as ``seen_of``.
     """
     register()
-    geometry, seen = seen_of(site, given)
+    geometry, _ = seen_of(site, given)
     texts = tuple(given["heads"])
     rule = str(given.get("masked_rows", "zero"))
-    if rule != ("zero" if seen.any(axis=(1, 2)).all() else "uniform"):
+    if rule != ("uniform" if "mean" in texts else "zero"):
         raise Unsupported("parameters", f"masked_rows {rule!r}", "it is uniform where a head is mean, else zero")
     moved = _arranged(texts, site.heads // site.kv_heads, geometry)
     if moved is not None:

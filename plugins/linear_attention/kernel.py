@@ -360,7 +360,7 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
             best = tactic(4, 3, BV=values, BM=128, FAST=1, BLOCKS=16)
         return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4)]
     if op == SOLVE:
-        return [tactic(2, 1), tactic(4, 1)]
+        return [tactic(1, 1, BK=min(k1, 64))]
     if op == DELTA:
         values = min(v1, 32 if k1 <= 128 else 16)
         return [tactic(4, 3, BV=values), tactic(4, 1, BV=16)]
@@ -373,6 +373,8 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         best = tactic(4, 4, BK=min(k1, 64), BV=min(v1, 64), BT=rows)
         if gated:
             best = tactic(8, 3, BK=min(k1, 32), BV=min(v1, 128), BT=rows)
+        elif call.attributes.get("decay") == DECAYS[3] and wide == 128 and chunk >= 128:  # gates are summed once a tile
+            best = tactic(8, 3, BK=min(k1, 64), BV=min(v1, 64), BT=128)
         return [best, tactic(4, 1, BK=min(k1, 64), BV=min(v1, 32), BT=min(rows, 32))]
     if gated:
         # A softmax runs over all features.

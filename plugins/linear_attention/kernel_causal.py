@@ -42,6 +42,24 @@ def gates(log_decay, b, rows, g, groups, tokens, end):
 
 
 @triton.jit
+def running(log_decay, b, first, g, groups, tokens, BT: tl.constexpr):
+    """Sums of the gates of tokens [first, first + BT) up to each [BT], and of all of them: 64 in two pieces that every
+    warp holds whole, since warps that hold parts of a sum wait for one another.
+    """
+    if BT == 64:
+        rows = first + tl.arange(0, 32)
+        early = gates(log_decay, b, rows, g, groups, tokens, tokens)
+        late = gates(log_decay, b, rows + 32, g, groups, tokens, tokens)
+        half = tl.sum(early, 0)
+        both = tl.join(tl.cumsum(early, 0), half + tl.cumsum(late, 0))
+        x, every = tl.reshape(tl.permute(both, (1, 0)), (64,)), half + tl.sum(late, 0)
+    else:
+        each = gates(log_decay, b, first + tl.arange(0, BT), g, groups, tokens, tokens)
+        x, every = tl.cumsum(each, 0), tl.sum(each, 0)
+    return x, every
+
+
+@triton.jit
 def channel_gates(log_decay, b, rows, g, groups, tokens, end, cols, DK: tl.constexpr):
     """Of [B, N, G, D] at ``rows`` and ``cols``, in units of log2; 0 from ``end`` on and past ``DK``."""
     at = log_decay + ((b.to(tl.int64) * tokens + rows) * groups + g)[:, None] * DK + cols[None, :]
@@ -58,9 +76,8 @@ def left_over(log_decay, rate, b, rows, g, first, end, groups, tokens, DECAY: tl
         until = tl.exp2(rate * tl.maximum(end - 1 - rows, 0).to(tl.float32))
         whole = tl.exp2(rate * (end - first).to(tl.float32))
     else:
-        x = gates(log_decay, b, rows, g, groups, tokens, end)
-        every = tl.sum(x, 0)
-        until, whole = tl.exp2(tl.minimum(every - tl.cumsum(x, 0), 0.0)), tl.exp2(every)
+        x, every = running(log_decay, b, first, g, groups, tokens, rows.shape[0])
+        until, whole = tl.exp2(tl.minimum(every - x, 0.0)), tl.exp2(every)
     return until, whole
 
 
@@ -228,7 +245,7 @@ def output(
             acc *= (since * largest)[:, None]
             below *= since
         else:
-            x = tl.cumsum(gates(log_decay, b, rows, g, groups, NQ, NQ), 0)
+            x, every = running(log_decay, b, first, g, groups, NQ, BT)
             since = tl.exp2(x)
             p = p * tl.exp2(tl.minimum(x[:, None] - x[None, :], 0.0))
             acc *= (since * largest)[:, None]
@@ -253,7 +270,10 @@ def output(
                 if NORM != 0:
                     z += tl.sum(exact, 0)
             else:
-                until, whole = left_over(log_decay, rate, b, rows, g, first, end, groups, NQ, DECAY)
+                if DECAY == 1:
+                    until, whole = left_over(log_decay, rate, b, rows, g, first, end, groups, NQ, DECAY)
+                else:
+                    until, whole = tl.exp2(tl.minimum(every - x, 0.0)), tl.exp2(every)
                 if NORM != 0:
                     z = z * whole + tl.sum(exact * until[:, None], 0)
                 s = tl.dot(tl.trans(fk), (v.to(tl.float32) * until[:, None]).to(half), s * whole)

@@ -138,6 +138,8 @@ CASES = (
            (1, 300, 300, 2, 1, 40, 32), MIXED),
     Linear("simple GLA, sums, long chunks", Form("exp", "relu", "sum", 1e-3, 0.1, causal=True, decay="token", chunk=128,
            initial=True), (1, 290, 290, 2, 1, 16, 24), dtype="bfloat16"),
+    Linear("simple GLA, tiles of 128", replace(RETENTION, decay="token", chunk=256, initial=True),
+           (1, 330, 330, 1, 1, 128, 40)),
     Linear("closed gates, a head", replace(RETENTION, chunk=64, initial=True), (1, 90, 90, 2, 2, 16, 16), closed=True),
     Linear("closed gates, a token", replace(RETENTION, decay="token", chunk=64, initial=True),
            (1, 90, 90, 2, 2, 16, 16), closed=True),

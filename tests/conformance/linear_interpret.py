@@ -18,13 +18,19 @@ from unittest.mock import patch
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 
 from attncompile.core.kernel import Program
+from attncompile.kernels import symbols
+from attncompile.kernels.symbols import Strided
+from attncompile.plugins import kernels
 from attncompile.plugins.linear_attention.form import Form
-from attncompile.plugins.linear_attention.op import APPLY, DELTA, OUTPUT
-from tests.conformance import launch, linear
+from attncompile.plugins.linear_attention.kernel_causal import gates
+from attncompile.plugins.linear_attention.kernel_delta import product
+from attncompile.plugins.linear_attention.op import APPLY, DELTA, OUTPUT, SOLVE
+from tests.conformance import launch, linear, linear_ops
 from tests.conformance.budget import wrong
 from tests.conformance.interpret import mend
 from tests.conformance.linear import CASES, Linear, Tensors
@@ -108,9 +114,49 @@ def not_kept(acc, sums, m, x, v, seen):
 
 
 @triton.jit
-def nothing_elapsed(log_decay, rate, b, rows, place, g, groups, tokens, DECAY: tl.constexpr):
+def nothing_elapsed(log_decay, rate, b, first, place, g, groups, tokens, DECAY: tl.constexpr, BT: tl.constexpr):
     """``elapsed`` for which nothing decays inside of a tile."""
-    return place.to(tl.float32) * 0.0
+    return place.to(tl.float32) * 0.0, 0.0
+
+
+@triton.jit
+def nothing_before(log_decay, rate, b, rows, place, g, groups, tokens, before, DECAY: tl.constexpr):
+    """``passed`` for which every square begins anew."""
+    if DECAY == 0:
+        x, after = place.to(tl.float32) * 0.0, before
+    elif DECAY == 1:
+        x, after = rate * (place + 1).to(tl.float32), before
+    else:
+        x, after = tl.cumsum(gates(log_decay, b, rows, g, groups, tokens, tokens), 0), before
+    return x, after
+
+
+@triton.jit
+def halves_apart(q, qt, a, row, col, SIZE: tl.constexpr):
+    """``doubled`` for which halves of eight tokens do not depend on one another."""
+    r = tl.where((row // SIZE == col // SIZE + 1) & (row // (2 * SIZE) == col // (2 * SIZE)), a, 0.0)
+    mt = product(qt, r * (SIZE < 8), tl.zeros_like(q))
+    return product(q, mt, q), product(mt, q, qt)
+
+
+@triton.jit
+def of_one_part(a, b, added):
+    """``product`` of bfloat16s alone."""
+    return tl.dot(a.to(tl.bfloat16), tl.trans(b).to(tl.bfloat16), added)
+
+
+@triton.jit
+def nothing_is_bad(p, rates, place, I: tl.constexpr, BT: tl.constexpr):  # noqa: E741
+    """``first_bad`` that trusts all tokens."""
+    return place * 0 + BT
+
+
+@triton.jit
+def halves_of_sums(log_decay, b, first, g, groups, tokens, BT: tl.constexpr):
+    """``running`` whose later half forgets the sum of the earlier one."""
+    each = gates(log_decay, b, first + tl.arange(0, BT), g, groups, tokens, tokens)
+    late = tl.sum(tl.where(tl.arange(0, BT) < 32, each, 0.0), 0)
+    return tl.cumsum(each, 0) - tl.where(tl.arange(0, BT) < 32, 0.0, late), tl.sum(each, 0)
 
 
 def _expressions(**changed: str) -> Callable[[Program], Program]:
@@ -164,6 +210,8 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "a tile less": ("delta rule", {"change": _expressions(NK="NK - 1")}),
     "tiles that do not decay": ("gated delta rule", {"attribute": "elapsed", "device": nothing_elapsed}),
     "rates a token for rates a head": ("gated delta rule", {"change": _constants(BETA=1)}),
+    "sums of gates by halves": (
+        "simple GLA, sums, long chunks", {"attribute": "running", "device": halves_of_sums}),
     "states too seldom": ("gated delta rule, first state", {"change": _of(DELTA, _constants(CHUNK=256))}),
     "features of one sign": ("hedgehog", {"change": _of(APPLY, _constants(W=16))}),
     "weights of another head": ("hedgehog", {"change": _of(APPLY, _expressions(group="H // HKV + 1"))}),
@@ -181,6 +229,7 @@ def planted(name: str) -> str:
         "channel_gates": CAUSAL,
         "gated_products": CAUSAL,
         "left_over": CAUSAL,
+        "running": CAUSAL,
         "elapsed": KERNELS_OF_DELTA,
         "added": HEDGEHOG,
     }
@@ -222,6 +271,70 @@ def large_features() -> str:
     return "" if all(np.isfinite(x).all() for x in got) else "products of large features are not finite"
 
 
+TILED = tuple(
+    Linear(f"{decay} {tile}", replace(linear.DELTA_RULE, decay=decay, chunk=tile), (1, 110, 110, 2, 2, 40, 16),
+           layouts, dtype, beta=beta)
+    for tile, decay, layouts, dtype, beta in (
+        (64, "token", linear.MIXED, "float16", "a head"), (64, "none", linear.COLUMNS_OF_KEYS, "bfloat16", "a token"),
+        (64, "head", linear.HEADS_FIRST, "float16", "a token"), (32, "token", ("BNHD",) * 4, "bfloat16", "a head"),
+        (16, "head", ("BNHD",) * 4, "float16", "a head"),
+    )
+)  # fmt: skip
+
+
+def solved(case: Linear, length: float = 1.0, bad: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``Solve`` makes of keys of ``length``, those at ``bad`` infinite or NaNs, and float64 where these are 0."""
+    at, step, call = linear.tensors(case), linear.steps(case)[0], linear.nodes(case)[0]
+    at["key"] *= length
+    at["key"][:, list(bad)] = 0.0
+    named = {formal: at[name] for formal, name in (*step.inputs.items(), *step.outputs.items())}
+    inputs = {n: x for n, x in linear.logical(case, step, named).items() if n != "solved"}
+    want = linear_ops.expected(SOLVE, linear.attributes(case), inputs)["solved"]
+    for n, place in enumerate(bad):
+        at["key"][:, place, :, n] = (torch.nan, torch.inf)[n % 2]
+    kernel = kernels()[SOLVE]
+    (program,) = kernel.programs(kernel.general(call), 80)
+    given, orders = linear.in_memory(case, step, named)
+    strided = {n: Strided(tuple(x.shape), tuple(x.stride())) for n, x in given.items()}
+    launch.interpreted(program, named, symbols.of_tensors(strided, call.attributes, orders))
+    return at["solved"].double(), want
+
+
+def tiles(case: Linear, length: float = 1.0, allowed: float = 1e-5) -> str:
+    """How far ``Solve`` is from float64: products keep 16 bits of a factor; the longer keys are, the more cancels."""
+    got, want = solved(case, length)
+    far = float(torch.linalg.norm(got - want) / torch.linalg.norm(want))
+    return "" if far < allowed else f"tiles of keys of length {length} are {far:.2g} away"
+
+
+def bad_keys(case: Linear) -> str:
+    """Rows of a tile before its first bad key are those of keys that are 0 there; from it on they are NaNs."""
+    bad, tile = (40, 61, 85), case.form.tile
+    got, want = solved(case, bad=bad)
+    ends = [min((p - first for p in bad if first <= p < first + tile), default=tile) for first in range(0, 110, tile)]
+    for n, end in enumerate(ends):
+        far = float((got - want)[:, :, n, :end].abs().max()) if end else 0.0
+        if not far < 2e-5:
+            return f"rows before a bad key in tile {n} are {far:.2g} away"
+        if not all(got[:, :, n, row, row].isnan().all() for row in range(end, tile)):
+            return f"rows behind a bad key in tile {n} are numbers"
+    return ""
+
+
+PLANTED_IN_TILES: dict[str, tuple[str, Any, Callable[[Linear], str]]] = {
+    "squares that begin anew": ("passed", nothing_before, tiles),
+    "halves of squares apart": ("doubled", halves_apart, tiles),
+    "products of bfloat16s": ("product", of_one_part, tiles),
+    "bad keys that are trusted": ("first_bad", nothing_is_bad, bad_keys),
+}
+
+
+def planted_in_tiles(name: str) -> str:
+    attribute, device, check = PLANTED_IN_TILES[name]
+    with patch.object(import_module(KERNELS_OF_DELTA), attribute, device):
+        return check(TILED[0])
+
+
 def main(part: int, parts: int) -> None:
     mend()
     warnings.simplefilter("ignore")
@@ -230,7 +343,11 @@ def main(part: int, parts: int) -> None:
         (f"earlier tokens, decay {d}", lambda d=d: earlier_tokens(d)) for d in ("none", "head", "token", "channel")
     ]
     work.append(("large features", large_features))
+    work += [(f"tiles: {c}", lambda c=c: tiles(c)) for c in TILED]
+    work.append(("tiles of long keys", lambda: tiles(TILED[0], 4.0, 2e-4)))
+    work += [(f"tiles with bad keys: {c}", lambda c=c: bad_keys(c)) for c in TILED]
     work += [(f"planted: {name}", lambda n=name: planted(n)) for name in PLANTED]
+    work += [(f"planted: {name}", lambda n=name: planted_in_tiles(n)) for name in PLANTED_IN_TILES]
     for name, run in work[part::parts]:
         print(json.dumps({"name": name, "wrong": run()}), flush=True)
 

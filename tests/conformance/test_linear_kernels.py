@@ -41,7 +41,7 @@ def test_kernels_in_the_interpreter() -> None:
     planted = {name: said for name, said in found.items() if name.startswith("planted: ")}
     assert {name: said for name, said in found.items() if said and name not in planted} == {}
     assert [name for name, said in planted.items() if not said] == []
-    assert len(found) - len(planted) == len(linear.CASES) + 5 and len(planted) >= 27
+    assert len(found) - len(planted) == len(linear.CASES) + 16 and len(planted) >= 41
 
 
 def test_a_steps_sums_are_the_same_in_all_threads() -> None:

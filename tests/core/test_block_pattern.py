@@ -10,6 +10,7 @@ import pytest
 from attncompile.core.block_pattern import (
     DENSE,
     MEAN,
+    SKIP,
     BlockGeometry,
     BlockPattern,
     bitmap,
@@ -54,6 +55,9 @@ def test_texts_round_trip() -> None:
     np.testing.assert_array_equal(made.blocks(CAUSAL), np.tril(seen))
     assert not MEAN.blocks(PLAIN).any() and DENSE.blocks(CAUSAL).sum() == 28
     assert density([DENSE, MEAN], PLAIN) == 0.5
+    assert not SKIP.blocks(PLAIN).any() and not SKIP.blocks(CAUSAL).any()
+    with pytest.raises(Unsupported, match="skip is the same in every order"):
+        BlockPattern("order 1,0 skip")
 
 
 def test_a_neighborhood_touches_blocks() -> None:

@@ -22,7 +22,7 @@ from attncompile.search.choose import (
     within_damage,
     within_density,
 )
-from attncompile.search.confidence import mean_bound, student, upper_bound
+from attncompile.search.confidence import mean_bound, share_bound, student, upper_bound
 from attncompile.search.state import State, key_of
 
 
@@ -170,6 +170,38 @@ def test_the_bound_on_a_mean_holds_as_often_as_it_says() -> None:
     assert mean_bound([-0.3], 5, 0.99) == -0.3 and mean_bound([0.1, 0.3], 5, 0.5) == pytest.approx(0.2)
     with pytest.raises(ValueError, match="no quantile"):
         mean_bound([0.1, 0.3], 5, 0.3)
+
+
+def test_the_bound_on_a_share_holds_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    for n, share, confidence in ((30, 0.2, 0.9), (200, 0.01, 0.95), (64, 0.5, 0.8)):
+        seen, often = np.unique(rng.binomial(n, share, 4000), return_counts=True)
+        low = sum(c for k, c in zip(seen, often, strict=True) if share > share_bound(int(k), n, confidence)) / 4000
+        assert low < (1 - confidence) * 1.2, (n, share)
+    # Of 459 without a change at most 1% change, with 99% confidence: 0.99 ** 459 < 0.01 < 0.99 ** 458.
+    assert share_bound(0, 459, 0.99) < 0.01 < share_bound(0, 458, 0.99)
+    assert share_bound(1, 662, 0.99) < 0.01 < share_bound(1, 661, 0.99)
+    assert share_bound(3, 3, 0.99) == 1.0 and share_bound(2, 10, 0.99) == pytest.approx(0.611743, abs=1e-6)
+    assert 30 / 5000 < share_bound(30, 5000, 0.99) < 0.01
+
+
+def test_of_answers_the_share_that_changes_counts() -> None:
+    """Classifiers: four answers an input, of which one changes in every so many."""
+    limits = Limits(0.1, 20, 0.95, 0.5, together=True, rows=4)
+    one, none = [0.25, *[0.0] * 19], [0.0] * 20
+    assert limits.bound(none) == share_bound(0, 80, 0.95) < limits.bound(one) == share_bound(1, 80, 0.95) < 0.1
+    assert limits.judged(one) == 0.0125 and limits.bound([0.0, np.inf]) == np.inf
+    # What is left can no longer make up for it: five of 80 exceed 10% with this confidence, four do not.
+    assert share_bound(4, 80, 0.95) > 0.1 > share_bound(3, 80, 0.95)
+    assert limits.lost([0.25] * 4, 20) and not limits.lost([0.25] * 3, 20)
+    spaces = [space(i, str(i)) for i in range(3)]
+
+    def measure(choice) -> list[float]:
+        changed = min(round(80 * damage_of(spaces, choice)), 80)
+        return [0.25] * min(changed, 20) + [0.0] * (20 - min(changed, 20))
+
+    best, _ = tune(spaces, limits, measure)
+    assert best is not None and best.choice and best.bound <= 0.1
 
 
 def test_errors_that_count_together_may_be_negative_and_make_up_for_one_another() -> None:

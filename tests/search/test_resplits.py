@@ -57,7 +57,8 @@ class Model:
         missing = [t for t in texts if t not in known]
         if missing:
             choices = np.stack([BlockPattern(t).blocks(GEOMETRY) for t in missing])
-            found = maps.score(self.operands[i], GEOMETRY, head, choices, range(GEOMETRY.count))
+            averaged = [k for k, text in enumerate(missing) if text == "mean"]
+            found = maps.score(self.operands[i], GEOMETRY, head, choices, range(GEOMETRY.count), averaged)
             known.update(zip(missing, found.error, strict=True))
             self.sizes[i, head] = found.size
         return np.array([known[t] for t in texts])

@@ -375,3 +375,76 @@ def test_a_choice_that_lost_is_not_measured_to_the_end(full, tmp_path: Path, mon
     assert 3 in counts
     assert one.search is not None and three.search is not None
     assert one.search.points == three.search.points
+
+
+def test_a_worker_keeps_two_sessions_on_a_cpu_and_one_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is kept is freed before the next is opened: all workers share the GPU's memory."""
+    opened: list[str] = []
+    alive: set[str] = set()
+
+    class Session:
+        def __init__(self, path: Path, threads: int, provider: str, lean: bool) -> None:
+            assert lean and threads == 1
+            self.name = f"{provider} {path}"
+            opened.append(f"{self.name} beside {len(alive)}")
+            alive.add(self.name)
+
+        def __del__(self) -> None:
+            alive.discard(self.name)
+
+    monkeypatch.setattr(tasks, "_open", {})
+    monkeypatch.setattr(tasks.measure, "open_session", Session)
+    for path in "abaca":
+        tasks._session(Path(path), "x", 1, "cpu")
+    assert opened == ["cpu a beside 0", "cpu b beside 1", "cpu c beside 1"]  # of a and b the one that was used before
+    tasks._open.clear()
+    opened.clear()
+    for path in "abba":
+        tasks._session(Path(path), "x", 1, "cuda")
+    assert opened == ["cuda a beside 0", "cuda b beside 0", "cuda a beside 0"]
+    assert tasks._session(Path("a"), "y", 1, "cuda") is not tasks._session(Path("a"), "x", 1, "cuda")
+
+
+def test_answers_are_counted_where_each_input_of_a_batch_has_one() -> None:
+    def counted(output: tuple[int, ...] | None, *inputs: tuple[int, ...]) -> int:
+        search = object.__new__(run.Search)
+        search.feeds = [{f"x{i}": np.zeros(shape) for i, shape in enumerate(inputs)}] * 2
+        search._worlds = [types.SimpleNamespace(shapes={"y": output} if output else {})] * 2  # type: ignore[list-item]
+        graph = types.SimpleNamespace(output=[types.SimpleNamespace(name="y")])
+        proto = types.SimpleNamespace(proto=types.SimpleNamespace(graph=graph))
+        search._found = types.SimpleNamespace(model=proto)  # type: ignore[assignment]
+        return search._answers()
+
+    assert counted((4, 10), (4, 3, 8, 8)) == 4 and counted((1, 10), (1, 3, 8, 8), (1, 5)) == 1
+    assert counted((4, 7, 10), (4, 7)) == 0, "a language model's tokens are not independent"
+    assert counted((4, 10), (4, 3), (2, 3)) == counted((4, 10), (4, 3), ()) == counted((3, 10), (4, 3)) == 0
+    assert counted(None, (4, 3)) == 0
+
+
+def test_of_many_sequences_some_are_read_and_all_are_run(
+    full: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    scores = tasks.Scores.__call__
+    monkeypatch.setattr(run, "SEQUENCES", 2)
+    monkeypatch.setattr(tasks.Scores, "__call__", lambda self, n: (read.append(self.number), scores(self, n))[1])
+    found = compiled(full, tmp_path, max_error=0.03)
+    assert set(read) == {0, 2} and found.search is not None and found.search.calibration == 3
+    assert found.outcome == "replaced" and len(found.search.held) == 3
+    heads = found.search.sites["site0"]
+    assert all(h.density == pytest.approx(h.seen.mean()) for h in heads), "means over what was read"
+
+
+def test_a_head_that_does_not_matter_is_skipped(tmp_path: Path) -> None:
+    """Under a causal mask too, where no query may have the mean of all values; and its output is zero."""
+    made = constructed.build(TOKENS, 1)
+    (out,) = [t for t in made.graph.initializer if t.name == "o0"]
+    matrix = onnx.numpy_helper.to_array(out).copy()
+    matrix[48:] *= 1e-3  # the last head's rows
+    out.CopyFrom(onnx.numpy_helper.from_array(matrix, "o0"))
+    found = compiled(constructed.write(tmp_path, made, constructed.feeds(4, TOKENS)), tmp_path, max_error=0.02)
+    assert found.outcome == "replaced" and found.search is not None, found.warnings
+    heads = found.search.sites["site0"]
+    assert [h.pattern == "skip" for h in heads] == [False, False, False, True]
+    assert heads[3].density == heads[3].kept == 0 and not heads[3].seen.any() and heads[3].damage < 1e-5
+    assert found.parity is not None and 0 < found.parity.value <= 0.02

@@ -73,6 +73,14 @@ def main() -> None:
     picked.add_argument("--out", type=Path, default=Path("selection.json"))
     picked.add_argument("--only", nargs="*", default=[])
     picked.add_argument("--rounds", type=int, default=11)
+    lists = verbs.add_parser("prepare-plans", help="compile the kernels that run what a search chose")
+    lists.add_argument("out", type=Path)
+    lists.add_argument("--arch", type=int, action="append", default=[])
+    planned = verbs.add_parser("plans", help="measure a search's lists on this GPU; JSON to --out, the table to stdout")
+    planned.add_argument("bundle", type=Path)
+    planned.add_argument("patterns", type=Path, help="patterns.json of tools/search_compare.py --write")
+    planned.add_argument("--out", type=Path, default=Path("plans.json"))
+    planned.add_argument("--rounds", type=int, default=11)
     moved = verbs.add_parser("orders", help="measure gathers into other orders of tokens, in ONNX Runtime; JSON lines")
     moved.add_argument("--out", type=Path, default=Path("orders.json"))
     moved.add_argument("--rounds", type=int, default=11)
@@ -128,6 +136,16 @@ def main() -> None:
         result = selection.run(given.bundle, given.only, given.rounds, given.out)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(selection.table(result))
+    elif given.verb == "prepare-plans":
+        import plans
+
+        plans.prepare(given.out, given.arch)
+    elif given.verb == "plans":
+        import plans
+
+        result = plans.run(given.bundle, given.patterns, given.rounds, given.out)
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(plans.table(result))
     elif given.verb == "orders":
         import orders
 
@@ -146,6 +164,10 @@ def _table(result: dict[str, Any]) -> str:
     """By what was measured: chosen blocks, linear attention, or the other kernels."""
     import report
 
+    if "total" in result:
+        import plans
+
+        return plans.table(result)
     if "density" in result:
         import selection
 

@@ -41,7 +41,9 @@ class Case:
 
     @property
     def causal(self) -> bool:
-        return self.op == "Attention" and self.attributes.get("right") == 0 and self.attributes.get("left", -1) < 0
+        if self.op != "Attention":
+            return self.density is not None
+        return self.attributes.get("right") == 0 and self.attributes.get("left", -1) < 0
 
     @property
     def kept(self) -> np.ndarray | None:

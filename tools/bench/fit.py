@@ -10,8 +10,12 @@ import numpy as np
 from attncompile.core.kernel import Work
 from attncompile.kernels.cost import CostModel, features
 
-NAMES = ("launch", "block", "flop", "score", "mask", "parts")
+NAMES = ("launch", "block", "flop", "score", "mask", "parts", "beside")
 PARTS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
+BESIDE = {"triton-90-lists": 2}
+"""Kinds whose blocks share a multiprocessor, by their registers and shared memory, and how many do. (The Gluon kernels
+with ``-pair`` do too, but take all blocks in equal turns.)
+"""
 LARGEST = 0.5
 """Where it is further off than this on any configuration that was withheld there are no constants."""
 FEWEST = 4
@@ -33,7 +37,8 @@ def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | No
         if len(withheld) < FEWEST:
             lines += [f"# {name}: {len(cases)} configurations are too few", ""]
             continue
-        constants = min((fitted(used, multiprocessors, parts) for parts in PARTS), key=lambda found: found[0])[1]
+        tried = (fitted(used, multiprocessors, parts, BESIDE.get(name, 1)) for parts in PARTS)
+        constants = min(tried, key=lambda found: found[0])[1]
         model = CostModel(
             *constants, multiprocessors, result["copy_tbs"] * 1e3, 0.0, f"{result['gpu']}, {result['when']}"
         )
@@ -51,12 +56,14 @@ def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | No
     return "\n".join(lines)
 
 
-def fitted(cases: Sequence[dict[str, Any]], multiprocessors: int, parts: float) -> tuple[float, list[float]]:
-    """The mean square of the relative errors, and the constants, the given factor ``parts`` the last of them."""
-    matrix = np.array([features(Work(**c["work"]), multiprocessors, parts) for c in cases])
+def fitted(
+    cases: Sequence[dict[str, Any]], multiprocessors: int, parts: float, beside: int
+) -> tuple[float, list[float | int]]:
+    """The mean square of the relative errors, and the constants, ``parts`` and ``beside`` the last of them."""
+    matrix = np.array([features(Work(**c["work"]), multiprocessors, parts, beside) for c in cases])
     scaled = matrix / np.array([c["ms"] * 1e6 for c in cases])[:, None]
     constants = least_squares(scaled, np.ones(len(cases)))
-    return float(np.square(scaled @ constants - 1).mean()), [*constants, parts]
+    return float(np.square(scaled @ constants - 1).mean()), [*constants, parts, beside]
 
 
 def launches(result: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -55,9 +55,9 @@ def _named(name: str) -> Linear:
 
 
 TRIALS = (
-    Trial(_named("gated-delta-8k"), (64, 512, 1024)),
+    Trial(_named("gated-delta-8k"), (1024,)),
     Trial(_named("gla-8k"), (64,)),
-    Trial(_named("simple-gla-8k"), (256, 512, 1024)),
+    Trial(_named("simple-gla-8k"), (512, 1024)),
     Trial(_named("gated-delta-step"), (1,)),
     Trial(_named("retention-8k"), (64, 128, 256, 512, 1024)),
     Trial(_named("relu-d32-16k"), (1024, 2048)),
@@ -103,9 +103,9 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
             t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
         ]  # fmt: skip
     if op == SOLVE:
-        return [t(4, 1), t(2, 1), t(8, 1)]
+        return [t(1, 1, BK=64), t(1, 1, 168, BK=32), t(2, 1, BK=64)]
     if op == DELTA:
-        return [t(4, s, BV=v) for v in (16, 32) for s in (1, 2, 3)] + [t(8, 2, BV=64), t(8, 2, BV=32)]
+        return [t(4, 3, BV=32), t(4, 4, BV=32), t(4, 3, BV=16)]
     if op == STEP:
         return [t(w, 1, BV=v) for v in (8, 16, 32) for w in (2, 4, 8)]
     chunk = int(call.attributes["chunk"])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 
 import numpy as np
 
-from attncompile.plugins.block_sparse.op import balanced, longest_first
+from attncompile.plugins.block_sparse.op import order_of
 
 
 @lru_cache(maxsize=4)
@@ -31,5 +30,5 @@ def arrays(blocks: np.ndarray, block: int) -> dict[str, np.ndarray]:
     words = bits.sum(-1).astype(np.uint32)
     return {
         "rows": rows, "columns": column[order].astype(np.int32), "kinds": np.zeros(len(column), np.int32),
-        "masks": np.ascontiguousarray(words.view(np.int32)[None]), "order": (balanced if os.environ.get("BALANCED") else longest_first)(rows),
+        "masks": np.ascontiguousarray(words.view(np.int32)[None]), "order": order_of(rows, block),
     }  # fmt: skip

@@ -191,23 +191,31 @@ def solve(
     s0 = place < end
     b0 = tl.where(s0, b0, 0.0)
     x0, before = passed(log_decay, rate, b, r0, place, g, groups, NK, 0.0, DECAY)
-    q00, t00 = inverse(p00, x0, b0, s0, place, DECAY)
-    write_square(out, q00, b0, s0, place, 0, 0, BT)
+    q00, t00, q11, t11, q22, t22, q33, t33 = none, none, none, none, none, none, none, none
     if BT >= 32:
         s1 = place + 16 < end
         b1 = tl.where(s1, b1, 0.0)
         x1, before = passed(log_decay, rate, b, r1, place, g, groups, NK, before, DECAY)
-        q11, t11 = inverse(p11, x1, b1, s1, place, DECAY)
+    if BT >= 64:
+        s2, s3 = place + 32 < end, place + 48 < end
+        b2, b3 = tl.where(s2, b2, 0.0), tl.where(s3, b3, 0.0)
+        x2, before = passed(log_decay, rate, b, r2, place, g, groups, NK, before, DECAY)
+        x3, before = passed(log_decay, rate, b, r3, place, g, groups, NK, before, DECAY)
+    if NK > 0:  # always: Triton looks through all that stands in one block for each of its products, here and below
+        q00, t00 = inverse(p00, x0, b0, s0, place, DECAY)
+        if BT >= 32:
+            q11, t11 = inverse(p11, x1, b1, s1, place, DECAY)
+    write_square(out, q00, b0, s0, place, 0, 0, BT)
+    if BT >= 32:
         m10 = product(t00, below(p10, x1, x0, b1, s1, DECAY), none)
         write_nothing(out, place, 0, 1, BT)
         write_square(out, product(q11, m10, none), b0, s1, place, 1, 0, BT)
         write_square(out, q11, b1, s1, place, 1, 1, BT)
     if BT >= 64:
         t10 = product(m10, q11, none)
-        s2, s3 = place + 32 < end, place + 48 < end
-        b2, b3 = tl.where(s2, b2, 0.0), tl.where(s3, b3, 0.0)
-        x2, before = passed(log_decay, rate, b, r2, place, g, groups, NK, before, DECAY)
-        q22, t22 = inverse(p22, x2, b2, s2, place, DECAY)
+        if NK > 0:
+            q22, t22 = inverse(p22, x2, b2, s2, place, DECAY)
+            q33, t33 = inverse(p33, x3, b3, s3, place, DECAY)
         a20, a21 = below(p20, x2, x0, b2, s2, DECAY), below(p21, x2, x1, b2, s2, DECAY)
         m20 = product(t00, a20, product(t10, a21, none))
         m21 = product(t11, a21, none)
@@ -217,8 +225,6 @@ def solve(
         write_square(out, product(q22, m20, none), b0, s2, place, 2, 0, BT)
         write_square(out, product(q22, m21, none), b1, s2, place, 2, 1, BT)
         write_square(out, q22, b2, s2, place, 2, 2, BT)
-        x3, before = passed(log_decay, rate, b, r3, place, g, groups, NK, before, DECAY)
-        q33, t33 = inverse(p33, x3, b3, s3, place, DECAY)
         a30, a31 = below(p30, x3, x0, b3, s3, DECAY), below(p31, x3, x1, b3, s3, DECAY)
         a32 = below(p32, x3, x2, b3, s3, DECAY)
         m30 = product(t00, a30, product(t10, a31, product(t20, a32, none)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,21 +27,20 @@ def sees(i: int, j: int, total: int, parameters: Mapping[str, Any]) -> bool:
         if token < prefix or token >= total - suffix:
             return True
 
-    query = np.unravel_index(i - prefix, grid)
-    key = np.unravel_index(j - prefix, grid)
+    query, key = _place(i - prefix, grid), _place(j - prefix, grid)
     distance = 0.0
     for axis in range(rank):
         d, k, s, size = dilation[axis], kernel[axis], stride[axis], grid[axis]
         if parameters.get("border") == "circular":
             start = list(parameters.get("shift", [0] * rank))[axis]
-            if (int(query[axis]) - start) % size // k != (int(key[axis]) - start) % size // k:
+            if (query[axis] - start) % size // k != (key[axis] - start) % size // k:
                 return False
             continue
         if query[axis] % d != key[axis] % d:
             return False
         # Positions and length of the line of tokens that share this remainder.
-        q, t = int(query[axis]) // d, int(key[axis]) // d
-        length = len(range(int(query[axis]) % d, size, d))
+        q, t = query[axis] // d, key[axis] // d
+        length = len(range(query[axis] % d, size, d))
         if causal[axis]:
             leader = min(q // s * s + s - 1, length - 1)
             if not (leader - t < k and t <= q):
@@ -58,15 +57,24 @@ def sees(i: int, j: int, total: int, parameters: Mapping[str, Any]) -> bool:
     return parameters.get("shape", "box") == "box" or distance <= 1 + 1e-9
 
 
+def _place(token: int, grid: Sequence[int]) -> list[int]:
+    """Of a token, along each axis."""
+    found = []
+    for size in reversed(grid):
+        token, x = divmod(token, size)
+        found.append(x)
+    return found[::-1]
+
+
 def added_in_ring(i: int, j: int, h: int, parameters: Mapping[str, Any], window_bias: np.ndarray | None) -> float:
     """What border circular adds to the score that head h gives the tokens at i and j of one window."""
     kernel, grid = list(parameters["kernel_size"]), list(parameters["grid"])
     shift = list(parameters.get("shift", [0] * len(kernel)))
     total, crossed, places = 0.0, False, [0, 0]
-    for axis, (a, b) in enumerate(zip(np.unravel_index(i, grid), np.unravel_index(j, grid), strict=True)):
+    for axis, (a, b) in enumerate(zip(_place(i, grid), _place(j, grid), strict=True)):
         k, start = kernel[axis], shift[axis]
-        crossed |= (int(a) - start) // k != (int(b) - start) // k
-        for end, x in enumerate((int(a), int(b))):
+        crossed |= (a - start) // k != (b - start) // k
+        for end, x in enumerate((a, b)):
             places[end] = places[end] * k + (x - start) % k
     if crossed:
         total += float(parameters.get("seam", 0.0))

@@ -97,7 +97,9 @@ PLANTED = {
     "a column too late": ("128", "produce", ("(t + 1) // PARTS", "t // PARTS")),
     "partial blocks shown whole": ("128", "hide", ("hidden = tile < partial", "hidden = tile < 0")),
     "bits of the other consumer": ("128", "consume", ("offsets = (INDEX * ROWS + inside)", "offsets = (0 + inside)")),
-    "keys beyond the last": ("128, N past the last block", "hide", ("first + inside < NK", "first + inside < NK + 1")),
+    "keys beyond the last": (
+        "128, N past the last block", "shown_only", ("first + inside < NK", "first + inside < NK + 1")
+    ),
     "lists of the wrong row": ("packed lists", "span_of", ("lists[0] + n * 3", "lists[0] + n // 2 * 3")),
     "heads that share lists": (MANY, "place", ("n // count % sets_h + copy % alike", "copy % alike")),
     "one full block less": ("full blocks alone", "span_of", ("gl.load(at + 2)", "gl.load(at + 2) - 1")),

@@ -17,7 +17,16 @@ from attncompile.models import NAMES, Options, export, recipe
 from attncompile.models.export import ExportFailed, build, quiet, resolve
 from tests.exports import described
 
-COMBINATIONS = [("torchscript", 17), ("torchscript", 18), ("dynamo", 18), ("dynamo", 23)]
+TWINS = ("dinov2", "minilm")
+"""Of layers that vit and bert have too: their newest opset and dynamo's dynamic axes are seen there."""
+COMBINATIONS = [
+    (name, exporter, opset)
+    for name in NAMES
+    for exporter, opset in (("torchscript", 17), ("torchscript", 18), ("dynamo", 18), ("dynamo", 23))
+    if (exporter, opset) != ("torchscript", 18) or name in ("vit", "llama")
+    if opset != 23 or name not in TWINS
+]
+"""TorchScript's exporter writes the same operators at opsets 17 and 18: one encoder and one decoder are enough."""
 BUDGET = 1e-5  # relative L2 in fp32
 
 
@@ -39,8 +48,7 @@ def outputs_of_file(path: Path, inputs: dict[str, torch.Tensor]) -> list[np.ndar
     return session.run(None, {name: value.numpy() for name, value in inputs.items()})
 
 
-@pytest.mark.parametrize(("exporter", "opset"), COMBINATIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "exporter", "opset"), COMBINATIONS)
 def test_file_equals_torch(name: str, exporter: str, opset: int) -> None:
     exported = described(name, exporter, opset)
     inputs = dict(exported.built.inputs)
@@ -70,6 +78,7 @@ DYNAMIC = [
     for exporter, opset in [("torchscript", 17), ("dynamo", 18), ("dynamo", 23)]
     if (name, exporter) not in {("flux", "torchscript"), ("pixart", "dynamo")}  # refused, see below
     and (opset != 23 or name in ("llama", "bert"))
+    and (exporter, name) not in {("dynamo", twin) for twin in TWINS}
 ]
 
 

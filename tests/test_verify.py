@@ -921,6 +921,17 @@ def test_of_answers_the_share_counts(tmp_path: Path) -> None:
     assert [o.metrics.top1_agreement for o in found.outputs if o.metrics] == [1.0, 0.75, 1.0]
     strict = compare_models(a, b, inputs, metric="top1_agreement", budget=0.95)
     assert not strict.passed and "91.667% of all answers stay" in strict.verdict.reason
+    # Of whole numbers nothing is averaged: they are equal or not.
+    chosen = helper.make_graph(
+        [helper.make_node("ArgMax", ["x"], ["y"], axis=1)],
+        "g",
+        [helper.make_tensor_value_info("x", F32, ["b", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.INT64, ["b", 1])],
+    )
+    path = save(
+        helper.make_model(chosen, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "i.onnx"
+    )
+    assert compare_models(path, path, inputs, metric="top1_agreement", budget=0.9).passed
     # Rows of one text are not independent: the worst input counts.
     a, b = (save(classifier(third, 3), tmp_path / f"{third}-3.onnx") for third in (0.0, 0.1))
     rows = [{"x": one["x"][None]} for one in inputs]

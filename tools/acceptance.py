@@ -148,11 +148,12 @@ def search(folder: Path, minutes: float = 10) -> list[Row]:
     if found is None:
         return [Row(claim, "searched", f"{report.outcome}: {'; '.join(report.warnings)}", False)]
     models, held = len(found.points), max(found.held, default=float("inf"))
+    left = 1.0 if found.density is None else found.density
     cores = default_threads()
     return [
         Row(f"{claim}: file to verified output", f"< {minutes:g} min on 2 cores",
             f"{seconds / 60:.1f} min on {cores}, {models} models measured", seconds < 60 * minutes),
-        Row(f"{claim}: held-out inputs", "<= 10%", f"{held:.1%}, {found.density or 1:.0%} of the blocks left",
+        Row(f"{claim}: held-out inputs", "<= 10%", f"{held:.1%}, {left:.0%} of the blocks left",
             held <= 0.1),
     ]  # fmt: skip
 

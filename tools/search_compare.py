@@ -53,7 +53,7 @@ from attncompile.shaped import binding_of
 from attncompile.targets import base as targets
 from attncompile.targets import onnx as onnx_target
 
-FIRST = ("blocks", "slash", "sinks 1 + window", "neighborhood", "pooled", "xattention")
+FIRST = ("blocks", "slash", "sinks 1 + window", "neighborhood", "pooled", "xattention", "anchor")
 """Single mechanisms that are tried before others: what time is short for should be the weaker ones."""
 
 EACH, EQUAL, EXACT = "each head its own", "each head its own, at equal error", "exact replacements only"
@@ -133,7 +133,8 @@ def uniform(
 
 class Comparison:
     """Judges choices of one search. ``noted`` is called with every row that is found: long runs leave something.
-    ``late``: whether no further single mechanism is to be begun; ``skipped`` are those that were not.
+    ``late``: whether no further single mechanism is to be begun; ``skipped`` are those that were not, ``refused``
+    those that no strength of keeps the budget with a gain.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Comparison:
         self._noted = noted
         self._late = late
         self.skipped: list[str] = []
+        self.refused: list[str] = []
         self.known, self.held = split(len(search.feeds))
         self._base = sum(s.base for s in spaces)
         self._exported = sum(search.exported(s.site) or s.base for s in spaces)
@@ -171,7 +173,10 @@ class Comparison:
             def judge(strength: float | str, kind: str = kind, name: str = name) -> Row:
                 return self._judged(uniform(self.search, self.spaces, kind, strength), name, str(strength))
 
-            alike += [self._noting(r) for r in first_fitting(strengths, judge, self.limits.budget, self._confirmed)]
+            fitting = first_fitting(strengths, judge, self.limits.budget, self._confirmed)
+            alike += [self._noting(r) for r in fitting]
+            if not fitting:
+                self.refused.append(name)
         if alike:
             found += [*alike, *self._equal(min(alike, key=lambda r: r.predicted))]
         return found
@@ -326,6 +331,9 @@ def main() -> None:
             priced(row, search, sites, exact, also, binding)
         if given.write:
             written(row, len(rows) - 1, given.write)
+        saved()
+
+    def saved() -> None:
         if given.json:
             known, held = split(len(found.feeds))
             given.json.write_text(json.dumps({
@@ -337,6 +345,7 @@ def main() -> None:
                 "times": f"predicted {said}", "calibration": len(known), "held_out": len(held),
                 "also": also.said if also is not None else None,
                 "warnings": list(search.warnings), "seconds": round(time.perf_counter() - start),
+                "not_tried": compared.skipped, "did_not_keep_it": compared.refused,
                 "rows": [r.to_json() for r in rows],
             }, indent=1) + "\n", encoding="utf-8")  # fmt: skip
 
@@ -369,8 +378,7 @@ def main() -> None:
                 path = written(row, i, folder / "timed")
                 before, after = (measure.open_session(p, lean=True) for p in (found.model.path, path))
                 row.measured = measure.paired_conclusive(before, after, found.feeds[-1], budget_seconds=20.0).gain
-            if rows and given.time:
-                noted(rows.pop())
+            saved()
         finally:
             search.close()
     print(table(rows))

@@ -67,13 +67,11 @@ def features(
 def busiest(rounds: float, peak: float, beside: int) -> float:
     """What the multiprocessor does that has the longest block of each of ``rounds`` (blocks over multiprocessors), in
     blocks of average length: their lengths are taken to fall evenly from ``peak`` to 2 - ``peak``, as they do under a
-    triangle. A ``peak`` above 2 is a few long ones among short ones.
+    triangle; from above 2 to 0, which all others are.
     """
     count = ceil(rounds * beside)
-    if peak > 2.0:
-        return max(count / beside, peak)
-    fall = 2.0 * (peak - 1.0) / (rounds * beside)
-    return max(sum(peak - fall * k for k in range(count)) / beside, peak)
+    fall = (2.0 * (peak - 1.0) if peak <= 2.0 else peak * peak / 2.0) / (rounds * beside)
+    return max(sum(max(peak - fall * k, 0.0) for k in range(count)) / beside, peak, rounds)
 
 
 @cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from attncompile.search import choose, executors, heads, orders, tasks, whole_si
 from attncompile.search.arrays import save
 from attncompile.search.candidates import candidates, selections
 from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
+from attncompile.search.confidence import share_bound
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
 from attncompile.search.slim import SlimModel
 from attncompile.search.state import State, key_of
@@ -174,6 +176,19 @@ def split(count: int) -> tuple[list[int], list[int]]:
     return (list(range(0, count, 2)), list(range(1, count, 2))) if count > 1 else ([0], [0])
 
 
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``numbers``, from end to end: neighbours may be alike."""
+    if count >= len(numbers):
+        return list(numbers)
+    return [numbers[round(i)] for i in np.linspace(0, len(numbers) - 1, max(count, 1))]
+
+
+def batch_of(feed: Feed) -> int:
+    """Sequences of an input: the first axis of all that are no scalars, if it is the same; else 1."""
+    first = {value.shape[0] for value in feed.values() if value.ndim}
+    return first.pop() if len(first) == 1 and all(value.ndim > 1 for value in feed.values() if value.ndim) else 1
+
+
 def open_sites(
     sites: Sequence[AttentionSite], policy: Policy, registry: Sequence[Mechanism], exact: Sequence[Edit],
     only: Sequence[str] = (),
@@ -211,8 +226,7 @@ class Search:
         self._gpu = gpu
         self._state_folder = state
         self._known, self._held = split(len(feeds))
-        batch = max((value.shape[0] for value in feeds[0].values() if value.ndim), default=1)
-        self._read = self._known[: max(-(-SEQUENCES // batch), 1)]
+        self._read = spread(self._known, -(-SEQUENCES // max(batch_of(feeds[0]), 1)))
         self._warnings: list[str] = []
         self._heads: dict[str, _HeadPlan] = {}
         self._whole: dict[str, list[Edit]] = {}
@@ -228,6 +242,8 @@ class Search:
     def run(self, sites: Sequence[AttentionSite]) -> Result:
         """Searches among ``sites``."""
         try:
+            if missing := self._too_few():
+                return Result(kept=self._refusals, warnings=(missing,))
             spaces = self.spaces(sites)
             if not spaces:
                 text = "no site has an approximation with a predicted gain worth it at the inputs' sizes"
@@ -571,6 +587,20 @@ class Search:
             tasks.POWER.get(settings.metric, 0.5), together=bool(judged) or settings.metric in tasks.TOGETHER,
             rows=judged,
         )  # fmt: skip
+
+    def _too_few(self) -> str:
+        """Why no choice can keep the budget, whatever it does to the answers of a classifier; "" where one can."""
+        settings = self._settings
+        if settings.density is not None or settings.metric != "top1_agreement" or not (rows := self._answers()):
+            return ""
+        budget, have = tasks.badness(settings.metric, settings.budget), len(self._known) * rows
+        if not 0.0 < budget < 1.0 or share_bound(0, have, settings.confidence) <= budget:
+            return ""
+        wanted = math.ceil(math.log(1.0 - settings.confidence) / math.log1p(-budget))
+        return (
+            f"top1_agreement {settings.budget:g} with confidence {settings.confidence:.0%} takes {wanted} answers to "
+            f"choose on of which none changes, and as many to hold out: there are {have}, give more with --inputs"
+        )
 
     def _answers(self) -> int:
         outputs = self._found.model.proto.graph.output

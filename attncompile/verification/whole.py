@@ -219,7 +219,7 @@ def _overall(
     worst = _worst(outputs, metric, together)
     if metric == "perplexity" and not worst <= budget:
         return Verdict.no("over_budget", f"perplexity rises by {worst:.3%}, the budget is {budget:.3%}")
-    if together and metric == "top1_agreement" and not worst >= budget:
+    if together and metric == "top1_agreement" and worst < budget:  # NaN: no output has it, and each was judged
         return Verdict.no("over_budget", f"{worst:.3%} of all answers stay, the budget is {budget:.3%}")
     return Verdict.yes(f"{len(outputs)} outputs compared, worst {metric} {worst:.3g}")
 

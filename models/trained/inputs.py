@@ -69,7 +69,10 @@ def samples(
         chosen = np.linspace(0, len(rows) - 1, count).round().astype(int)
         ground = torch.from_numpy(rows[chosen])
         if more.mixed:
-            few = [_texts(window[None], recipes.lm, generator) for window in ground]
+            try:
+                few = [_texts(window[None], recipes.lm, generator) for window in ground]
+            except ValueError as error:
+                raise BadArguments(f"--mixed: {error}", "ask for more --tokens") from None
             ground = torch.stack([texts[number % len(texts)] for number, texts in enumerate(few)])
         made = [{"input_ids": row[None]} for row in ground]
     elif name == "lm":
@@ -118,7 +121,7 @@ def _of_files(texts: Texts, length: int) -> NDArray[np.int64]:
             place = data.find(row.tobytes(), place + 1)
         if place >= 0:
             taken.add(int(np.searchsorted(ends, place // itemsize)))
-    fine = [start for n, (start, end) in enumerate(zip(starts, ends, strict=True))
+    fine = [start for n, (start, end) in enumerate(zip(starts, ends, strict=False))  # none ends: there is no file
             if end - start >= length and n not in taken]  # fmt: skip
     return np.array([tokens[start : start + length] for start in fine], np.int64).reshape(len(fine), length)
 
@@ -135,6 +138,17 @@ def _noised(count: int, recipe: DitRecipe, generator: torch.Generator, dtype: to
     ]
 
 
+def _more(arguments: argparse.Namespace) -> Texts | None:
+    """What ``--data`` and the options beside it say."""
+    if arguments.data is None:
+        if arguments.mixed or arguments.split is not None:
+            raise BadArguments("--mixed and --split are of texts of --data", "give --data FOLDER, or leave them out")
+        return None
+    if arguments.model != "lm":
+        raise BadArguments(f"--data holds texts, and {arguments.model} takes images", "leave it out")
+    return Texts(arguments.data, arguments.split or "test", arguments.mixed)
+
+
 def main() -> int:
     """The command line; returns the exit code (0 done, 2 could not run)."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -145,14 +159,14 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="of images: the model's")
     parser.add_argument("--tokens", type=int, help="of the decoder; its context where not given")
     parser.add_argument("--data", type=Path, help="folder of `corpus`: more windows for lm, each of a file of its own")
-    parser.add_argument("--split", choices=corpus.SPLITS, default="test", help="of --data")
+    parser.add_argument("--split", choices=corpus.SPLITS, help="of --data; test where not given")
     parser.add_argument("--mixed", action="store_true", help="records and repeated segments in two thirds of --data")
     parser.add_argument("--recipe", type=Path)
     arguments = parser.parse_args()
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
     try:
         check(arguments.out, arguments.count * (1 + (arguments.part == _BOTH)))
-        more = Texts(arguments.data, arguments.split, arguments.mixed) if arguments.data else None
+        more = _more(arguments)
         sets = samples(arguments.model, arguments.count, arguments.part, load(arguments.recipe), dtype,
                        arguments.tokens, more)  # fmt: skip
         save(sets, arguments.out)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attncompile.core.block_pattern import BlockGeometry
-from attncompile.plugins.block_sparse.op import Lists, order_of
+from attncompile.plugins.block_sparse.op import Lists, longest_first
 from attncompile.plugins.block_sparse.plan import LAUNCH, grouped
 
 _WORD = 32
@@ -83,7 +83,7 @@ def lists_of(seen: np.ndarray, geometry: BlockGeometry) -> Lists:
         columns, kind = np.zeros(1, np.int64), np.zeros(1, np.int32)
     return Lists(
         edge, np.ascontiguousarray(spans, np.int32), np.ascontiguousarray(columns, np.int32),
-        np.ascontiguousarray(kind, np.int32), masks, order_of(spans, edge),
+        np.ascontiguousarray(kind, np.int32), masks, longest_first(spans),
     )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def lists(counts: np.ndarray, block: int = 0) -> Lists:
     words = masks.view("<u4").astype(np.uint32).view(np.int32).reshape(len(masks), block, block // _WORD)
     more = (entries[:, 3] > 1).any()
     return Lists(
-        block, _int32(spans), _some(entries[order, 2]), _some(kinds[order]), _some(words), order_of(spans, block),
+        block, _int32(spans), _some(entries[order, 2]), _some(kinds[order]), _some(words), longest_first(spans),
         _int32(entries[order, 3]) if more else None,
     )  # fmt: skip
 
@@ -148,31 +148,6 @@ def longest_first(rows: np.ndarray) -> np.ndarray:
     sets = np.argsort(-length.sum(axis=1), kind="stable")
     within = np.argsort(-length, axis=1, kind="stable")
     return _int32((sets[:, None] * count + within[sets]).reshape(-1))
-
-
-AT_ONCE = 132
-"""Rows of blocks that the Gluon kernel does at once, one a multiprocessor, on a GPU with as many: H100 SXM, H200."""
-
-
-def order_of(rows: np.ndarray, block: int) -> np.ndarray:
-    """``order`` for ``rows`` [b, h, R, 3] of blocks of ``block``: ``longest_first``, and where there are several sets
-    of 128, of the rows that ``AT_ONCE`` thread blocks take next each gets the longer the less it has done so far. So
-    all are at about the same set at any time, whose keys are in the L2 cache, and end together: 3 to 6% faster on an
-    H200. (Lists of 64 are another kernel's, whose thread blocks take what is next.)
-    """
-    order = longest_first(rows)
-    if block != 128 or rows.shape[0] * rows.shape[1] == 1:
-        return order
-    begin = 2  # beginning and ending a row takes as long as so many blocks
-    work = (rows[..., 2] - rows[..., 0]).astype(np.int64).reshape(-1)[order] + begin
-    done, found = np.zeros(AT_ONCE, np.int64), np.empty_like(order)
-    for first in range(0, len(order), AT_ONCE):
-        mine = work[first : first + AT_ONCE]
-        longest = np.argsort(-mine, kind="stable")
-        free = np.argsort(done[: len(mine)], kind="stable")
-        found[first + free] = order[first + longest]
-        done[free] += mine[longest]
-    return found
 
 
 def _some(x: np.ndarray) -> np.ndarray:

@@ -19,7 +19,6 @@ from attncompile.core.kernel import OpCall
 from attncompile.kernels import build, calls, cost, symbols
 from attncompile.kernels.bundle import Bundle
 from attncompile.plugins import kernels
-from attncompile.plugins.block_sparse import op
 from attncompile.plugins.block_sparse.kernel import of_blocks
 from tests.passes.attention_graphs import save
 
@@ -157,25 +156,3 @@ def test_lists_that_come_from_the_gpu() -> None:
     sizes = {"query": (2, 300, 8, 64), "key": (2, 300, 2, 64), "value": (2, 300, 2, 64), "rows": (2, 8, 3, 3)}
     known = symbols.values(found.symbols, {**sizes, "columns": (9,), "kinds": (9,), "masks": (1, 128, 4)})
     assert (known["rows_stride_B"], known["rows_stride_H"], known["NQ"]) == (72, 9, 300)
-
-
-def test_rows_are_dealt_so_that_thread_blocks_are_at_the_same_heads() -> None:
-    rng = np.random.default_rng(1)
-    count, heads = 150, 12
-    length = rng.integers(0, 3 + np.arange(count) // 4, (heads, count))
-    end = np.cumsum(length.reshape(-1)).reshape(heads, count)
-    rows = np.stack([end - length, end, end], axis=-1)[None]
-    order, plain = op.order_of(rows, 128), op.longest_first(rows)
-    assert sorted(order.tolist()) == list(range(heads * count)) and order.dtype == np.int32
-    # Each round of AT_ONCE rows is one of longest_first's, so that a head stays together.
-    for first in range(0, len(order), op.AT_ONCE):
-        assert set(order[first : first + op.AT_ONCE]) == set(plain[first : first + op.AT_ONCE])
-
-    def furthest(order: np.ndarray) -> int:
-        """What thread blocks that take every ``AT_ONCE``-th row are apart, at most, whenever all have done as many."""
-        work = length.reshape(-1)[order][: len(order) // op.AT_ONCE * op.AT_ONCE].reshape(-1, op.AT_ONCE).cumsum(0)
-        return int((work.max(1) - work.min(1)).max())
-
-    assert furthest(order) <= length.max() + 2 < furthest(plain) / 2
-    assert (op.order_of(rows, 64) == plain).all()
-    assert (op.order_of(rows[:, :1], 128) == op.longest_first(rows[:, :1])).all()

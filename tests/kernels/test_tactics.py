@@ -157,8 +157,9 @@ def test_tactics_of_lists(architecture: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", COMPILED)
 def test_every_call_has_a_small_tactic(architecture: int) -> None:
     """The tactic that is tried last is within what every launch may have without asking: with every optional input at
-    head dim 256; on sm_80 and sm_90 also of video neighborhoods and of lists at 256 and of a call with every optional
-    input at 64; on sm_80 with all of them at 128, and of windows at other head dims. Elsewhere it is the same program.
+    head dim 256; on sm_80, sm_90 and sm_120 of video neighborhoods and of lists at 256; on the first two of a call with
+    every optional input at 64; on sm_80 with all of them at 128, and of windows at other head dims; on sm_90, whose
+    programs need more, of windows at 64, 128 and 256. The program is the same everywhere.
     """
     calls = [full(256)]
     if architecture in CLOSELY:
@@ -166,6 +167,10 @@ def test_every_call_has_a_small_tactic(architecture: int) -> None:
     if architecture == 80:
         calls += [attention(dim, 0, 0) for dim in (32, 72, 160)]
         calls += [attention(256, dtype="bfloat16"), full(128)]
+    if architecture == 90:
+        calls += [attention(dim, 0, 0) for dim in (64, 128, 256)]
+    if architecture == 120:
+        calls += [neighborhood(256, "video"), listed(256, 128)]
     jobs = [(c, architecture, programs(c, architecture)[-1]) for c in calls]
     for made in compiled(jobs):
         assert made.entry.shared <= SMALL_SHARED, (made.entry.tactic, made.entry.head_dim, made.entry.shared)

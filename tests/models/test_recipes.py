@@ -19,14 +19,16 @@ from tests.exports import described
 
 TWINS = ("dinov2", "minilm")
 """Of layers that vit and bert have too: their newest opset and dynamo's dynamic axes are seen there."""
+OF_BOTH = ("vit", "llama", "flux", "minilm")
+"""Exported by TorchScript at opset 17 and 18: an encoder and a decoder, where both give the same operators, and two of
+the four where axes become inputs of ReduceMean or ReduceL2 at 18."""
 COMBINATIONS = [
     (name, exporter, opset)
     for name in NAMES
     for exporter, opset in (("torchscript", 17), ("torchscript", 18), ("dynamo", 18), ("dynamo", 23))
-    if (exporter, opset) != ("torchscript", 18) or name in ("vit", "llama")
+    if (exporter, opset) != ("torchscript", 18) or name in OF_BOTH
     if opset != 23 or name not in TWINS
 ]
-"""TorchScript's exporter writes the same operators at opsets 17 and 18: one encoder and one decoder are enough."""
 BUDGET = 1e-5  # relative L2 in fp32
 
 

@@ -106,6 +106,32 @@ def test_inputs_fit_the_model_and_parts_share_nothing(
     assert len(set(seen)) == 2 * count
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["lm", "--mixed"], "are of texts of --data"),
+        (["lm", "--split", "validation"], "are of texts of --data"),
+        (["vit", "--data", "nowhere"], "vit takes images"),
+    ],
+)
+def test_inputs_refuse_options_that_say_nothing(
+    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["inputs", *given, "--out", str(tmp_path / "x.json")])
+    assert inputs.main() == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+
+
+def test_inputs_refuse_texts_without_room_or_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _split(tmp_path, [np.arange(4, 40) for _ in range(4)])
+    given = ["inputs", "lm", "--tokens", "32", "--data", str(tmp_path), "--mixed", "--out", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", given)
+    assert inputs.main() == 2
+    assert "--mixed: 32 tokens have no room" in capsys.readouterr().err
+
+
 def test_inputs_refuse_more_text_than_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

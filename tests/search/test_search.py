@@ -429,10 +429,28 @@ def test_of_many_sequences_some_are_read_and_all_are_run(
     monkeypatch.setattr(run, "SEQUENCES", 2)
     monkeypatch.setattr(tasks.Scores, "__call__", lambda self, n: (read.append(self.number), scores(self, n))[1])
     found = compiled(full, tmp_path, max_error=0.03)
-    assert set(read) == {0, 2} and found.search is not None and found.search.calibration == 3
+    assert set(read) == {0, 4} and found.search is not None and found.search.calibration == 3
     assert found.outcome == "replaced" and len(found.search.held) == 3
     heads = found.search.sites["site0"]
     assert all(h.density == pytest.approx(h.seen.mean()) for h in heads), "means over what was read"
+
+
+def test_what_is_read_is_spread_and_counted_in_sequences() -> None:
+    assert run.spread([0, 2, 4, 6, 8], 3) == [0, 4, 8] and run.spread([0, 2], 5) == [0, 2]
+    assert run.spread([0, 2, 4], 1) == [0]
+    one = np.zeros((3, 7))
+    assert run.batch_of({"x": one, "y": one, "step": np.array(1.0)}) == 3
+    assert run.batch_of({"input_ids": np.zeros((1, 4096)), "cache_position": np.zeros(4096)}) == 1
+    assert run.batch_of({"hidden_states": np.zeros((1024, 11)), "lengths": np.zeros(1024)}) == 1
+    assert run.batch_of({"x": np.array(1.0)}) == 1
+
+
+@pytest.mark.parametrize(("known", "answers", "wanted"), [(100, 1, 459), (229, 2, 459), (230, 2, 0), (100, 0, 0)])
+def test_a_classifier_with_too_few_answers_is_not_searched(known: int, answers: int, wanted: int) -> None:
+    settings = run.Settings("top1_agreement", 0.99, None, 0.99, 1)
+    search = types.SimpleNamespace(_settings=settings, _known=range(known), _answers=lambda: answers)
+    said = run.Search._too_few(search)  # type: ignore[arg-type]
+    assert (f"takes {wanted} answers" in said and f"there are {known * answers}," in said) if wanted else said == ""
 
 
 def test_a_head_that_does_not_matter_is_skipped(tmp_path: Path) -> None:

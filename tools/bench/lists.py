@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from attncompile.plugins.block_sparse.op import order_of
+from attncompile.plugins.block_sparse.op import longest_first
 
 
 @lru_cache(maxsize=4)
@@ -30,5 +30,5 @@ def arrays(blocks: np.ndarray, block: int) -> dict[str, np.ndarray]:
     words = bits.sum(-1).astype(np.uint32)
     return {
         "rows": rows, "columns": column[order].astype(np.int32), "kinds": np.zeros(len(column), np.int32),
-        "masks": np.ascontiguousarray(words.view(np.int32)[None]), "order": order_of(rows, block),
+        "masks": np.ascontiguousarray(words.view(np.int32)[None]), "order": longest_first(rows),
     }  # fmt: skip

@@ -149,7 +149,7 @@ QUICK = (
            {"scale": 0.25, "stride": 1, "block": 64, "span": 64, "reduce": "max", "causal": 1, "k_layout": "BHND"},
            {**LONG, "R": (1, 2, 6)}),
     Sample("lists around an anchor", "BlockSelect", {"scores": (FLOAT, ("B", 4, "C", "C")), "amount": (FLOAT, (4,))},
-           ("scores", "amount"), SELECT, {"tiles": 1, "rule": "anchor", "causal": 1, "sinks": 0, "window": -1},
+           ("scores", "amount"), SELECT, {"tiles": 1, "rule": "anchor", "causal": 1, "window": -1},
            {"B": (1, 2, 3), "C": (1, 8, 21)}),
     dense("dense"),
     dense("causal, bfloat16, heads first", kind=BRAIN, layouts="hhhh", attributes={"right": 0}),

@@ -161,7 +161,7 @@ def test_a_gpu_of_unknown_cost_keeps_what_is_fixed(tmp_path: Path, monkeypatch: 
     target = OnGpu()
     monkeypatch.setattr(base, "get", lambda name: target)
     monkeypatch.setattr(outputs, "target", lambda name, precision: target)
-    fixed_only = {k: v for k, v in cost.table().items() if not k.endswith(("-scores", "-select"))}
+    fixed_only = {k: v for k, v in cost.table().items() if not k.endswith(("-scores", "-select", "-highest", "-near"))}
     monkeypatch.setattr(cost, "table", lambda: fixed_only)
     made = constructed.write(tmp_path, moving(False), feeds((TOKENS,) * 4))
     found = compiled(made, tmp_path, max_error=0.3, target="on-gpu", precision="fp16")

@@ -15,7 +15,7 @@ ALLOWED = {
     "attncompile/runtime": {"core", "runtime"},
     "attncompile/targets": {"core", "targets", "runtime", "__version__"},  # what they write is what the runtime reads
     "attncompile/kernels": {"core", "kernels", "__version__"},  # mechanisms' kernels come in as values
-    "models": {"core", "metrics", "models", "passes"},  # truth against detection; scores
+    "models": {"core", "measure", "metrics", "models", "passes"},  # truth against detection; scores on a provider
 }
 HEAVY = {"torch", "triton", "tensorrt", "tensorrt_rtx", "transformers", "diffusers"}
 

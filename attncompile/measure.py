@@ -107,16 +107,17 @@ def default_threads() -> int:
 
 def open_session(
     model: str | os.PathLike[str] | bytes, threads: int | None = None, optimisation: Optimisation = "all",
-    provider: Provider = "cpu", *, lean: bool = False,
+    provider: Provider = "cpu", *, lean: bool = False, library: str | os.PathLike[str] | None = None,
 ) -> ort.InferenceSession:  # fmt: skip
     """An ONNX Runtime session with ``threads`` intra-op threads (default: ``default_threads()``) and one inter-op.
     ``provider``: where it runs; ``cuda`` leaves to the CPU what the GPU cannot do. ``lean``: memory goes back after
     every run, and a second one takes no more than the first; by default both are kept, up to twice a run's need. On
     ``cuda`` a lean session keeps what a run needed and no more, so that several fit on one GPU, and its float32
     products are float32's (ONNX Runtime's are TF32's else): what is judged there is the model, as on a CPU.
+    ``library``: custom operators.
 
-    Raises BadModel if ONNX Runtime cannot load the model, BadArguments for a bad ``threads`` or ``optimisation``,
-    MissingDependency where this ONNX Runtime has no such provider.
+    Raises BadModel if ONNX Runtime cannot load the model or the library, BadArguments for a bad ``threads`` or
+    ``optimisation``, MissingDependency where this ONNX Runtime has no such provider.
     """
     levels = {
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -143,6 +144,8 @@ def open_session(
     names = providers(provider)
     given = [(name, LEAN_CUDA if lean and name == CUDA else {}) for name in names]
     try:
+        if library is not None:
+            options.register_custom_ops_library(os.fspath(library))
         session = ort.InferenceSession(source, options, providers=given)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         name = "the model" if isinstance(source, bytes) else source

@@ -53,7 +53,8 @@ def sections(found: SearchReport) -> Iterable[str]:
     budget = "none: a density was asked for" if found.budget is None else f"{found.metric} {found.budget:g}"
     held = f"{len(found.held)}, the worst error {max(found.held):.3g}" if found.held else "none"
     if found.held and found.metric in ("perplexity", "top1_agreement"):
-        held += f", of all together {np.mean(found.held):.3g}"
+        said = "of all together" if found.metric == "perplexity" else "their mean"
+        held += f", {said} {np.mean(found.held):.3g}"
     yield facts("Search for approximations", [
         ("Budget", budget), ("Calibration inputs", str(found.calibration)),
         ("Held-out inputs", held + (f"; choices that they refused: {found.refused}" if found.refused else "")),

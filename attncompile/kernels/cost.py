@@ -55,9 +55,7 @@ class CostModel:
         return max(computed, self.launch + work.bytes / self.bandwidth) * 1e-6
 
 
-def features(
-    work: Work, multiprocessors: int, parts: float, beside: int = 1
-) -> tuple[float, float, float, float, float]:
+def features(work: Work, multiprocessors: int, parts: float, beside: int) -> tuple[float, float, float, float, float]:
     """Launches, blocks, 10^9 flops, 10^6 scores and 10^6 masked scores that one multiprocessor has to do."""
     load = busiest(work.blocks / multiprocessors, work.peak, beside)
     share = load / work.blocks * (parts if work.parted else 1.0)
@@ -71,7 +69,7 @@ def busiest(rounds: float, peak: float, beside: int) -> float:
     """
     count = ceil(rounds * beside)
     fall = (2.0 * (peak - 1.0) if peak <= 2.0 else peak * peak / 2.0) / (rounds * beside)
-    return max(sum(max(peak - fall * k, 0.0) for k in range(count)) / beside, peak, rounds)
+    return max(sum(max(peak - fall * k, 0.0) for k in range(count)) / beside, peak)
 
 
 @cache

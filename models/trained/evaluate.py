@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from attncompile import measure
-from attncompile.core.errors import MissingDependency
 from attncompile.models.trained import corpus, scores
 from attncompile.models.trained.export import built, committed
 from attncompile.models.trained.recipe import Recipes, load
@@ -43,18 +42,8 @@ class Session(Runner):
     """An ONNX file in ONNX Runtime."""
 
     def __init__(self, path: Path, provider: measure.Provider, library: Path | None = None) -> None:
-        import onnxruntime
-
-        names = measure.providers(provider)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns of float16 constants that it cannot fold on a CPU
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # two sessions of 8,192 tokens keep 10 GB
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        given = [(name, measure.LEAN_CUDA if name == measure.CUDA else {}) for name in names]
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=given)
-        if names[0] not in self._session.get_providers():
-            raise MissingDependency(f"ONNX Runtime did not start {names[0]}", "see which of its libraries are missing")
+        # Lean: two sessions of 8,192 tokens keep 10 GB else.
+        self._session = measure.open_session(path, provider=provider, lean=True, library=library)
         self._inputs = self._session.get_inputs()
 
     def __call__(self, *values: Tensor) -> Tensor:

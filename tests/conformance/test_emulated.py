@@ -100,6 +100,10 @@ PLANTED = {
     "keys beyond the last": (
         "128, N past the last block", "shown_only", ("first + inside < NK", "first + inside < NK + 1")
     ),
+    "masks of the row before": (MANY, "consume", ("gl.load(kinds + next_start", "gl.load(kinds + start")),
+    "columns of the row before": (
+        "128, N past the last block", "consume", ("gl.load(columns + next_start", "gl.load(columns + start")
+    ),
     "lists of the wrong row": ("packed lists", "span_of", ("lists[0] + n * 3", "lists[0] + n // 2 * 3")),
     "heads that share lists": (MANY, "place", ("n // count % sets_h + copy % alike", "copy % alike")),
     "one full block less": ("full blocks alone", "span_of", ("gl.load(at + 2)", "gl.load(at + 2) - 1")),

@@ -46,6 +46,8 @@ def test_sites_whose_heads_choose_are_left_and_one_kernel_takes_all_lengths(plan
     path.write_text(json.dumps({"site0": TEXTS, "site3": ["pooled 0.25", *["dense"] * 5]}))
     cases, left = plans.cases(path, (8192, 16384))
     assert left == ["site3"] and [c.name for c in cases] == ["site0-8192", "site0-16384"]
+    committed = Path(__file__).parents[1] / "docs" / "bench" / "search-lm-8192.json"
+    assert [c.name for c in plans.cases(committed, (8192,))[0]] == [f"site{n}-8192" for n in range(6)]
     keys = {key_of(general(kernels(), importlib.import_module("kernels").routed(c))) for c in cases}
     assert len(keys) == 1 and all(c.causal and c.grid is None for c in cases)
     # The op's inputs say what the map says, blocks on the diagonal first.

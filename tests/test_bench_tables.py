@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -42,3 +43,19 @@ def test_times_of_linear_attention() -> None:
         ("relu-d128-64k", "relu, 16 heads of 128, 64k"),
     ):  # fmt: skip
         assert f"| {words} | {times[case]} |" in text, case
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "bench").glob("search-*.json")), ids=lambda p: p.stem)
+def test_rows_of_searches(path: Path) -> None:
+    """Each choice of a committed comparison stands in docs/sparse.md with its gain, blocks, bound and errors."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "sparse.md").read_text(encoding="utf-8")
+    rows = [{cell.strip() for cell in line.strip("|").split("|")} for line in text.splitlines() if line.startswith("|")]
+    share = found["metric"] in ("perplexity", "top1_agreement")
+    for row in found["rows"][1:]:
+        cells = {f"{row['gain_over_file']:.2f}x", f"{row['density']:.1%}"}
+        if found.get("density") is None:
+            cells.add(f"{row['bound']:.2%}" if share else f"{row['bound']:.4f}")
+        if found["metric"] == "psnr":
+            cells |= {f"{row['held_mean']:.4f}", f"{max(row['held']):.4f}"}
+        assert any(cells <= shown for shown in rows), (row["name"], cells)

@@ -59,7 +59,8 @@ def blocks_of(texts: Sequence[str], tokens: int) -> np.ndarray:
 def cases(patterns: Path, lengths: Sequence[int] = LENGTHS) -> tuple[list[Planned], list[str]]:
     """What is timed, and sites that are not: their heads choose blocks for each input."""
     found, left = [], []
-    for site, texts in json.loads(patterns.read_text(encoding="utf-8")).items():
+    given = json.loads(patterns.read_text(encoding="utf-8"))
+    for site, texts in given.get("patterns", given).items():
         if any(is_selection(text) for text in texts):
             left.append(site)
             continue

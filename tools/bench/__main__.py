@@ -78,7 +78,7 @@ def main() -> None:
     lists.add_argument("--arch", type=int, action="append", default=[])
     planned = verbs.add_parser("plans", help="measure a search's lists on this GPU; JSON to --out, the table to stdout")
     planned.add_argument("bundle", type=Path)
-    planned.add_argument("patterns", type=Path, help="patterns.json of tools/search_compare.py --write, or what has them under patterns")
+    planned.add_argument("patterns", type=Path, help="patterns.json of search_compare, or what has them under patterns")
     planned.add_argument("--out", type=Path, default=Path("plans.json"))
     planned.add_argument("--rounds", type=int, default=11)
     moved = verbs.add_parser("orders", help="measure gathers into other orders of tokens, in ONNX Runtime; JSON lines")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
+from attncompile import standard_cost
 from attncompile.core.block_selection import RULES, SINKS, WINDOW, Cut, Family
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Kernel, OpCall
@@ -68,7 +69,15 @@ class GpuCost:
             Unsupported: a node has no kernel, or no cost was measured for such kernels.
         """
         ours = self.milliseconds(site, lowering, binding)
+        if site.kind == "linear":
+            return self._as_it_stands(site, lowering, binding) / ours
         return self.before(site, shape_of(site, binding)) / ours
+
+    def _as_it_stands(self, site: AttentionSite, lowering: Lowering, binding: Mapping[str, int]) -> float:
+        """Milliseconds of the nodes of a site that is no attention with a softmax, at least."""
+        original = extract_site(self.world_at(binding), site, lowering).original
+        bandwidth = cost.constants(f"gluon-{self.architecture}").bandwidth
+        return standard_cost.milliseconds(original, bandwidth, PRODUCTS, not self.fuses_dense)
 
     def milliseconds(self, site: AttentionSite, lowering: Lowering, binding: Mapping[str, int]) -> float:
         """Predicted time of the launches of ``lowering``. Raises ``Unsupported`` as ``gain``, and for arithmetic

@@ -39,7 +39,9 @@ def test_times_of_linear_attention() -> None:
     times = {row[0]: row[1] for row in printed("linear")}
     for case, words in (
         ("retention-8k", "retention, 8k"), ("retention-32k", "retention, 32k"), ("simple-gla-8k", "simple GLA, 8k"),
-        ("simple-gla-32k", "simple GLA, 32k"), ("gated-delta-8k", "gated delta rule, 8k"),
+        ("simple-gla-32k", "simple GLA, 32k"), ("gla-8k", "GLA, 8k"), ("gla-32k", "GLA, 32k"),
+        ("gated-delta-8k", "gated delta rule, 8k"), ("gated-delta-32k", "gated delta rule, 32k"),
+        ("simple-gla-step", "simple GLA, a step of 64 sequences"), ("gated-delta-step", "gated delta rule, the same"),
         ("relu-d128-64k", "relu, 16 heads of 128, 64k"),
     ):  # fmt: skip
         assert f"| {words} | {times[case]} |" in text, case

@@ -37,8 +37,9 @@ def tool() -> Any:
 
 
 def given(**more: Any) -> Namespace:
-    return Namespace(**{"count": 0, "seed": 0, "only": None, "case": None, "interpret": True, "jobs": 1, "json": None,
-                        "timeout": 60.0, "arch": 80, "launch_only": False, **more})  # fmt: skip
+    return Namespace(**{"count": 0, "seed": 0, "only": None, "case": None, "family": None, "interpret": True,
+                        "jobs": 1, "json": None, "timeout": 60.0, "arch": 80, "launch_only": False,
+                        **more})  # fmt: skip
 
 
 def started(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -116,6 +117,14 @@ def test_the_cases_have_every_op_with_kernels_and_both_turns(tool: Any) -> None:
     assert set(ops) == set(kernels()) and min(ops.values()) >= 10, ops
     assert set(ops) - several <= {"LinearAttentionCombine", "LinearAttentionSolve"}
     assert all(turns[op, 1] >= 3 for op in several), turns
+
+
+def test_cases_of_one_family_keep_their_numbers(tool: Any) -> None:
+    every = dict(tool.selected(given(count=1)))
+    found = [(op, tool.selected(given(count=1, family=op))) for op in {tool.family(case) for case in every.values()}]
+    assert len(found) == 5 and sum(len(cases) for _, cases in found) == len(every)
+    for op, cases in found:
+        assert cases and all(tool.family(case) == op and every[number].name == case.name for number, case in cases)
 
 
 def test_what_is_general_stays_so(tool: Any) -> None:

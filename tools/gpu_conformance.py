@@ -59,11 +59,17 @@ def cases(count: int, seed: int) -> Iterator[Any_]:
     yield from selection.random_selections(seed, count)
 
 
+def family(case: Any_) -> str:
+    """The op that a case is of; one name for all ops of linear attention, and for those that choose blocks."""
+    return case.call.op if isinstance(case, Case) else FAMILY if isinstance(case, Linear) else CHOICE
+
+
 def selected(given: argparse.Namespace) -> list[tuple[int, Any_]]:
     """Cases with their numbers, which do not depend on what is selected."""
     found = []
     for number, case in enumerate(cases(given.count, given.seed)):
-        if (not given.only or number % given.only == 0) and (not given.case or case.name in given.case):
+        turn = not given.only or number % given.only == 0
+        if turn and (not given.case or case.name in given.case) and given.family in (None, family(case)):
             found.append((number, case))
     return found
 
@@ -219,7 +225,7 @@ class Outcome:
 
 def compare(case: Any_, number: int, on: Gpu | Interpreter) -> Outcome:
     start = time.monotonic()
-    op = case.call.op if isinstance(case, Case) else FAMILY if isinstance(case, Linear) else CHOICE
+    op = family(case)
     tactics: tuple[str, ...] = ()
     verdict, problem = "right", ""
     try:
@@ -448,6 +454,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--only", type=int, help="every n-th case")
+    parser.add_argument("--family", choices=[*CASES, FAMILY, CHOICE], help="the cases of this one alone")
     parser.add_argument("--case", action="append", help="the case of this name; may be given several times")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes of run")
     parser.add_argument("--timeout", type=float, default=90.0, help="seconds that a case may take")

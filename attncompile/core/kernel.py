@@ -124,7 +124,8 @@ class Work:
     """What one launch has to do, for the cost model. ``flops`` of the products over touched tiles (2 a multiply-add),
     ``scores`` touched score elements, ``masked`` of them under mask code, ``bytes`` that must reach device memory,
     ``blocks`` thread blocks, the longest of which does ``peak`` times what they do on average; ``parted``: head or
-    value dim in two parts, as 72 is.
+    value dim in two parts, as 72 is; ``steps``: tiles that a block goes through, each waiting for the one before (of
+    linear attention).
     """
 
     flops: float
@@ -134,6 +135,7 @@ class Work:
     blocks: int
     peak: float = 1.0
     parted: bool = False
+    steps: int = 1
 
 
 class Kernel(Protocol):

@@ -23,6 +23,14 @@ from math import ceil
 
 from attncompile.core.errors import Unsupported
 from attncompile.core.kernel import Program, Work
+from attncompile.kernels.stream_cost import StreamCost
+
+LINEAR = "LinearAttention"
+STATES = "LinearAttentionStates"
+WGMMA = 64
+"""Rows of a product of one group of four warps."""
+DECAYS = {2: "-token", 3: "-gated"}
+"""The kernels' constant ``DECAY`` where it is a tensor: a number a token, or one a channel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +81,32 @@ def busiest(rounds: float, peak: float, beside: int) -> float:
 
 
 @cache
-def table() -> Mapping[str, CostModel]:
+def table() -> Mapping[str, CostModel | StreamCost]:
     """By ``model_name``."""
     text = (files("attncompile.kernels") / "cost.toml").read_text(encoding="utf-8")
-    return {name: CostModel(**values) for name, values in tomllib.loads(text).items()}
+    known = tomllib.loads(text).items()
+    return {name: (StreamCost if "slots" in values else CostModel)(**values) for name, values in known}
 
 
 def model_name(program: Program, architecture: int) -> str:
     """Which constants hold: ``gluon-90``; ``-window`` for windows of a sequence, whose blocks are short; ``-lists`` for
     lists of blocks; ``-scores`` and ``-select`` for what makes them, around an anchor ``-highest`` and ``-near``;
-    ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-linear``; and ``-pair`` where
-    two blocks share a multiprocessor.
+    ``-bias`` where every score element has a value of its own to read; ``-softcap``; ``-pair`` where two blocks share a
+    multiprocessor. Of linear attention ``-linear-state`` and so on by the op, with ``-hedgehog`` where features are
+    learned, ``-token`` and ``-gated`` where each token, or each of its channels, has a decay of its own, and ``-short``
+    where a state has fewer rows than the tensor cores' largest product.
     """
     pair = "-pair" if program.constants.get("CONSUMERS") == 1 else ""
     return f"{program.language}-{architecture}{_kind(program)}{pair}"
 
 
 def _kind(program: Program) -> str:
-    if program.op.startswith("LinearAttention"):
-        return "-linear"
+    if program.op.startswith(LINEAR):
+        decay = 3 if program.function.endswith(":gated_output") else int(program.constants.get("DECAY") or 0)
+        kind = "-hedgehog" if "W" in program.constants else DECAYS.get(decay, "")
+        if program.op == STATES and program.head_dim < WGMMA:
+            kind += "-short"
+        return f"-linear-{program.op.removeprefix(LINEAR).lower()}{kind}"
     if program.op == "BlockScores":
         return "-highest" if program.constants.get("HIGHEST") else "-scores"
     if program.op == "BlockSelect":
@@ -110,7 +125,7 @@ def milliseconds(work: Work, program: Program, architecture: int) -> float:
     return constants(model_name(program, architecture)).milliseconds(work)
 
 
-def constants(name: str) -> CostModel:
+def constants(name: str) -> CostModel | StreamCost:
     """Those of ``model_name``. Raises ``Unsupported`` where nothing was measured."""
     if name not in table():
         language, architecture = name.split("-")[:2]

@@ -239,7 +239,7 @@ def of_tensors(
         size["scores"] = {axis: Literal(n) for axis, n in zip("BHTC", tensors["scores"].sizes, strict=True)}
     found = {name: evaluate(n, {}) for name, n in _sizes(size).items()}
     if "chunk" in attributes:
-        found["chunk"] = attributes["chunk"] or found["NK"]
+        found["chunk"] = attributes["chunk"] or found.get("NK", 0)
     for name, order in orders.items():
         step = dict(zip(order, tensors[name].strides, strict=True))
         lengths = dict(zip(order, tensors[name].sizes, strict=True))

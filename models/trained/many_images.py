@@ -1,13 +1,14 @@
 """Many images for ``vit``, four an input: ``attncompile vit.onnx --inputs attncompile/models/trained/many_images.py``,
 of a file that was exported with ``--dtype fp32 --dynamic batch``.
 
-Whether a classifier's answers stay has to be asked of hundreds: of 672 images one may change, and it is still shown
-with 99% confidence that at most 1% of all do. There are as many to choose on as are held out, in turn; ``evaluate``
-scores others.
+Whether a classifier's answers stay has to be asked of hundreds: of 672 images one may change, of 2,016 ten, and it is
+still shown with 99% confidence that at most 1% of all do. There are as many to choose on as are held out, in turn;
+``evaluate`` scores others. ``VIT_INPUTS`` in the environment is how many inputs each part has, 168 without it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,7 @@ from attncompile.models.trained.inputs import SEEDS
 from attncompile.models.trained.recipe import load
 
 BATCH = 4
-COUNT = 168
+COUNT = int(os.environ.get("VIT_INPUTS", "168"))
 """Inputs of each part."""
 _DRAWN = 32
 """Images that are painted at once: on a GPU where there is one, else by all threads."""

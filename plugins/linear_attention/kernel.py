@@ -25,6 +25,7 @@ from attncompile.plugins.linear_attention.op import (
     STEP,
     register,
 )
+from attncompile.plugins.linear_attention.work import work
 
 PACKAGE = "attncompile.plugins.linear_attention"
 MAPS = {"none": 0, "relu": 1, "elu+1": 2, "exp": 3, "softmax": 4}
@@ -199,56 +200,8 @@ class _LinearKernel:
         return found
 
     def work(self, call: OpCall, program: Program) -> Work:
-        """What goes through device memory: a launch is bound by it."""
-        if call.batch is None or (call.query_length is None and call.key_length is None and self.op != COMBINE):
-            raise Unsupported("sizes", "the cost of a launch needs batch and lengths")
-        keys, queries = call.key_length or 0, call.query_length or 0
-        state = call.head_dim * call.value_dim
-        both = call.head_dim + call.value_dim
-        heads, groups = call.batch * call.heads, call.batch * call.kv_heads
-        chunk = call.attributes.get("chunk", 0) or keys or 1
-        chunks = -(-(keys or queries) // chunk)
-        constants = program.constants
-        gates = call.head_dim if call.attributes.get("decay") == DECAYS[4] else 0
-        if self.op == SOLVE:
-            tile = int(call.attributes["tile"])
-            tiles = groups * -(-keys // tile)
-            size = 2.0 * groups * keys * call.head_dim + 4.0 * tiles * tile * tile
-            return Work(2.0 * tiles * tile * tile * (call.head_dim + 4 * tile), 0.0, 0.0, size, tiles)
-        values = -(-call.value_dim // int(constants["BV"] or 1))
-        k1 = int(constants["K1"] or 0)
-        if is_hedgehog(call):  # the projection, and twice as many features as it gives
-            state = 2 * call.attributes["width"] * call.value_dim
-            k1 = 2 * int(constants["W1"] or 0) + int(constants["W1"] or 0) * call.head_dim // call.value_dim
-        if self.op == DELTA:
-            tile = int(call.attributes["tile"])
-            size = 2.0 * groups * keys * (both + call.value_dim) + 4.0 * groups * (chunks * state + keys * tile)
-            return Work(2.0 * groups * keys * call.value_dim * (2 * k1 + tile), 0.0, 0.0, size, groups * values)
-        if self.op in (STATE, STATES):
-            size = 2.0 * groups * keys * both + 4.0 * groups * (chunks * state + keys * gates)
-            parts = values * (-(-call.head_dim // int(constants.get("BK") or k1)))
-            blocks = call.batch * -(-call.kv_heads // int(constants.get("HB") or 1)) * parts
-            blocks *= chunks if self.op == STATE else 1
-            return Work(2.0 * groups * keys * k1 * call.value_dim, 0.0, 0.0, size, blocks)
-        if self.op == COMBINE:
-            pieces = call.shapes.get("state", ())
-            count = pieces[2] if len(pieces) > 2 and pieces[2] is not None else 1
-            return Work(0.0, 0.0, 0.0, 4.0 * groups * state * (count + 1), groups * values)
-        flops = 2.0 * heads * queries * k1 * call.value_dim
-        size = 2.0 * heads * queries * both
-        if self.op == STEP:
-            size += 2.0 * groups * keys * both + 8.0 * groups * state
-            return Work(flops + 2.0 * groups * keys * k1 * call.value_dim, 0.0, 0.0, size, groups * values)
-        if self.op == APPLY:
-            tiles = -(-queries // int(constants["BM"] or 1))
-            blocks = heads * values * tiles
-            return Work(flops, 0.0, 0.0, size + 4.0 * heads * state, blocks)
-        size += 2.0 * groups * keys * both + 4.0 * groups * (chunks * state + keys * gates)
-        rows = int(constants.get("BT") or chunk)
-        scores, blocks = float(heads * queries * rows), heads * values * chunks
-        flops *= 2 if chunk > rows else 1
-        flops += 2.0 * scores * (k1 + call.value_dim)
-        return Work(flops, scores, heads * queries * rows, size, blocks)
+        """What goes through device memory, mostly: a launch is bound by it."""
+        return work(call, program)
 
 
 def widths(call: OpCall) -> dict[str, Constant]:
@@ -341,9 +294,15 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         return [tactic(4, 1, BK=16, BV=32, AHEAD=8) if wide >= 128 else tactic(4, 1, BK=4, BV=v1, AHEAD=16)]
     if is_hedgehog(call):
         across = max(k1, power(call.attributes["width"]))
-        tile, blocks = ("BN", {}) if op == STATE else ("BM", {"BLOCKS": 4})
-        best = tactic(8, 2, BV=min(v1, 32), **{tile: 64 if across <= 64 else 32}, FAST=1, **blocks)
-        return [best, tactic(4 if across <= 64 else 8, 1, BV=16, **{tile: 32}, FAST=0, **blocks)]
+        small = 4 if across <= 64 else 8
+        if op == STATE:
+            warps = 4 if across <= 32 else 8
+            best = tactic(warps, 2, BV=min(v1, 64), BN=128 if across <= 64 else 32, FAST=1)
+            return [best, tactic(small, 1, BV=16, BN=32, FAST=0)]
+        best = [tactic(4, 1, BV=min(v1, 64), BM=64, FAST=1, BLOCKS=4)]
+        if across == 128:
+            best.insert(0, tactic(8, 2, BV=v1, BM=128, FAST=1, BLOCKS=1))
+        return [*best, tactic(small, 1, BV=16, BM=32, FAST=0, BLOCKS=4)]
     if op == STATE:
         heads = min(side_by_side(call), 2)
         across = wide * heads
@@ -353,12 +312,12 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         return [best, small]
     if op == APPLY:
         values = min(v1, 128 if k1 <= 128 else 64)
-        best = tactic(8, 2, BV=values, BM=64, FAST=1, BLOCKS=4)
+        best = tactic(8, 2, BV=values, BM=64, FAST=1, BLOCKS=4, SUMS=1)
         if wide <= 128:
-            best = tactic(4, 2, 168, BV=values, BM=64, FAST=1, BLOCKS=12)
+            best = tactic(4, 2, BV=values, BM=64, FAST=1, BLOCKS=3, SUMS=1)
         if wide < 128:
-            best = tactic(4, 3, BV=values, BM=128, FAST=1, BLOCKS=16)
-        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4)]
+            best = tactic(4, 3, BV=values, BM=64, FAST=1, BLOCKS=4 if wide == 64 else 5, SUMS=1)
+        return [best, tactic(4, 1, BV=min(v1, 64 if k1 <= 128 else 32), BM=32, FAST=0, BLOCKS=4, SUMS=0)]
     if op == SOLVE:
         return [tactic(1, 1, BK=min(k1, 64))]
     if op == DELTA:
@@ -448,7 +407,7 @@ class ApplyKernel(_LinearKernel):
     def _grid(self, constants: Mapping[str, Constant]) -> tuple[str, str, str]:
         # Blocks for each multiprocessor; each reads the state once and then tile after tile.
         values = _values(constants)
-        tiles = f"min(cdiv(NQ, {constants['BM']}), cdiv(SMS * {constants['BLOCKS']}, H * B))"
+        tiles = f"min(cdiv(NQ, {constants['BM']}), max(SMS * {constants['BLOCKS']} // (H * B), 1))"
         return _turned(f"{tiles} * {values}" if values > 1 else tiles, "H", constants)
 
 

@@ -234,11 +234,13 @@ def apply(
     q_b, q_n, q_h, o_b, o_n, o_h, q_o, NQ, C, group, groups, scale, epsilon, floor,
     output,
     MAP: tl.constexpr, NORM: tl.constexpr, FLOOR: tl.constexpr, DK: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr,
-    BV: tl.constexpr, BM: tl.constexpr, FAST: tl.constexpr, BLOCKS: tl.constexpr,
+    BV: tl.constexpr, BM: tl.constexpr, FAST: tl.constexpr, BLOCKS: tl.constexpr, SUMS: tl.constexpr,
     Q_COLUMNS: tl.constexpr, O_COLUMNS: tl.constexpr, Q_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
 ):  # fmt: skip
     """A block: every so many-th tile of ``BM`` queries of one head, ``BV`` channels. Grid (tiles * cdiv(DV, BV), H, B),
-    with ``FAST`` heads the first axis; about ``BLOCKS`` blocks a multiprocessor.
+    with ``FAST`` heads the first axis; ``BLOCKS`` blocks a multiprocessor at most: all run at once. With ``SUMS`` what
+    outputs are divided by comes of a product too, of ``total`` in two columns: the second is what rounding took from
+    the first.
     """
     TILES: tl.constexpr = (DV + BV - 1) // BV
     if FAST:
@@ -262,6 +264,14 @@ def apply(
             means += tl.load(mean + at * DV + out_cols, mask=v_there, other=0.0)
     s, largest = scaled(s)
     s = s.to(query.dtype.element_ty)
+    if NORM != 0 and SUMS:
+        most = tl.max(tl.abs(z), 0)
+        z = z * tl.where(most > 0.0, 1.0 / most, 0.0)
+        first = z.to(query.dtype.element_ty)
+        rest = (z - first.to(tl.float32)).to(query.dtype.element_ty)
+        column = tl.arange(0, 16)[None, :]
+        columns = tl.where(column == 0, first[:, None], tl.where(column == 1, rest[:, None], 0.0))
+        columns = columns.to(query.dtype.element_ty)
     query = moved(query, q_o)
     q_base = query + b.to(tl.int64) * q_b * 8 + h.to(tl.int64) * q_h * 8
     o_base = output + b.to(tl.int64) * o_b * 8 + h.to(tl.int64) * o_h * 8
@@ -277,8 +287,11 @@ def apply(
         if NORM == 0:
             out = out * factor
         else:
-            exact = f.to(tl.float32) if MAP <= 1 else features(q, seen, MAP)
-            below = tl.sum(exact * z[None, :], 1)
+            if SUMS:
+                below = tl.sum(tl.dot(f, columns), 1) * most
+            else:
+                exact = f.to(tl.float32) if MAP <= 1 else features(q, seen, MAP)
+                below = tl.sum(exact * z[None, :], 1)
             if NORM == 1:
                 below += epsilon.to(tl.float32, bitcast=True)
                 if FLOOR:

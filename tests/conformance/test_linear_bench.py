@@ -25,15 +25,19 @@ def bench() -> Iterator[Any]:
     folder = str(Path(__file__).parents[2] / "tools" / "bench")
     sys.path.insert(0, folder)
     import linear
+    import linear_sweep
     import linear_tactics
 
-    yield linear, linear_tactics
+    yield linear, linear_tactics, linear_sweep
     sys.path.remove(folder)
 
 
 def test_every_case_has_kernels_and_every_trial_programs(bench: Any) -> None:
-    linear, tactics = bench
-    for case in linear.CASES:
+    linear, tactics, sweep = bench
+    first, second = (sweep.linear_sweep(256, seed) for seed in (0, 1))
+    assert [c.name for c in first] == [f"sweep-{n}" for n in range(256)]
+    assert len({str(replace(c, name="")) for c in first}) == len(first), "none twice"
+    for case in (*linear.CASES, *first, *second):
         for call in linear.calls(case):
             assert kernels()[call.op].supports(general(kernels(), call), 90).ok, (case.name, call.op)
             (program, *_) = kernels()[call.op].programs(general(kernels(), call), 90)
@@ -48,8 +52,9 @@ def test_every_case_has_kernels_and_every_trial_programs(bench: Any) -> None:
 
 
 def test_what_cases_are_compared_with(bench: Any) -> None:
-    linear, _ = bench
-    for case in linear.CASES:
+    """Of every case, and of every kind of a sweep."""
+    linear, _, sweep = bench
+    for case in (*linear.CASES, *sweep.linear_sweep(len(sweep.KINDS))):
         chunk = 1 if case.step else 16
         small = replace(
             case, form=replace(case.form, chunk=chunk), heads=2, tokens=1 if case.step else 48, dim=16, batch=2
@@ -57,6 +62,8 @@ def test_what_cases_are_compared_with(bench: Any) -> None:
         at = linear.drawn(small, "cpu")
         want = {n: x.double().numpy() for n, x in at.items()}
         q, k, v = (want.pop(n) for n in ("query", "key", "value"))
+        if "feature_weight" in want:  # of keys and queries
+            want["query_weight"] = want["feature_weight"]
         output, state, _ = with_state(q, k, v, {**linear.said(small), "causal": small.form.causal}, **want)
         got = linear.wanted(small, at)
         assert np.linalg.norm(got["output"].numpy() - output) < 1e-9 * np.linalg.norm(output), case.name

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cases import CASES
 from sweep import sweep
+
+if TYPE_CHECKING:
+    from linear import Linear
 
 
 def main() -> None:
@@ -57,6 +61,8 @@ def main() -> None:
     made.add_argument("--arch", type=int, action="append", default=[])
     made.add_argument("--only", nargs="*", default=[])
     made.add_argument("--tactics", action="store_true", help="all that are worth a try, of every op")
+    made.add_argument("--sweep", type=int, default=0, help="this many configurations from --seed in place of the cases")
+    made.add_argument("--seed", type=int, default=0)
     timed = verbs.add_parser("linear", help="measure linear attention on this GPU; JSON to --out, lines to stdout")
     timed.add_argument("bundle", type=Path)
     timed.add_argument("--out", type=Path, default=Path("linear.json"))
@@ -64,6 +70,8 @@ def main() -> None:
     timed.add_argument("--rounds", type=int, default=25)
     timed.add_argument("--no-peers", action="store_true")
     timed.add_argument("--tactics", action="store_true", help="every tactic of every op, as it was prepared")
+    timed.add_argument("--sweep", type=int, default=0, help="as it was prepared; without peers")
+    timed.add_argument("--seed", type=int, default=0, help="likewise")
     chosen = verbs.add_parser("prepare-selection", help="compile the kernels that choose blocks, and attention to them")
     chosen.add_argument("out", type=Path)
     chosen.add_argument("--arch", type=int, action="append", default=[])
@@ -113,18 +121,23 @@ def main() -> None:
         _e2e(given)
     elif given.verb == "prepare-linear":
         if given.tactics:
-            from linear_tactics import prepare as prepare_linear
-        else:
-            from linear import prepare as prepare_linear
+            import linear_tactics
 
-        prepare_linear(given.out, given.arch, given.only)
+            linear_tactics.prepare(given.out, given.arch, given.only)
+        else:
+            import linear
+
+            linear.prepare(given.out, given.arch, given.only, _linear_cases(given))
     elif given.verb == "linear":
         if given.tactics:
-            from linear_tactics import run as run_linear
-        else:
-            from linear import run as run_linear
+            import linear_tactics
 
-        result = run_linear(given.bundle, given.only, given.rounds, not given.no_peers, given.out)
+            result = linear_tactics.run(given.bundle, given.only, given.rounds, not given.no_peers, given.out)
+        else:
+            import linear
+
+            with_peers = not (given.no_peers or given.sweep)
+            result = linear.run(given.bundle, given.only, given.rounds, with_peers, given.out, _linear_cases(given))
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     elif given.verb == "prepare-selection":
         from selection import prepare as prepare_selection
@@ -158,6 +171,13 @@ def main() -> None:
         print(fit(results[0], given.multiprocessors, *results[1:]))
     else:
         _show(given)
+
+
+def _linear_cases(given: argparse.Namespace) -> Sequence[Linear]:
+    from linear import CASES as KNOWN
+    from linear_sweep import linear_sweep
+
+    return linear_sweep(given.sweep, given.seed) if given.sweep else KNOWN
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from attncompile.core.kernel import Work
 from attncompile.kernels.cost import CostModel, features
+from attncompile.kernels.stream_cost import StreamCost, streamed
 
 NAMES = ("launch", "block", "flop", "score", "mask", "parts", "beside")
+OF_STREAMS = ("launch", "block", "step", "flop", "score", "byte", "moved", "slots")
+LINEAR = "-linear-"
+SLOTS = (1, 2, 3, 4, 6, 8, 12, 16)
 PARTS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
 BESIDE = {"triton-90-lists": 2}
 """Kinds whose blocks share a multiprocessor, by their registers and shared memory, and how many do. (The Gluon kernels
@@ -37,18 +41,17 @@ def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | No
         if len(withheld) < FEWEST:
             lines += [f"# {name}: {len(cases)} configurations are too few", ""]
             continue
-        tried = (fitted(used, multiprocessors, parts, BESIDE.get(name, 1)) for parts in PARTS)
-        constants = min(tried, key=lambda found: found[0])[1]
-        model = CostModel(
-            *constants, multiprocessors, result["copy_tbs"] * 1e3, 0.0, f"{result['gpu']}, {result['when']}"
-        )
+        said = {"multiprocessors": multiprocessors, "bandwidth": result["copy_tbs"] * 1e3, "withheld": 0.0,
+                "measured_on": f"{result['gpu']}, {result['when']}"}  # fmt: skip
+        constants = stream(used, multiprocessors) if LINEAR in name else blocks(used, multiprocessors, name)
+        model = (StreamCost if LINEAR in name else CostModel)(**constants, **said)  # type: ignore[arg-type]
         errors = [model.milliseconds(Work(**c["work"])) / c["ms"] - 1 for c in withheld]
         for c, e in zip(withheld, errors, strict=True):
             lines.append(f"# withheld {c['name']}: {c['ms']:.3f} ms, {e:+.0%}")
         if max(abs(e) for e in errors) > LARGEST:
             lines += [f"# {name}: too far off", ""]
             continue
-        lines += [f"[{name}]", *(f"{n} = {v:.6g}" for n, v in zip(NAMES, constants, strict=True))]
+        lines += [f"[{name}]", *(f"{n} = {v:.6g}" for n, v in constants.items())]
         lines += [
             f"multiprocessors = {multiprocessors}", f"bandwidth = {model.bandwidth:.6g}",
             f"withheld = {max(abs(e) for e in errors):.3f}", f'measured_on = "{model.measured_on}"', "",
@@ -56,14 +59,29 @@ def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | No
     return "\n".join(lines)
 
 
+def blocks(cases: Sequence[dict[str, Any]], multiprocessors: int, name: str) -> dict[str, float]:
+    """Constants of ``CostModel`` with the least mean square of relative errors."""
+    beside = BESIDE.get(name, 1)
+    tried = (fitted(cases, lambda w, p=parts: features(w, multiprocessors, p, beside)) for parts in PARTS)  # type: ignore[misc]
+    (_, constants), parts = min(zip(tried, PARTS, strict=True), key=lambda found: found[0][0])
+    return dict(zip(NAMES, (*constants, parts, beside), strict=True))
+
+
+def stream(cases: Sequence[dict[str, Any]], multiprocessors: int) -> dict[str, float]:
+    """The same of ``StreamCost``."""
+    tried = (fitted(cases, lambda w, s=slots: streamed(w, multiprocessors, s)) for slots in SLOTS)  # type: ignore[misc]
+    (_, constants), slots = min(zip(tried, SLOTS, strict=True), key=lambda found: found[0][0])
+    return dict(zip(OF_STREAMS, (*constants, slots), strict=True))
+
+
 def fitted(
-    cases: Sequence[dict[str, Any]], multiprocessors: int, parts: float, beside: int
-) -> tuple[float, list[float | int]]:
-    """The mean square of the relative errors, and the constants, ``parts`` and ``beside`` the last of them."""
-    matrix = np.array([features(Work(**c["work"]), multiprocessors, parts, beside) for c in cases])
+    cases: Sequence[dict[str, Any]], terms: Callable[[Work], tuple[float, ...]]
+) -> tuple[float, list[float]]:  # fmt: skip
+    """The mean square of the relative errors, and the constants that ``terms`` are multiplied by."""
+    matrix = np.array([terms(Work(**c["work"])) for c in cases])
     scaled = matrix / np.array([c["ms"] * 1e6 for c in cases])[:, None]
     constants = least_squares(scaled, np.ones(len(cases)))
-    return float(np.square(scaled @ constants - 1).mean()), [*constants, parts, beside]
+    return float(np.square(scaled @ constants - 1).mean()), constants
 
 
 def launches(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -71,7 +89,7 @@ def launches(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for case in (c for c in result["cases"] if "wrong" not in c):
         met: set[str] = set()
         for launch in case["launches"]:
-            if launch["model"] not in met or launch["model"].endswith("-linear"):
+            if launch["model"] not in met:
                 yield {"name": case["name"], **launch}
             met.add(launch["model"])
 

@@ -51,6 +51,7 @@ class Linear:
 
 
 RELU = Form("relu", "relu", "sum", 1e-6)
+LEARNED = Form("hedgehog", "hedgehog", "sum", 1e-6)
 HEAD = Form(causal=True, decay="head", scale=128**-0.5, chunk=64)
 TOKEN, CHANNEL = replace(HEAD, decay="token"), replace(HEAD, decay="channel")
 GATED_DELTA = replace(TOKEN, delta=True)
@@ -88,14 +89,20 @@ CASES = (
 
 def shapes(case: Linear) -> dict[str, tuple[int, ...]]:
     b, n, h, d = case.batch, case.tokens, case.heads, case.dim
-    count, tile = -(-n // case.form.chunk), case.form.tile
+    features = 2 * d if learned(case) else d
+    count, tile = -(-n // (case.form.chunk or n)), case.form.tile or 1
     decays = {"head": (h,), "token": (b, n, h), "channel": (b, n, h, d)}
     found: dict[str, tuple[int, ...]] = dict.fromkeys((*OPERANDS, "output", "written"), (b, n, h, d))
     return found | {
-        "state": (b, h, count, d, d), "total": (b, h, count, d), "whole_state": (b, h, 1, d, d),
-        "whole_total": (b, h, 1, d), "log_decay": decays.get(case.form.decay, ()), "beta": (b, n, h),
+        "state": (b, h, count, features, d), "total": (b, h, count, features),
+        "whole_state": (b, h, 1, features, d), "whole_total": (b, h, 1, features), "feature_weight": (h, d, d),
+        "log_decay": decays.get(case.form.decay, ()), "beta": (b, n, h),
         "solved": (b, h, -(-n // tile), tile, tile), "initial_state": (b, h, d, d), "final_state": (b, h, d, d),
     }  # fmt: skip
+
+
+def learned(case: Linear) -> bool:
+    return case.form.key_map == "hedgehog"
 
 
 Op = tuple[str, dict[str, str], dict[str, str]]
@@ -107,16 +114,22 @@ def plan(case: Linear) -> list[Op]:
     def op(name: str, inputs: str, outputs: str, **renamed: str) -> Op:
         return name, {n: renamed.get(n, n) for n in inputs.split()}, {n: n for n in outputs.split()}
 
+    decay = " log_decay" if case.form.decay != "none" else ""
     if case.step:
         beta = " beta" if case.form.delta else ""
-        return [op(STEP, f"query key value log_decay{beta} initial_state", "output final_state")]
+        return [op(STEP, f"query key value{decay}{beta} initial_state", "output final_state")]
     if case.form.delta:
-        return [op(SOLVE, "key log_decay beta", "solved"), op(DELTA, "key value solved log_decay", "written state"),
-                op(OUTPUT, "query key value state log_decay", "output", value="written")]  # fmt: skip
+        return [op(SOLVE, f"key{decay} beta", "solved"), op(DELTA, f"key value solved{decay}", "written state"),
+                op(OUTPUT, f"query key value state{decay}", "output", value="written")]  # fmt: skip
     if case.form.causal:
-        return [op(STATES, "key value log_decay", "state"), op(OUTPUT, "query key value state log_decay", "output")]
-    return [op(STATE, "key value", "state total"), op(COMBINE, "state total", "whole_state whole_total"),
-            op(APPLY, "query state total", "output", state="whole_state", total="whole_total")]  # fmt: skip
+        return [op(STATES, f"key value{decay}", "state"), op(OUTPUT, f"query key value state{decay}", "output")]
+    sums, weight = " total" if case.form.sums else "", " feature_weight" if learned(case) else ""
+    made = op(STATE, f"key value{weight}", f"state{sums}")
+    if not case.form.combined:
+        return [made, op(APPLY, f"query state{sums}{weight}", "output")]
+    whole = " ".join(f"whole_{n}" for n in f"state{sums}".split())
+    return [made, op(COMBINE, f"state{sums}", whole),
+            op(APPLY, f"query state{sums}{weight}", "output", state="whole_state", total="whole_total")]  # fmt: skip
 
 
 def said(case: Linear) -> dict[str, Any]:
@@ -127,12 +140,14 @@ def said(case: Linear) -> dict[str, Any]:
 
 def calls(case: Linear) -> list[OpCall]:
     sizes, found = shapes(case), []
+    dims = (case.dim, 2 * case.dim if learned(case) else case.dim)
     for op, inputs, outputs in plan(case):
         more = {n: x for n, x in inputs.items() if n not in OPERANDS}
         attributes = {k: v for k, v in said(case).items() if k != "tile" or op in (SOLVE, DELTA)}
         node = OpCall(
-            op, case.dtype if op != COMBINE else "float32", case.heads, case.heads, case.dim, case.dim, attributes,
-            dict.fromkeys(more, "float32"), {n: sizes[x] for n, x in more.items()}, tuple(outputs), case.batch,
+            op, case.dtype if op != COMBINE else "float32", case.heads, case.heads, dims[op == COMBINE], case.dim,
+            attributes, {n: case.dtype if n == "feature_weight" else "float32" for n in more},
+            {n: sizes[x] for n, x in more.items()}, tuple(outputs), case.batch,
             case.tokens if "query" in inputs else None, case.tokens if "key" in inputs else None,
         )  # fmt: skip
         found.append(kernels()[op].call(node))
@@ -146,6 +161,8 @@ def drawn(case: Linear, device: str = "cuda") -> Tensors:
     for name in dict.fromkeys(x for _, inputs, _ in plan(case) for x in inputs.values()):
         if name in OPERANDS:
             at[name] = torch.randn(sizes[name], device=device, dtype=kind)
+        elif name == "feature_weight":
+            at[name] = (torch.randn(sizes[name], device=device) / (4 * case.dim**0.5)).to(kind)
         elif name == "log_decay":
             at[name] = -torch.rand(sizes[name], device=device) / 16
         elif name == "beta":
@@ -178,16 +195,19 @@ def least(case: Linear) -> float:
     return size + 8.0 * case.batch * case.heads * case.dim**2 * case.step
 
 
-def prepare(out: Path, architectures: Sequence[int], names: Sequence[str]) -> None:
+def prepare(
+    out: Path, architectures: Sequence[int], names: Sequence[str], cases: Sequence[Linear] = CASES
+) -> None:  # fmt: skip
     """Compile what the cases called ``names`` (all without any) need, on a machine that needs no GPU."""
     import triton
 
-    every = [call for case in CASES if not names or case.name in names for call in calls(case)]
+    every = [call for case in cases if not names or case.name in names for call in calls(case)]
     write(out, build([], every, kernels(), architectures or ARCHITECTURES, Cache.default()), triton.__version__)
 
 
 def run(
-    bundle: Path, names: Sequence[str], rounds: int, with_peers: bool, out: Path | None = None
+    bundle: Path, names: Sequence[str], rounds: int, with_peers: bool, out: Path | None = None,
+    cases: Sequence[Linear] = CASES,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the cases called ``names`` (all without any). What is wrong is not timed. ``out``: written after each."""
     device = torch.cuda.get_device_properties(0)
@@ -196,7 +216,7 @@ def run(
         "rounds": rounds, **ceilings(), "cases": [],
     }  # fmt: skip
     opened = Bundle.open(bundle)
-    for case in CASES:
+    for case in cases:
         if not names or case.name in names:
             result["cases"].append(one(case, opened, device.major * 10 + device.minor, rounds, with_peers, result))
             print(json.dumps(result["cases"][-1]), flush=True)

@@ -17,6 +17,8 @@ import torch
 from linear import (
     BUDGETS,
     CASES,
+    LEARNED,
+    RELU,
     Linear,
     calls,
     drawn,
@@ -37,7 +39,7 @@ from attncompile.kernels.cache import Cache
 from attncompile.kernels.launcher import Launch, run_program
 from attncompile.kernels.records import key_of
 from attncompile.plugins import kernels
-from attncompile.plugins.linear_attention.kernel import tactic
+from attncompile.plugins.linear_attention.kernel import is_hedgehog, tactic
 from attncompile.plugins.linear_attention.op import APPLY, COMBINE, DELTA, OUTPUT, SOLVE, STATE, STATES, STEP
 
 
@@ -60,17 +62,30 @@ TRIALS = (
     Trial(_named("simple-gla-8k"), (512, 1024)),
     Trial(_named("gated-delta-step"), (1,)),
     Trial(_named("retention-8k"), (64, 128, 256, 512, 1024)),
-    Trial(_named("relu-d32-16k"), (1024, 2048)),
+    Trial(_named("relu-d32-16k"), (1024, 2048, 4096)),
     Trial(_named("relu-d128-16k"), (1024, 2048)),
+    Trial(Linear("relu-d64-16k", RELU, 32, 16384, 64), (1024, 2048, 4096), peers=False),
     Trial(_named("retention-32k"), (512, 1024, 2048)),
     Trial(_named("simple-gla-32k"), (512, 1024)),
     Trial(_named("relu-d128-64k"), (4096, 8192), peers=False),
+    *(Trial(Linear(f"hedgehog-d{d}-16k", LEARNED, 16, 16384, d), (2048,), peers=False) for d in (32, 64, 128)),
 )
 
 
 def tried(op: str, call: OpCall) -> list[Tactic]:
     """What is worth a try at the head dims of the cases, 32 and 128."""
     short, t = call.head_dim == 32, tactic
+    if is_hedgehog(call):
+        dim = call.head_dim
+        if op == STATE:
+            return [t(w, 2, BV=v, BN=n, FAST=1) for w, v, n in (
+                (8, 32, 64), (8, 64, 64), (4, 64, 64), (8, 64, 32), (8, 64, 128), (4, 32, 64), (4, 32, 128),
+                (8, 32, 128),
+            ) if v <= dim]  # fmt: skip
+        return [t(w, s, BV=v, BM=m, FAST=1, BLOCKS=b) for w, s, v, m, b in (
+            (8, 2, 32, 64, 4), (4, 2, 64, 64, 2), (4, 1, 64, 64, 4), (8, 2, 128, 128, 1), (8, 1, 64, 128, 1),
+            (4, 1, 32, 64, 4), (4, 1, 32, 64, 8), (4, 2, 32, 128, 4), (4, 1, 64, 64, 2), (4, 1, 64, 64, 3),
+        ) if v <= dim]  # fmt: skip
     if op == COMBINE:
         wide = min(call.value_dim, 128)
         return [t(4, 1, BK=8, BV=wide, AHEAD=8), t(4, 1, BK=4, BV=wide, AHEAD=16), t(4, 1, BK=16, BV=32, AHEAD=8)]
@@ -88,19 +103,19 @@ def tried(op: str, call: OpCall) -> list[Tactic]:
             t(8, 2, BV=128, BN=128, HB=1, FAST=1), t(4, 3, BV=128, BN=32, HB=1, FAST=1),
             t(4, 4, BV=64, BN=64, HB=1, FAST=1), t(4, 2, BV=128, BN=64, HB=1, FAST=1),
         ]  # fmt: skip
-    if op == APPLY and short:
+    if op == APPLY and call.head_dim < 128:
         return [
-            *(t(4, 3, BV=32, BM=128, FAST=1, BLOCKS=n) for n in (1, 4, 16)),
-            t(4, 3, BV=32, BM=64, FAST=1, BLOCKS=8), t(4, 3, BV=32, BM=128, FAST=0, BLOCKS=4),
+            *(t(4, s, BV=call.value_dim, BM=m, FAST=1, BLOCKS=n, SUMS=1)
+              for s in (2, 3) for m in (64, 128) for n in (3, 4, 5, 6, 8, 16)),
+            *(t(4, 3, BV=call.value_dim, BM=m, FAST=1, BLOCKS=8, SUMS=0) for m in (64, 128)),
+            t(4, 3, BV=call.value_dim, BM=64, FAST=0, BLOCKS=8, SUMS=1),
         ]  # fmt: skip
     if op == APPLY:
         return [
-            t(8, 2, BV=128, BM=128, FAST=1, BLOCKS=4), t(8, 1, 128, BV=128, BM=128, FAST=1, BLOCKS=2),
-            *(t(4, n, r, BV=128, BM=64, FAST=1, BLOCKS=m) for n, r, m in (
-                (2, 168, 6), (2, 168, 12), (2, 168, 24), (3, 168, 12), (2, 128, 16), (2, None, 12),
-            )),
-            t(4, 2, 168, BV=128, BM=64, FAST=0, BLOCKS=3), t(4, 2, BV=128, BM=32, FAST=1, BLOCKS=8),
-            t(4, 3, 168, BV=64, BM=64, FAST=1, BLOCKS=3),
+            *(t(4, s, BV=128, BM=64, FAST=1, BLOCKS=n, SUMS=1) for s in (1, 2) for n in (2, 3, 4, 6)),
+            t(4, 2, BV=128, BM=64, FAST=0, BLOCKS=3, SUMS=1), t(4, 2, BV=128, BM=64, FAST=1, BLOCKS=3, SUMS=0),
+            *(t(8, s, 128, BV=128, BM=128, FAST=1, BLOCKS=n, SUMS=1) for s in (1, 2) for n in (2, 4)),
+            t(4, 2, BV=64, BM=64, FAST=1, BLOCKS=4, SUMS=1),
         ]  # fmt: skip
     if op == SOLVE:
         return [t(1, 1, BK=64), t(1, 1, 168, BK=32), t(2, 1, BK=64)]

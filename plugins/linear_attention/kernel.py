@@ -294,15 +294,14 @@ def tactics(op: str, call: OpCall) -> list[Tactic]:
         return [tactic(4, 1, BK=16, BV=32, AHEAD=8) if wide >= 128 else tactic(4, 1, BK=4, BV=v1, AHEAD=16)]
     if is_hedgehog(call):
         across = max(k1, power(call.attributes["width"]))
-        small = 4 if across <= 64 else 8
+        few = 4 if across <= 64 else 8
         if op == STATE:
             warps = 4 if across <= 32 else 8
             best = tactic(warps, 2, BV=min(v1, 64), BN=128 if across <= 64 else 32, FAST=1)
-            return [best, tactic(small, 1, BV=16, BN=32, FAST=0)]
-        best = [tactic(4, 1, BV=min(v1, 64), BM=64, FAST=1, BLOCKS=4)]
-        if across == 128:
-            best.insert(0, tactic(8, 2, BV=v1, BM=128, FAST=1, BLOCKS=1))
-        return [*best, tactic(small, 1, BV=16, BM=32, FAST=0, BLOCKS=4)]
+            return [best, tactic(few, 1, BV=16, BN=32, FAST=0)]
+        wide_first = [tactic(8, 2, BV=v1, BM=128, FAST=1, BLOCKS=1)] if across == 128 else []
+        middle = tactic(4, 1, BV=min(v1, 64), BM=64, FAST=1, BLOCKS=4)
+        return [*wide_first, middle, tactic(few, 1, BV=16, BM=32, FAST=0, BLOCKS=4)]
     if op == STATE:
         heads = min(side_by_side(call), 2)
         across = wide * heads

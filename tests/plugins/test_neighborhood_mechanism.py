@@ -13,6 +13,7 @@ from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Candidate, Shape
 from attncompile.core.verdict import Verdict
 from attncompile.plugins import mechanism, mechanisms
+from attncompile.plugins.neighborhood import tiles
 from attncompile.plugins.neighborhood.op import Neighborhood
 from attncompile.plugins.neighborhood.reference import sees
 from attncompile.plugins.neighborhood.tiles import tiling
@@ -192,6 +193,23 @@ def test_tables_of_tiles_say_what_the_definition_says(parameters) -> None:
         got = np.zeros(total, int)
         np.add.at(got, plan.key_index[tile], plan.masks[plan.kind[tile], row])
         np.testing.assert_array_equal(got, want[query])
+
+
+@pytest.mark.parametrize("planted", ["one key too few", "keys of another kind"])
+def test_a_planted_bug_in_corners_is_seen(planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tiles._without_corners
+
+    def wrong(key_index: np.ndarray, kind: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if planted == "one key too few":
+            keys, kept = right(key_index, kind, masks)
+            return keys[:, :-1], kept[:, :, :-1]
+        return right(key_index, np.roll(kind, 1), masks)
+
+    monkeypatch.setattr(tiles, "_without_corners", wrong)
+    tiling.cache_clear()
+    with pytest.raises(AssertionError):
+        test_tables_of_tiles_say_what_the_definition_says({"kernel_size": [7, 9], "grid": [9, 14], "shape": "ball"})
+    tiling.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ class NeighborhoodAttention:
             "grid": list(grid.grid.shape), "prefix": grid.grid.prefix, "suffix": grid.grid.suffix,
             "masked_rows": site.mask.masked_rows, "block": BLOCK, "dense_below": 0,
         }  # fmt: skip
-        return parameters, f"a neighborhood of {size} on the grid of {sides} tokens"
+        what = "ball" if grid.shape == "ball" else "neighborhood"
+        return parameters, f"a {what} of {size} on the grid of {sides} tokens"
 
     def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
         if site.query_length != site.key_length or any(p.kind not in ("causal", "padding") for p in site.mask.parts):

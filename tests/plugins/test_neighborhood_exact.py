@@ -89,6 +89,8 @@ def test_forms(label, case) -> None:
     ):  # fmt: skip
         one = replace(at, **more)
         np.testing.assert_allclose(run(one), truth(one, pattern), atol=2e-5)
+    (found,) = SUBJECT.exact_candidates(at.site())
+    assert isinstance(found, Candidate) and ("a ball of" in found.reason) == (pattern.shape == "ball"), found
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])

@@ -103,9 +103,10 @@ def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
     for sinks in sorted({p.text.split()[1] for p in patterns if p.kind == "streaming"}):
         same = [p.text for p in patterns if p.kind == "streaming" and p.text.split()[1] == sinks]
         found[f"sinks {sinks} + window"] = [*sorted(same, key=lambda t: int(t.split()[3]))]
-    grids = [p.text for p in patterns if p.kind == "grid"]
-    if grids:
-        found["neighborhood"] = [*sorted(grids, key=lambda t: math.prod(int(x) for x in t[5:].split("x")))]
+    for kind, name in (("grid", "neighborhood"), ("ball", "ball")):
+        sizes = [p.text for p in patterns if p.kind == kind]
+        if sizes:
+            found[name] = [*sorted(sizes, key=lambda t: math.prod(int(x) for x in t[5:].split("x")))]
     radial = sorted({p.text for p in patterns if p.kind == "radial"}, key=lambda t: float([*t.split(), "1"][1]))
     if radial:
         found["radial"] = [*radial]

@@ -10,13 +10,15 @@ Written as a person writes it in plan.toml:
 - ``columns C.. diagonals D..``: whole columns of blocks, and the blocks at these distances behind the query's own,
   ahead of it where negative (vertical-slash: arXiv:2407.02490; multi-diagonal and stripes: arXiv:2506.03065);
 - ``grid 7x9``: the blocks that a neighborhood of 7x9 on the site's token grid touches (arXiv:2204.07143);
+- ``ball 7x9``: those that the ellipse with these diameters around a token touches, cut off at the grid's borders; an
+  ellipsoid on three axes (CLEAR's ball, arXiv:2412.16112);
 - ``radial``: the blocks that hold a pair of radial attention over the site's grid of frames, height and width: a window
   over the places of a frame that shrinks by powers of two with the distance in time, and the first frame
   (arXiv:2506.19852); ``radial 0.5``: with half of the window everywhere;
 - ``blocks TEXT``: these blocks, a bitmap that is compressed and written in base64;
-- ``order 2,0,1 PATTERN``: any of the last five in another order of the tokens: row-major over the axes of the site's
+- ``order 2,0,1 PATTERN``: any of the last six in another order of the tokens: row-major over the axes of the site's
   grid in this order, the slowest first (PAROAttention, arXiv:2506.16054). Tokens before and behind the grid stay there.
-  Blocks are then blocks of that order, and a ``grid`` or ``radial`` is over its axes. Not on a causal site.
+  Blocks are then blocks of that order, and a ``grid``, ``ball`` or ``radial`` is over its axes. Not on a causal site.
 
 A block of a query's own token is part of every pattern but ``mean`` and ``skip``, so no query of another is left
 without a key. What the site's own causal mask hides stays hidden: blocks above the diagonal belong to no pattern of a
@@ -32,7 +34,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil
+from typing import Literal
 
 import numpy as np
 
@@ -47,6 +50,7 @@ _FORMS = {
     "streaming": re.compile(r"sinks (\d+) window (\d+)"),
     "slash": re.compile(rf"(?:columns ({_LIST}))? ?(?:diagonals ({_LIST}))?"),
     "grid": re.compile(r"grid (\d+(?:x\d+){0,2})"),
+    "ball": re.compile(r"ball (\d+(?:x\d+){0,2})"),
     "radial": re.compile(r"radial(?: (\d+(?:\.\d+)?))?"),
     "blocks": re.compile(r"blocks ([A-Za-z0-9+/=]+)"),
 }
@@ -129,8 +133,8 @@ class BlockPattern:
             return np.zeros((count, count), bool)
         if self.kind == "dense":
             return geometry.all
-        made = {"streaming": self._streaming, "slash": self._slash, "grid": self._grid, "radial": self._radial,
-                "blocks": self._bitmap}  # fmt: skip
+        made = {"streaming": self._streaming, "slash": self._slash, "grid": self._grid, "ball": self._ball,
+                "radial": self._radial, "blocks": self._bitmap}  # fmt: skip
         seen = made[self.kind](geometry)
         np.fill_diagonal(seen, True)
         out: np.ndarray = seen & geometry.all
@@ -177,23 +181,24 @@ class BlockPattern:
         return seen
 
     def _grid(self, geometry: BlockGeometry) -> np.ndarray:
+        return self._neighborhood(geometry, "clamp", "box")
+
+    def _ball(self, geometry: BlockGeometry) -> np.ndarray:
+        return self._neighborhood(geometry, "truncate", "ball")
+
+    def _neighborhood(
+        self, geometry: BlockGeometry, border: Literal["clamp", "truncate"], shape: Literal["box", "ball"]
+    ) -> np.ndarray:
         (kernel,) = self._numbers()
         grid = geometry.grid
         if grid is None or len(grid.shape) != len(kernel) or grid.tokens != geometry.tokens:
             raise Unsupported("grid", f"'{self.text}' needs a token grid of {len(kernel)} axes", "give it with --grid")
         one = (1,) * len(kernel)
-        hood = GridWindow(grid, tuple(kernel), one, one, (False,) * len(kernel), "clamp", "box")
-        count, edge, tokens = geometry.count, geometry.edge, geometry.tokens
-        seen = np.zeros((count, count), bool)
-        starts = np.arange(0, tokens, edge)
-        for row in range(count):
-            queries = np.arange(row * edge, min((row + 1) * edge, tokens))
-            try:
-                keys = hood.rows(queries, tokens, tokens).any(axis=0)
-            except ValueError as error:
-                raise Unsupported("grid", str(error)) from None
-            seen[row] = np.logical_or.reduceat(keys, starts)
-        return seen
+        hood = GridWindow(grid, tuple(kernel), one, one, (False,) * len(kernel), border, shape)
+        try:
+            return _neighborhood_blocks(geometry, hood).copy()
+        except ValueError as error:
+            raise Unsupported("grid", str(error)) from None
 
     def _radial(self, geometry: BlockGeometry) -> np.ndarray:
         match = _FORMS["radial"].fullmatch(self.text)
@@ -218,6 +223,15 @@ class BlockPattern:
         if not count * count <= len(bits) < count * count + 8:
             raise Unsupported("pattern", f"a bitmap for other sizes than {count}x{count} blocks", "plan it anew")
         return np.asarray(bits[: count * count].reshape(count, count) > 0)
+
+
+@lru_cache(maxsize=32)
+def _neighborhood_blocks(geometry: BlockGeometry, hood: GridWindow) -> np.ndarray:
+    """Bool [count, count]: the blocks that hold a pair of ``hood``."""
+    starts = np.arange(0, geometry.tokens, geometry.edge)
+    stops = np.append(starts[1:], geometry.tokens)
+    rows = [np.logical_or.reduceat(hood.met(int(a), int(b)), starts) for a, b in zip(starts, stops, strict=True)]
+    return np.stack(rows)
 
 
 @lru_cache(maxsize=16)
@@ -245,13 +259,16 @@ def _kind(text: str) -> str:
         return text
     for kind, form in _FORMS.items():
         if text and text == text.strip() and form.fullmatch(text):
-            if kind == "grid" and prod(int(x) for x in text.removeprefix("grid ").split("x")) < 1:
+            sizes = [int(x) for x in text[5:].split("x")] if kind in ("grid", "ball") else [1]
+            if min(sizes) < 1:
                 break
+            if kind == "ball" and any(size % 2 == 0 for size in sizes):
+                raise Unsupported("pattern", f"'{text[:60]}': a ball is around a token", "give odd diameters")
             return kind
     raise Unsupported(
         "pattern", f"'{text[:60]}' is no pattern of a head",
-        "dense, mean, skip, sinks S window W, columns C,.. diagonals D,.., grid HxW, radial or blocks TEXT; but for "
-        "the first three also behind an order of the grid's axes, as in order 1,0 sinks 1 window 2",
+        "dense, mean, skip, sinks S window W, columns C,.. diagonals D,.., grid HxW, ball HxW, radial or blocks TEXT; "
+        "but for the first three also behind an order of the grid's axes, as in order 1,0 sinks 1 window 2",
     )  # fmt: skip
 
 

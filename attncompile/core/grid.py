@@ -35,6 +35,15 @@ class TokenGrid:
         out[self.prefix : self.prefix + len(inner)] = self.prefix + inner
         return out
 
+    def ball(self, share: float) -> tuple[int, ...]:
+        """Odd diameters of a ball that takes this share of the grid on each axis: the last two, height and width, whose
+        tokens are equally far apart, get the one of a square of their size. They may be longer than an axis.
+        """
+        flat = self.shape[-2:]
+        across = prod(flat) ** (1 / len(flat))
+        sides = (*self.shape[:-2], *[across] * len(flat))
+        return tuple(2 * int(side * share / 2 + 1e-9) + 1 for side in sides)  # a root may be a little short
+
     def to_json(self) -> dict[str, Any]:
         return {
             "shape": list(self.shape), "prefix": self.prefix, "suffix": self.suffix, "evidence": self.evidence,

@@ -24,12 +24,15 @@ slow. Set by hand from profiles of a few sites on 2 CPU cores."""
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to replace one site. ``parameters`` round-trip through plan.toml."""
+    """One way to replace one site. ``parameters`` round-trip through plan.toml. ``inside``: of an approximation the
+    parameters of another that sees the same keys and more; where that takes no longer this one is not tried.
+    """
 
     mechanism: str
     parameters: Parameters
     exact: bool
     reason: str
+    inside: Parameters | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ mask of its own (``head_pattern.HeadMasks``), heads stand before both.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import Any, Literal, Protocol
 
@@ -121,6 +122,30 @@ class GridWindow:
         out[on_grid, first:last] = np.broadcast_to(inside, (int(on_grid.sum()), *sizes)).reshape(-1, last - first)
         return out
 
+    def met(self, first: int, stop: int) -> np.ndarray:
+        """Bool [grid.tokens]: the keys that some of the queries first .. stop - 1 sees, as ``rows`` says, but a row of
+        the grid at a time: of the queries along a row the nearest on that axis decides for each key.
+        """
+        self._check()
+        sizes, before = self.grid.shape, self.grid.prefix
+        out = np.ones(self.grid.tokens, dtype=bool)
+        if first < before or stop > before + prod(sizes):
+            return out
+        tables = _axes(self)
+        near = np.zeros(sizes, dtype=bool)
+        position, end = first - before, stop - before
+        while position < end:
+            *place, x = (int(c) for c in np.unravel_index(position, sizes))
+            until = min(sizes[-1], x + end - position)
+            lines = [*(table[c] for table, c in zip(tables, place, strict=False)), tables[-1][x:until].min(axis=0)]
+            away: np.ndarray = np.zeros((1,) * len(sizes))
+            for axis, line in enumerate(lines):
+                away = away + line.reshape([-1 if a == axis else 1 for a in range(len(sizes))])
+            near |= away <= 1 + 1e-9 if self.shape == "ball" else np.isfinite(away)
+            position += until - x
+        out[before : before + near.size] = near.reshape(-1)
+        return out
+
     def _check(self) -> None:
         sizes = {len(x) for x in (self.kernel_size, self.dilation, self.stride, self.causal, self.grid.shape)}
         if len(sizes) != 1 or min(*self.kernel_size, *self.dilation, *self.stride) < 1:
@@ -168,3 +193,15 @@ class GridWindow:
             "causal": [bool(c) for c in self.causal], "border": self.border, "shape": self.shape,
             "grid": self.grid.to_json(),
         }  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def _axes(window: GridWindow) -> list[np.ndarray]:
+    """Of each axis [s, s]: the squared distance of a key from the centre of a query's window, in radii, infinite where
+    it is not seen.
+    """
+    found = []
+    for axis, size in enumerate(window.grid.shape):
+        seen, away = window._axis(axis, np.arange(size, dtype=np.int32)[:, None])
+        found.append(np.where(seen, np.square(away, dtype=np.float64), np.inf))
+    return found

@@ -30,6 +30,9 @@ THETAS = (0.5, 1, 2, 4, 6, 8, 12)
 GRID_SHARES = (0.15, 0.25, 0.375, 0.5, 0.75)
 """Sides of neighborhoods, as shares of the grid's."""
 
+BALL_SHARES = (*GRID_SHARES, 1.0)
+"""Diameters of balls, likewise (``TokenGrid.ball``)."""
+
 
 def candidates(mass: np.ndarray, geometry: BlockGeometry, average: bool) -> list[BlockPattern]:
     """Patterns with different blocks, dense first, then the sparsest first. ``mass`` [R, R] as of ``maps.masses``.
@@ -65,6 +68,8 @@ def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern
         for share in GRID_SHARES:
             kernel = [min(side, 2 * int(side * share / 2) + 1) for side in geometry.grid.shape]
             yield BlockPattern("grid " + "x".join(map(str, kernel)))
+        for share in BALL_SHARES:
+            yield BlockPattern("ball " + "x".join(map(str, geometry.grid.ball(share))))
         if len(geometry.grid.shape) == 3:
             yield from (BlockPattern(text) for text in RADIAL)
     yield from _lines(mass, geometry)

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from attncompile import measure, metrics
 from attncompile.core.errors import Unsupported
-from attncompile.core.mechanism import Candidate, Mechanism, understood
+from attncompile.core.mechanism import Mechanism, Parameters, understood
 from attncompile.core.plan import Decision
 from attncompile.core.policy import Policy
 from attncompile.core.site import AttentionSite
@@ -24,6 +24,10 @@ from attncompile.passes.evaluate import World
 from attncompile.passes.extract import extract_site
 
 Feed = Mapping[str, np.ndarray]
+LESS = 1.05
+"""Gain over a replacement that sees more keys below which one that sees fewer is not scored: it loses more and saves
+less than times are predicted to.
+"""
 CAPTURE_BYTES = 1 << 30
 """Sites are captured in groups, so that Q, K, V and outputs of one group and one input stay below this."""
 
@@ -50,8 +54,8 @@ def options_for(
     site: AttentionSite, policy: Policy, registry: Sequence[Mechanism], worlds: Sequence[World], opset: int,
     gpu: GpuCost | None = None,
 ) -> list[Edit]:  # fmt: skip
-    """The approximate candidates of a site with a predicted gain worth it at the inputs' shapes. None in a body: its
-    operands cannot be made outputs of the model.
+    """The approximate candidates of a site with a predicted gain worth it at the inputs' shapes, but for those that see
+    a part of another's keys and save nothing by it. None in a body: its operands cannot be made outputs of the model.
     """
     found: list[Edit] = []
     if site.scope:
@@ -60,26 +64,40 @@ def options_for(
         if mechanism.name not in policy.approximate or not understood(mechanism, site).ok:
             continue
         for candidate in mechanism.approximate_candidates(site):
-            if not mechanism.supports(site, candidate.parameters).ok:
+            gain = _least(site, mechanism, candidate.parameters, worlds, opset, gpu)
+            if gain is None or gain < policy.min_gain:
                 continue
-            try:
-                gain = min(_gain(site, mechanism, candidate, w, opset, gpu) for w in worlds)
-            except Unsupported:
-                continue  # of which the GPU has no kernel, or nothing was measured
-            if gain < policy.min_gain:
-                continue
+            if candidate.inside is not None:
+                wider = _least(site, mechanism, candidate.inside, worlds, opset, gpu)
+                if wider is not None and gain < LESS * wider:
+                    continue
             decision = Decision(site.id, mechanism.name, candidate.reason, False, candidate.parameters, gain)
             found.append(Edit.of(site, decision, mechanism, opset))
     return found
 
 
+def _least(
+    site: AttentionSite, mechanism: Mechanism, given: Parameters, worlds: Sequence[World], opset: int,
+    gpu: GpuCost | None,
+) -> float | None:  # fmt: skip
+    """The least gain over the inputs' sizes; None where the site cannot be replaced so, the GPU has no kernel for it,
+    or nothing was measured of it.
+    """
+    if not mechanism.supports(site, given).ok:
+        return None
+    try:
+        return min(_gain(site, mechanism, given, world, opset, gpu) for world in worlds)
+    except Unsupported:
+        return None
+
+
 def _gain(
-    site: AttentionSite, mechanism: Mechanism, candidate: Candidate, world: World, opset: int, gpu: GpuCost | None
+    site: AttentionSite, mechanism: Mechanism, given: Parameters, world: World, opset: int, gpu: GpuCost | None
 ) -> float:
     if gpu is not None:
-        return gpu.gain(site, mechanism.lower(site, candidate.parameters, opset), world.binding)
+        return gpu.gain(site, mechanism.lower(site, given, opset), world.binding)
     shape = shape_of(site, world.binding)
-    return predicted_gain(site, mechanism.cost(site, candidate.parameters, shape), shape)
+    return predicted_gain(site, mechanism.cost(site, given, shape), shape)
 
 
 def score(edits: Sequence[Edit], world: World, captured: Captured, threads: int | None) -> list[float]:

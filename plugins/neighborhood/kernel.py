@@ -226,6 +226,9 @@ class NeighborhoodKernel:
         check_optional(call)
         if hood.tokens >= 1 << 31:
             raise Unsupported("size", f"{hood.tokens} tokens: token numbers are int32")
+        if hood.shape == "ball" and len(hood.left) * prod(max(radius, 1) ** 2 for radius in hood.left) >= 1 << 31:
+            radii = "x".join(map(str, hood.left))
+            raise Unsupported("size", f"a ball of radii {radii}: squared distances in common units are int32")
         # A tile of one query has the least reach: where that does not fit no tile does.
         if max(_axis(hood, a, 1).reach for a in range(3)) >= WIDE - MOST_QUERIES:
             raise Unsupported(

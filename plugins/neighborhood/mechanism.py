@@ -16,7 +16,7 @@ from attncompile.core.pattern import GridWindow
 from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.body import FIRST_OPSET
-from attncompile.plugins.neighborhood.approximate import BLOCK, body_parameters, grid_windows, sequence_windows
+from attncompile.plugins.neighborhood.approximate import BLOCK, balls, body_parameters, grid_windows, sequence_windows
 from attncompile.plugins.neighborhood.cached import kept, met
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import (
@@ -121,21 +121,22 @@ class NeighborhoodAttention:
             "grid": list(grid.grid.shape), "prefix": grid.grid.prefix, "suffix": grid.grid.suffix,
             "masked_rows": site.mask.masked_rows, "block": BLOCK, "dense_below": 0,
         }  # fmt: skip
-        return parameters, f"a neighborhood of {size} on the grid of {sides} tokens"
+        what = "ball" if grid.shape == "ball" else "neighborhood"
+        return parameters, f"a {what} of {size} on the grid of {sides} tokens"
 
     def approximate_candidates(self, site: AttentionSite) -> Sequence[Candidate]:
         if site.query_length != site.key_length or any(p.kind not in ("causal", "padding") for p in site.mask.parts):
             return ()
-        options = [*grid_windows(site), *sequence_windows(site)]
+        options = [(*one, None) for one in (*grid_windows(site), *sequence_windows(site))]
         found: list[tuple[float, Candidate]] = []
-        for parameters, reason in options:
+        for parameters, reason, inside in (*options, *balls(site)):
             if not self.supports(site, parameters).ok:
                 continue
             gain = self._gain(site, parameters)
             if gain is not None and gain < MINIMUM_GAIN:
                 continue
             work = self.cost(site, parameters, _static_shape(site, fallback=4096)).elements
-            found.append((work, Candidate(self.name, parameters, False, reason)))
+            found.append((work, Candidate(self.name, parameters, False, reason, inside)))
         return tuple(candidate for _, candidate in sorted(found, key=lambda x: x[0]))
 
     def supports(self, site: AttentionSite, parameters: Parameters) -> Verdict:

@@ -1,7 +1,8 @@
 """Cuts a static grid into tiles of queries and lists the keys that each tile meets.
 
-A tile is a box of queries; the keys it meets are the box that holds all their windows. On each axis tokens are taken
-line by line of the dilation (a tile never mixes remainders), so dilated windows are as dense as others.
+A tile is a box of queries; the keys it meets are the box that holds all their windows, of balls without the corners
+that no ball reaches. On each axis tokens are taken line by line of the dilation (a tile never mixes remainders), so
+dilated windows are as dense as others.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ def tiling(hood: Neighborhood, block: int) -> Tiling:
     rank = len(hood.grid)
     windows = [_windows(hood, axis) for axis in range(rank)]
     sizes = [_sizes(min(block, -(-hood.grid[a] // hood.dilation[a]))) for a in range(rank)]
-    measured = [{t: _measure(hood, a, windows[a][0], t) for t in sizes[a]} for a in range(rank)]
+    measured = [{t: _measure(hood, a, *windows[a], t) for t in sizes[a]} for a in range(rank)]
 
     def work(tile: tuple[int, ...]) -> float:
         counts = [measured[a][t] for a, t in enumerate(tile)]
-        return prod(c for c, _ in counts) * prod(k for _, k in counts) * (prod(tile) + COPY)
+        return prod(c for c, _ in counts) * _met(hood, [away for _, away in counts]) * (prod(tile) + COPY)
 
     best = min((t for t in product(*sizes) if prod(t) <= block), key=work)
     axes = [_cut(hood, a, *windows[a], best[a]) for a in range(rank)]
@@ -106,10 +107,38 @@ def _chunks(hood: Neighborhood, axis: int, size: int) -> list[np.ndarray]:
     return [line[i : i + size] for line in lines for i in range(0, len(line), size)]
 
 
-def _measure(hood: Neighborhood, axis: int, seen: np.ndarray, size: int) -> tuple[int, int]:
-    """(number of chunks, keys of the largest) for one chunk size."""
+def _measure(
+    hood: Neighborhood, axis: int, seen: np.ndarray, distance: np.ndarray, size: int
+) -> tuple[int, np.ndarray]:
+    """(number of chunks, of the keys of the largest how far each is from the next window's centre) for one chunk
+    size.
+    """
     chunks = _chunks(hood, axis, size)
-    return len(chunks), max(int(seen[c].any(axis=0).sum()) for c in chunks)
+    widest = max(chunks, key=lambda c: int(seen[c].any(axis=0).sum()))
+    away = np.where(seen[widest], np.abs(distance[widest]), np.iinfo(np.int64).max).min(axis=0)
+    return len(chunks), away[seen[widest].any(axis=0)]
+
+
+def _met(hood: Neighborhood, away: list[np.ndarray]) -> int:
+    """Keys that a tile meets whose keys are so far from the next centre on each axis: a tile is a product of axes, so
+    the query that is the next on all of them is in it.
+    """
+    if hood.shape == "box":
+        return prod(len(one) for one in away)
+    total = np.zeros((1,) * len(away), np.int64)
+    for axis, one in enumerate(away):
+        total = total + (one**2 * _weight(hood, axis)).reshape([-1 if a == axis else 1 for a in range(len(away))])
+    return int((total <= _reach(hood)).sum())
+
+
+def _weight(hood: Neighborhood, axis: int) -> int:
+    """What a squared distance on this axis counts for in a ball, in whole numbers."""
+    return prod(max(left, 1) ** 2 for other, left in enumerate(hood.left) if other != axis)
+
+
+def _reach(hood: Neighborhood) -> int:
+    """The largest sum of such numbers that is in the ball."""
+    return prod(max(left, 1) ** 2 for left in hood.left)
 
 
 def _cut(hood: Neighborhood, axis: int, seen: np.ndarray, distance: np.ndarray, size: int) -> _Axis:
@@ -137,7 +166,19 @@ def _assemble(hood: Neighborhood, axes: list[_Axis]) -> Tiling:
     slots = np.empty(prod(grid), np.int64)
     # Written backwards, so that the first of repeated queries stays.
     slots[query_index.reshape(-1)[::-1]] = np.arange(tiles * queries, dtype=np.int64)[::-1]
-    return Tiling(tiles, queries, keys, query_index, key_index, slots, kind, _masks(hood, axes))
+    masks = _masks(hood, axes)
+    if hood.shape == "ball":
+        key_index, masks = _without_corners(key_index, kind, masks)
+    return Tiling(tiles, queries, key_index.shape[1], query_index, key_index, slots, kind, masks)
+
+
+def _without_corners(key_index: np.ndarray, kind: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Key tables and masks of the keys that some query of a tile sees; tiles that see fewer than others keep some that
+    none does.
+    """
+    met = masks.any(axis=1)  # [U, k]
+    kept = np.argsort(~met, axis=1, kind="stable")[:, : max(int(met.sum(axis=1).max()), 1)]
+    return np.take_along_axis(key_index, kept[kind], axis=1), np.take_along_axis(masks, kept[:, None, :], axis=2)
 
 
 def _flatten(parts: list[np.ndarray], sizes: tuple[int, ...]) -> np.ndarray:
@@ -156,14 +197,12 @@ def _masks(hood: Neighborhood, axes: list[_Axis]) -> np.ndarray:
     rank = len(axes)
     seen = np.ones((1,) * (3 * rank), bool)
     distance = np.zeros((1,) * (3 * rank), np.int64)
-    radii = [max(left, 1) ** 2 for left in hood.left]
     for axis, part in enumerate(axes):
         shape = [1] * (3 * rank)
         shape[axis], shape[rank + axis], shape[2 * rank + axis] = part.seen.shape
         seen = seen & part.seen.reshape(shape)
-        others = prod(r for other, r in enumerate(radii) if other != axis)
-        distance = distance + part.distance.reshape(shape) ** 2 * others
+        distance = distance + part.distance.reshape(shape) ** 2 * _weight(hood, axis)
     if hood.shape == "ball":
-        seen = seen & (distance <= prod(radii))
+        seen = seen & (distance <= _reach(hood))
     size = [prod(seen.shape[i * rank : (i + 1) * rank]) for i in range(3)]
     return np.ascontiguousarray(seen).reshape(size)

@@ -189,6 +189,8 @@ GRID = (
     grid("2-D, windows, ragged", grid=[9, 7], kernel_size=[4, 4], stride=[4, 4]),
     grid("2-D, ball", grid=[7, 6], kernel_size=[5, 5], shape="ball"),
     grid("2-D, ball of unequal axes", grid=[9, 8], kernel_size=[5, 7], shape="ball", suffix=3),
+    grid("2-D, ball of 9x14 tokens", grid=[9, 14], kernel_size=[7, 7], shape="ball"),
+    grid("3-D, ball", grid=[4, 5, 7], kernel_size=[3, 5, 7], shape="ball", prefix=1),
     grid("2-D, wider than 127", grid=[2, 150], kernel_size=[1, 141], head_dim=16),
     grid("3-D, clamp", grid=[4, 5, 3], kernel_size=[2, 3, 3], border="clamp"),
     grid("3-D, causal frames", grid=[4, 5, 3], kernel_size=[2, 3, 2], border="clamp", causal=[1, 0, 0]),

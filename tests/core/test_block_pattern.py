@@ -72,9 +72,59 @@ def test_a_neighborhood_touches_blocks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("grid", "kernel", "edge"),
+    [
+        (TokenGrid((9, 14), prefix=3, suffix=2), (5, 7), 16),
+        (TokenGrid((12, 29)), (11, 15), 16),
+        (TokenGrid((5, 9, 14), prefix=1), (3, 5, 9), 32),
+        (TokenGrid((6, 7, 9)), (1, 5, 5), 8),
+    ],
+    ids=str,
+)
+def test_a_ball_touches_blocks(grid: TokenGrid, kernel: tuple[int, ...], edge: int) -> None:
+    """Pair by pair, in whole numbers; never more than the box of the same sizes."""
+    geometry = BlockGeometry(grid.tokens, edge, False, grid)
+    inner = np.arange(np.prod(grid.shape))
+    where = np.stack(np.unravel_index(inner, grid.shape), axis=1)
+    away = np.abs(where[:, None] - where[None, :])
+    radii = [max(size // 2, 1) for size in kernel]
+    total = sum(away[..., axis] ** 2 * (np.prod(radii) ** 2 // r**2) for axis, r in enumerate(radii))
+    pairs = np.ones((grid.tokens, grid.tokens), bool)
+    here = slice(grid.prefix, grid.prefix + len(inner))
+    pairs[here, here] = (total <= np.prod(radii) ** 2) & (away <= np.array(kernel) // 2).all(axis=2)
+    want = np.eye(geometry.count, dtype=bool)
+    block = np.arange(grid.tokens) // edge
+    np.logical_or.at(want, (block[:, None], block[None, :]), pairs)
+    size = "x".join(map(str, kernel))
+    found = BlockPattern(f"ball {size}").blocks(geometry)
+    np.testing.assert_array_equal(found, want)
+    box = BlockPattern(f"grid {size}").blocks(geometry)
+    assert (box | ~found).all() and found.sum() < box.sum() < geometry.all.sum()
+
+
+def test_a_ball_is_around_a_token() -> None:
+    for text in ("ball 4x5", "ball 5x5x2", "order 1,0 ball 3x2"):
+        with pytest.raises(Unsupported, match="a ball is around a token") as refused:
+            BlockPattern(text)
+        assert refused.value.hint == "give odd diameters"
+    assert BlockPattern("ball 3x5").kind == "ball" and BlockPattern("order 1,0 ball 3x5").order == (1, 0)
+
+
+def test_balls_of_a_grid() -> None:
+    """Round over height and width, however long the sides; frames are of their own."""
+    assert TokenGrid((32, 32)).ball(0.5) == (17, 17) and TokenGrid((16, 64)).ball(0.5) == (17, 17)
+    assert TokenGrid((27, 38)).ball(0.25) == (9, 9) and TokenGrid((5, 9, 14)).ball(1.0) == (5, 11, 11)
+    assert TokenGrid((30, 30)).ball(1.0) == (31, 31) and TokenGrid((21, 30, 52)).ball(0.5) == (11, 19, 19)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
+        "ball",
+        "ball 0x3",
+        "ball 3x3x3x3",
+        "ball 3.5",
         "sinks 1",
         "window 3",
         "columns",
@@ -94,9 +144,11 @@ def test_what_is_no_pattern(text) -> None:
 
 def test_patterns_that_do_not_fit() -> None:
     for text, geometry in (
-        ("mean", CAUSAL), ("grid 3x3", PLAIN), ("columns 99", PLAIN), ("columns -1", PLAIN), ("diagonals 50", PLAIN),
+        ("mean", CAUSAL), ("grid 3x3", PLAIN), ("ball 3x3", PLAIN),
+        ("columns 99", PLAIN), ("columns -1", PLAIN), ("diagonals 50", PLAIN),
         ("blocks AAAA", PLAIN), (bitmap(np.ones((5, 5))).text, PLAIN),
         ("grid 99x3", BlockGeometry(143, 32, False, TokenGrid((11, 13)))),
+        ("ball 3x3x3", BlockGeometry(143, 32, False, TokenGrid((11, 13)))),
     ):  # fmt: skip
         with pytest.raises(Unsupported):
             BlockPattern(text).blocks(geometry)
@@ -140,7 +192,7 @@ def test_another_order_of_the_axes() -> None:
         coordinates = [tuple(one[list(order)]) for one in inner]
         assert coordinates == sorted(coordinates) and len(set(coordinates)) == 105
         turned = replace(geometry, grid=replace(grid, shape=tuple(grid.shape[axis] for axis in order)))
-        for text in ("sinks 1 window 0", "columns 1 diagonals 2", "grid 3x1x3", "radial 0.5"):
+        for text in ("sinks 1 window 0", "columns 1 diagonals 2", "grid 3x1x3", "ball 3x1x5", "radial 0.5"):
             np.testing.assert_array_equal(
                 BlockPattern(f"{said} {text}").blocks(geometry), BlockPattern(text).blocks(turned)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,29 @@ def natten(q: int, k: int, size: int, kernel: int, dilation: int, stride: int, c
     leader = min(at // stride * stride + stride // 2, length - 1)
     start = min(max(leader - kernel // 2, 0), length - kernel)
     return k in group[start : start + kernel]
+
+
+@pytest.mark.parametrize("border", ["clamp", "truncate", "circular"])
+@pytest.mark.parametrize("shape", ["box", "ball"])
+def test_what_neighbours_meet_together(border, shape) -> None:
+    """The union over queries that follow one another, prefix and suffix tokens among them, against their rows."""
+    rng = np.random.default_rng(0)
+    partial = 0
+    for _ in range(25):
+        made = random_window(rng, border)
+        prefix, suffix = (int(n) for n in rng.integers(0, 4, 2))
+        window = replace(made, grid=replace(made.grid, prefix=prefix, suffix=suffix), shape=shape)
+        n = window.grid.tokens
+        rows = window.visible(n, n)
+        for _ in range(6):
+            first = int(rng.integers(0, n))
+            stop = int(rng.integers(first + 1, min(first + 30, n) + 1))
+            want = rows[first:stop].any(axis=0)
+            np.testing.assert_array_equal(window.met(first, stop), want, str((window, first, stop)))
+            partial += not want.all()
+    assert partial > 30
+    with pytest.raises(ValueError, match="does not fit"):
+        GridWindow(TokenGrid((3, 7)), (3, 3), (2, 1), (1, 1), (False, False)).met(0, 4)
 
 
 def random_window(rng: np.random.Generator, border: Literal["clamp", "truncate", "circular"]) -> GridWindow:

@@ -18,6 +18,7 @@ HOOD = OpCall("NeighborhoodAttention", "float16", 4, 2, 64, 64, attributes={"ker
 LISTS = dict.fromkeys(("rows", "columns", "kinds", "masks"), "int32")
 SPARSE = OpCall("BlockSparseAttention", "float16", 4, 2, 64, 64, attributes={"block": 64}, inputs=LISTS)
 RING = {"kernel_size": [4, 4], "stride": [4, 4], "grid": [8, 12], "border": "circular"}
+LARGE_BALL = {"kernel_size": [63, 63, 63], "grid": [64, 64, 64], "shape": "ball"}
 SEQUENCE = {"kernel_size": [5], "grid": [37]}
 
 
@@ -40,6 +41,7 @@ REFUSED: dict[str, tuple[Kernel, OpCall, str, str]] = {
     "float32": (NeighborhoodKernel(), replace(HOOD, dtype="float32"), "dtype", "float32"),
     "head dim": (NeighborhoodKernel(), replace(HOOD, head_dim=36), "head-dim", "36"),
     "long windows": (NeighborhoodKernel(), having(HOOD, kernel_size=[40000], grid=[50000]), "size", "tokens"),
+    "large ball": (NeighborhoodKernel(), having(HOOD, **LARGE_BALL), "size", "31x31x31"),
     "dense, zero scale": (AttentionKernel(), having(DENSE, scale=0.0), "scale", "positive"),
     "dense, softcap": (AttentionKernel(), having(DENSE, softcap=-1.0), "softcap", "positive"),
     "dense, lengths": (AttentionKernel(), replace(DENSE, inputs={"key_lengths": "uint8"}), "dtype", "key_lengths"),

@@ -41,6 +41,8 @@ FORMS = {
     "2-D, causal, strided": window((23, 17), (6, 4), causal=(True, True), stride=(2, 2)),
     "2-D, windows of Swin": window((24, 16), (4, 4), stride=(4, 4), border="truncate"),
     "2-D, ball": window((23, 17), (7, 5), border="truncate", shape="ball"),
+    "2-D, ball, prefix, suffix": window((9, 14), (7, 7), 1, 2, border="truncate", shape="ball"),
+    "3-D, ball": window((5, 9, 14), (3, 5, 7), border="truncate", shape="ball"),
     "3-D": window((5, 9, 11), (2, 3, 3)),
     "3-D, causal frames, prefix": window((5, 9, 11), (3, 3, 3), causal=(True, False, False)),
     "1-D": window((391,), (9,)),
@@ -87,6 +89,8 @@ def test_forms(label, case) -> None:
     ):  # fmt: skip
         one = replace(at, **more)
         np.testing.assert_allclose(run(one), truth(one, pattern), atol=2e-5)
+    (found,) = SUBJECT.exact_candidates(at.site())
+    assert isinstance(found, Candidate) and ("a ball of" in found.reason) == (pattern.shape == "ball"), found
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])

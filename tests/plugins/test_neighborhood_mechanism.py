@@ -13,6 +13,7 @@ from attncompile.core.mask import Certificate, MaskFacts, MaskPart
 from attncompile.core.mechanism import Candidate, Shape
 from attncompile.core.verdict import Verdict
 from attncompile.plugins import mechanism, mechanisms
+from attncompile.plugins.neighborhood import tiles
 from attncompile.plugins.neighborhood.op import Neighborhood
 from attncompile.plugins.neighborhood.reference import sees
 from attncompile.plugins.neighborhood.tiles import tiling
@@ -122,10 +123,37 @@ def test_approximations_of_a_causal_site_keep_sinks(case) -> None:
 def test_approximations_on_a_grid(case) -> None:
     site = case(queries=1025, static=True).site(grid=TokenGrid((32, 32), prefix=1))
     found = SUBJECT.approximate_candidates(site)
-    boxes = [c for c in found if len(c.parameters["kernel_size"]) == 2]
-    assert boxes and all(c.parameters["prefix"] == 1 and c.parameters["border"] == "clamp" for c in boxes)
+    on_grid = [c for c in found if len(c.parameters["kernel_size"]) == 2]
+    assert all(c.parameters["prefix"] == 1 for c in on_grid)
+    boxes = [c for c in on_grid if c.parameters["border"] == "clamp"]
+    balls = [c for c in on_grid if c.parameters.get("shape") == "ball" and c.parameters["border"] == "truncate"]
+    assert len(boxes) > 1 and len(balls) > 1 and len(boxes) + len(balls) == len(on_grid)
     for c in found:
         SUBJECT.lower(site, c.parameters, 18)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [TokenGrid((9, 9)), TokenGrid((9, 14)), TokenGrid((13, 6), suffix=2), TokenGrid((5, 9, 14), prefix=3)],
+    ids=str,
+)
+def test_a_ball_is_inside_of_its_box(grid, case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a ball is compared with before it is tried sees all that it does; without such a box it is all."""
+    monkeypatch.setattr("attncompile.plugins.neighborhood.mechanism.MINIMUM_GAIN", 0.0)
+    site = case(queries=grid.tokens, static=True).site(grid=grid)
+    balls = [c for c in SUBJECT.approximate_candidates(site) if c.parameters.get("shape") == "ball"]
+    assert len(balls) > 2 and sum(c.inside is None for c in balls) == (grid.shape == (9, 9))
+    for c in balls:
+        assert SUBJECT.supports(site, c.parameters).ok and not SUBJECT.is_exact_for(site, c.parameters).ok
+        assert all(size % 2 for size in c.parameters["kernel_size"])
+        if c.inside is None:
+            assert all(size >= side for size, side in zip(c.parameters["kernel_size"], grid.shape, strict=True))
+            continue
+        assert SUBJECT.supports(site, c.inside).ok
+        some = range(0, grid.tokens, 7)
+        for i in some:
+            for j in range(grid.tokens):
+                assert sees(i, j, grid.tokens, c.inside) or not sees(i, j, grid.tokens, c.parameters), (i, j)
 
 
 def test_nothing_approximate_for_cross_attention_or_bias(case) -> None:
@@ -148,6 +176,10 @@ def test_cost_counts_touched_keys(case) -> None:
         {"kernel_size": [3, 3], "grid": [9, 7], "border": "clamp", "dilation": [2, 1]},
         {"kernel_size": [4, 3], "grid": [9, 10], "border": "clamp", "stride": [2, 3]},
         {"kernel_size": [5, 5], "grid": [9, 7], "shape": "ball"},
+        {"kernel_size": [7, 9], "grid": [9, 14], "shape": "ball"},
+        {"kernel_size": [5, 7], "grid": [9, 14], "shape": "ball", "dilation": [2, 1], "stride": [1, 3]},
+        {"kernel_size": [17, 17], "grid": [9, 14], "shape": "ball"},
+        {"kernel_size": [3, 5, 1], "grid": [4, 9, 3], "shape": "ball"},
     ],
 )
 def test_tables_of_tiles_say_what_the_definition_says(parameters) -> None:
@@ -161,6 +193,40 @@ def test_tables_of_tiles_say_what_the_definition_says(parameters) -> None:
         got = np.zeros(total, int)
         np.add.at(got, plan.key_index[tile], plan.masks[plan.kind[tile], row])
         np.testing.assert_array_equal(got, want[query])
+
+
+@pytest.mark.parametrize("planted", ["one key too few", "keys of another kind"])
+def test_a_planted_bug_in_corners_is_seen(planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tiles._without_corners
+
+    def wrong(key_index: np.ndarray, kind: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if planted == "one key too few":
+            keys, kept = right(key_index, kind, masks)
+            return keys[:, :-1], kept[:, :, :-1]
+        return right(key_index, np.roll(kind, 1), masks)
+
+    monkeypatch.setattr(tiles, "_without_corners", wrong)
+    tiling.cache_clear()
+    with pytest.raises(AssertionError):
+        test_tables_of_tiles_say_what_the_definition_says({"kernel_size": [7, 9], "grid": [9, 14], "shape": "ball"})
+    tiling.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernel", "share"), [([27, 38], [13, 13], 0.92), ([64, 64], [33, 33], 0.83), ([5, 9, 14], [5, 7, 9], 0.7)]
+)
+def test_tiles_of_a_ball_leave_the_corners_out(grid, kernel, share, case) -> None:
+    """Work and keys against those of the box: as tables, and as the cost that candidates are ranked by. Some tile has
+    no key that none of its queries sees, so that the tables are not wider than they must be.
+    """
+    both = [{"kernel_size": kernel, "grid": grid, "shape": shape} for shape in ("ball", "box")]
+    ball, box = (tiling(Neighborhood.of(given), 64) for given in both)
+    assert ball.tiles * ball.queries * ball.keys < share * box.tiles * box.queries * box.keys
+    assert ball.key_index.shape[1] == ball.masks.shape[2] == ball.keys == ball.masks.any(axis=1).sum(axis=1).max()
+    tokens = int(np.prod(grid))
+    site = case(queries=tokens, static=True).site(grid=TokenGrid(tuple(grid)))
+    ours, theirs = (SUBJECT.cost(site, given, Shape(1, tokens, tokens)).elements for given in both)
+    assert ours < share * theirs
 
 
 def test_registry() -> None:

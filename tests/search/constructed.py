@@ -2,7 +2,8 @@
 
 x [1, N, C] -> y [1, N, C]: ``layers`` times x + attention(x) W. Heads in order: near tokens, the first tokens, one
 stripe of tokens, all tokens alike. On a grid also: ``column``, tokens that are as far along its last axis, ``place``,
-those that are at the same place of its last two axes.
+those that are at the same place of its last two axes, ``round``, those near by on all axes, with a weight that falls
+like exp(-distance ** 2 / (2 * NEAR ** 2)).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 HEADS = ("local", "sink", "stripe", "dense")
+NEAR = 3.0
 
 
 def positions(
@@ -22,6 +24,14 @@ def positions(
     """Constants [N, dim] that are added to queries and keys."""
     query, key = np.zeros((tokens, dim)), np.zeros((tokens, dim))
     place = np.arange(tokens)
+    if kind == "round":
+        # -|a - b|^2 / 2 is a . b - |b|^2 / 2 and what all keys of a query have in common.
+        where = np.stack(np.unravel_index(place, grid), axis=1) - np.array(grid) / 2
+        axes, root = slice(0, len(grid)), dim**0.25
+        query[:, axes] = key[:, axes] = root * where / NEAR
+        query[:, len(grid)] = root**2
+        key[:, len(grid)] = -np.square(where / NEAR).sum(axis=1) / 2
+        return query, key
     if kind in ("column", "place"):
         place = place % (grid[-1] if kind == "column" else grid[-1] * grid[-2])
         waves = np.geomspace(0.02, 2.5, dim // 2)

@@ -197,6 +197,8 @@ def closing_line(report: Report) -> str:
         limit = f", {verdict} {report.parity.budget:g}" if isfinite(report.parity.budget) else ", without a budget,"
         text += f"; {report.parity.metric} {value}{limit}"
         text += {"inputs": " on your inputs", "seeded": " on seeded inputs", "none": ""}[report.parity.evidence]
+    if report.approximate and (rule := report.options.get("keep_dense")):
+        text += f"; dense where {rule}"
     usual = [t for t in report.timings if t.label in ("usual", "static")]
     if usual:
         t = usual[0].timing

@@ -276,10 +276,10 @@ class Run:
             self._results[edit.site.id] = checked
             if edit.site.id in result.fidelity:
                 self._fidelity[edit.site.id] = result.fidelity[edit.site.id]
-            before = next((e for e in exact if e.site.id == edit.site.id), None)
-            if self._rule is not None and before is not None:
-                self._dense[edit.site.id] = before
-                other = Dense(before.decision.mechanism, before.decision.parameters)
+            was = next((e for e in exact if e.site.id == edit.site.id), None)
+            if self._rule is not None and was is not None:
+                self._dense[edit.site.id] = was
+                other = Dense(was.decision.mechanism, was.decision.parameters)
                 edit = replace(edit, decision=replace(edit.decision, dense=other))
             decisions[edit.site.id] = edit.decision
             self._edits = [*(e for e in self._edits if e.site.id != edit.site.id), edit]

@@ -9,6 +9,7 @@ what lies between sites do not see a branch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -65,7 +66,7 @@ def _condition(
     limit = _unused(f"{_PREFIX}/number", taken)
     read, nodes = rule.input, []
 
-    def op(kind: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def op(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 

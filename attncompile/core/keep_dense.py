@@ -24,10 +24,13 @@ _COMPARE: Mapping[str, Any] = {
     "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal,
 }  # fmt: skip
 
-_FLOATS = {
-    TensorProto.FLOAT16: TensorProto.FLOAT, TensorProto.FLOAT: TensorProto.FLOAT,
-    TensorProto.DOUBLE: TensorProto.DOUBLE,
-}  # fmt: skip
+_FLOATS: Mapping[int, tuple[int, Any, Any]] = {
+    TensorProto.FLOAT16: (TensorProto.FLOAT, np.float16, np.float32),
+    TensorProto.FLOAT: (TensorProto.FLOAT, np.float32, np.float32),
+    TensorProto.DOUBLE: (TensorProto.DOUBLE, np.float64, np.float64),
+}
+"""Types of inputs: the type that is compared, and NumPy's two."""
+
 _INTEGERS = frozenset(
     (TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8, TensorProto.UINT16,
      TensorProto.UINT32)
@@ -94,11 +97,9 @@ class KeepDense:
         """
         if elem_type in _INTEGERS:
             return TensorProto.INT64, np.array(int(self.number), np.int64)
-        wide = _FLOATS[elem_type]
-        own = {TensorProto.FLOAT16: np.float16, TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64}
+        wide, own, compared = _FLOATS[elem_type]
         with np.errstate(over="ignore"):
-            number = np.array(self.number, own[elem_type])
-        return wide, number.astype(own[wide])
+            return wide, np.array(own(self.number), compared)
 
     def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
         """Whether the call with these inputs stays dense: one entry that satisfies is enough, NaN does not."""

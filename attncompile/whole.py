@@ -115,6 +115,7 @@ class Run:
         if not self._feeds:  # only a plan file can ask for this
             self._undo([e for e in self._edits if not e.decision.exact], "an approximation needs --inputs")
         failures = self._broken_assumptions()
+        self._undo_what_is_not_joined()
         foreign = _not_of_onnx_runtime(self._found.model.proto)
         if foreign and self._edits:
             self._undo(list(self._edits), f"the whole model cannot be compared: ONNX Runtime does not have {foreign}")
@@ -276,11 +277,8 @@ class Run:
             self._results[edit.site.id] = checked
             if edit.site.id in result.fidelity:
                 self._fidelity[edit.site.id] = result.fidelity[edit.site.id]
-            was = next((e for e in exact if e.site.id == edit.site.id), None)
-            if self._rule is not None and was is not None:
-                self._dense[edit.site.id] = was
-                other = Dense(was.decision.mechanism, was.decision.parameters)
-                edit = replace(edit, decision=replace(edit.decision, dense=other))
+            if self._rule is not None:
+                edit = self._sided(edit, next((e for e in exact if e.site.id == edit.site.id), None), self._rule)
             decisions[edit.site.id] = edit.decision
             self._edits = [*(e for e in self._edits if e.site.id != edit.site.id), edit]
         for site, reason in result.kept.items():
@@ -295,6 +293,23 @@ class Run:
                 before = "" if self._policy.approximate == (fit.NAME,) else f"{decision.reason}; "
                 decisions[site] = replace(decision, reason=before + said)
         return replace(plan, decisions=tuple(decisions[d.site] for d in plan.decisions))
+
+    def _sided(self, edit: Edit, exact: Edit | None, rule: KeepDense) -> Edit:
+        """With what the site is in calls that stay dense: replaced by ``exact``, or as it was."""
+        other = None
+        if exact is not None:
+            self._dense[edit.site.id] = exact
+            other = Dense(exact.decision.mechanism, exact.decision.parameters)
+        reason = f"{edit.decision.reason}; dense where {rule.text}"
+        return replace(edit, decision=replace(edit.decision, dense=other, reason=reason))
+
+    def _undo_what_is_not_joined(self) -> None:
+        """Approximations, where their model and the dense one cannot be one file."""
+        if self._two_sides(self._edits):
+            try:
+                self._proto(self._edits)
+            except Unsupported as error:
+                self._undo([e for e in self._edits if not e.decision.exact], error.message)
 
     def _approximated_calls(self) -> list[Feed]:
         """The user's inputs but for those that the rule holds of: these are exact by construction, so they say nothing

@@ -15,6 +15,7 @@ import pytest
 from attncompile import gate, pipeline, report, whole
 from attncompile.cli import main
 from attncompile.core import plan_toml
+from attncompile.core.errors import Unsupported
 from attncompile.pipeline import Options
 from attncompile.search import executors, run
 from attncompile.search.executors import Inline
@@ -208,3 +209,13 @@ def test_a_policy_may_say_it(full, tmp_path: Path) -> None:
     errors = [distance(*pair) for pair in zip(
         *(outputs(p, feeds()) for p in (full[0], tmp_path / "out/model.onnx")), strict=True)]  # fmt: skip
     assert max(errors[:3]) < 1e-6 < min(errors[3:])
+
+
+def test_what_cannot_be_joined_is_undone(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> onnx.ModelProto:
+        raise Unsupported("two-sides", "'v' is made in two ways")
+
+    monkeypatch.setattr(whole, "joined", refused)
+    found = compiled(full, tmp_path)
+    assert found.outcome == "rolled_back" and {s.rolled_back for s in found.sites} == {"'v' is made in two ways"}
+    assert (tmp_path / "out/model.onnx").read_bytes() == full[0].read_bytes()

@@ -7,8 +7,9 @@ wrote from it by a search on its inputs, with or without ``--keep-dense``. Image
 for each of the first ``--count`` classes, and are set against those of MODEL from the same noise. What a search says of
 a step is no word on images: errors of steps add up.
 
-Times are those of a call in ONNX Runtime on the CPU, ours beside MODEL's in paired rounds, at the first step that stays
-dense and at the first that does not; ``--plain`` is beside them: the model with the same approximations and no rule.
+Times are CPU seconds of a call in ONNX Runtime with one thread, the median of --rounds that go through all files in
+turn: on a machine that others use too they say more than a clock does. They are taken at the first step that stays
+dense and at the first that does not; ``--plain`` is timed beside the first OUT: the same approximations without a rule.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,7 @@ from attncompile.models.trained.evaluate import Session
 from attncompile.models.trained.recipe import DitRecipe, load
 
 SEED = 7
-SECONDS = 15.0
-"""For the paired rounds of one call."""
+WARM_UP = 2
 
 
 def times_of(recipe: DitRecipe) -> list[float]:
@@ -72,17 +73,17 @@ def row_of(out: Path, times: list[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def timed(model: Path, other: Path, feed: dict[str, np.ndarray]) -> dict[str, float]:
-    """One call of ``other`` beside ``model``: seconds, the gain, and ends of its 95% interval."""
-    sessions = [measure.open_session(path) for path in (model, other)]
-    found = measure.paired_conclusive(sessions[0], sessions[1], feed, budget_seconds=SECONDS)
-    return {
-        "model": found.original,
-        "ours": found.ours,
-        "gain": found.gain,
-        "low": 1 / found.high,
-        "high": 1 / found.low,
-    }
+def cpu_seconds(models: Mapping[str, Path], feed: Mapping[str, np.ndarray], rounds: int) -> dict[str, float]:
+    """Of a call of each model, the median."""
+    sessions = {name: measure.open_session(path, 1) for name, path in models.items()}
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(WARM_UP + rounds):
+        for name, session in sessions.items():
+            start = time.process_time()
+            measure.run_session(session, feed)
+            if number >= WARM_UP:
+                taken[name].append(time.process_time() - start)
+    return {name: float(np.median(seconds)) for name, seconds in taken.items()}
 
 
 def main() -> None:
@@ -90,11 +91,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path, nargs="+")
     parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--plain", type=Path, help="of the first OUT: its model.onnx made without the rule")
     parser.add_argument("--json", type=Path, help="rewritten after every row")
     given = parser.parse_args()
     recipe = load(None).dit
-    times = times_of(recipe)
+    asked = times_of(recipe)
     labels = torch.arange(min(given.count, recipe.classes))
 
     def images(path: Path) -> Tensor:
@@ -104,28 +106,30 @@ def main() -> None:
     reference = images(given.model)
     rows: list[dict[str, Any]] = []
     for number, out in enumerate(given.out):
-        row = row_of(out, times)
+        row = row_of(out, asked)
         row["psnr"] = [round(value, 2) for value in scores.psnr(images(out / "model.onnx"), reference)]
         rule = KeepDense.parse(row["keep_dense"]) if row["keep_dense"] else None
         noise = torch.randn(1, 3, recipe.side, recipe.side, generator=torch.Generator().manual_seed(SEED)).numpy()
         for side in (True, False):
-            at = next((t for t in times if share_kept(rule, [t]) == side), None)
+            at = next((t for t in asked if share_kept(rule, [t]) == side), None)
             if at is None:
                 continue
             feed = {"sample": noise, "time": np.array([at], np.float32), "label": np.array([0], np.int64)}
-            name = "dense" if side else "approximated"
-            row[name] = timed(given.model, out / "model.onnx", feed)
-            if given.plain and not number and not side:
-                row["approximated_beside_plain"] = timed(given.plain, out / "model.onnx", feed)
+            models = {"file": given.model, "ours": out / "model.onnx"}
+            if given.plain and not number:
+                models["plain"] = given.plain
+            row["dense" if side else "approximated"] = cpu_seconds(models, feed, given.rounds)
         shares = {"dense": row["kept"], "approximated": 1 - row["kept"]}
-        row["gain_of_steps"] = 1 / sum(share / row[name]["gain"] for name, share in shares.items() if share)
+        before, after = (sum(share * row[side][file] for side, share in shares.items() if share)
+                         for file in ("file", "ours"))  # fmt: skip
+        row["gain_of_steps"] = before / after
         rows.append(row)
         said = " ".join(f"{value:.1f}" for value in row["psnr"])
         print(f"{row['keep_dense'] or 'no rule'}, {row['max_error']:g}: {row['density_of_steps']:.1%} of the blocks, "
               f"{said} dB, a sampling {row['gain_of_steps']:.2f} times as fast")  # fmt: skip
         if given.json:
             command = " ".join(["python tools/sampling_compare.py", *sys.argv[1:]])
-            told = {"command": command, "steps": len(times), "images": len(labels), "rows": rows}
+            told = {"command": command, "steps": len(asked), "images": len(labels), "rows": rows}
             given.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 

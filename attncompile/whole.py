@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto
 
 from attncompile import __version__, branches, fit, measure, search, verify
-from attncompile.core.errors import BadArguments, BadModel, Unsupported
+from attncompile.core.errors import BadModel, Unsupported
 from attncompile.core.keep_dense import KeepDense
 from attncompile.core.mechanism import kernel_parameters
 from attncompile.core.plan import Dense, Plan
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 Feed = Mapping[str, np.ndarray]
 _SCRATCH = ".scratch"
 _RUNTIME_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
-LEAST_INPUTS = 2
-"""Inputs that approximations are judged on where a rule keeps others dense: one to choose on, one to hold out."""
-
 TIMING_SECONDS = 10.0
 """Time for the paired rounds of the whole model at each shape."""
 
@@ -249,7 +246,11 @@ class Run:
             options.jobs or measure.default_threads(), options.executor, options.threads, options.provider,
         )  # fmt: skip
         exact = list(self._edits)
-        feeds = self._approximated_calls()
+        feeds = search.approximated(self._feeds, self._rule)
+        if self._rule is not None and len(feeds) == len(self._feeds):
+            self._warnings.append(
+                f"'{self._rule.text}' holds of none of the inputs: calls that stay dense were compared on seeded ones"
+            )
         worlds = [self._worlds(binding_of(self._found, feed)) for feed in feeds]
         scratch = self._folder / _SCRATCH
         scratch.mkdir(exist_ok=True)
@@ -310,25 +311,6 @@ class Run:
                 self._proto(self._edits)
             except Unsupported as error:
                 self._undo([e for e in self._edits if not e.decision.exact], error.message)
-
-    def _approximated_calls(self) -> list[Feed]:
-        """The user's inputs but for those that the rule holds of: these are exact by construction, so they say nothing
-        of an approximation's error.
-        """
-        if self._rule is None:
-            return list(self._feeds)
-        left = [feed for feed in self._feeds if not self._rule.holds(feed)]
-        if len(left) < LEAST_INPUTS:
-            raise BadArguments(
-                f"'{self._rule.text}' holds of {len(self._feeds) - len(left)} of {len(self._feeds)} inputs: too few "
-                "are left to choose approximations on and to hold out",
-                f"give inputs of calls that it does not hold of, {LEAST_INPUTS} or more, better sixteen",
-            )
-        if len(left) == len(self._feeds):
-            self._warnings.append(
-                f"'{self._rule.text}' holds of none of the inputs: calls that stay dense were compared on seeded ones"
-            )
-        return left
 
     def _fit(
         self, sites: Sequence[AttentionSite], feeds: Sequence[Feed], worlds: Sequence[World], scratch: Path

@@ -62,11 +62,11 @@ def row_of(out: Path, times: list[float]) -> dict[str, Any]:
     if found is None or found["density"] is None:
         raise SystemExit(f"{out}: nothing was approximated by a search")
     (point,) = [p for p in found["points"] if p["chosen"]]
-    rule = KeepDense.parse(found["keep_dense"]) if found["keep_dense"] else None
-    kept = share_kept(rule, times)
+    rule = KeepDense.parse(found["keep_dense"]) if found.get("keep_dense") else None  # older reports say nothing
+    kept, aside = share_kept(rule, times), found.get("set_aside", 0)
     return {
         "keep_dense": rule.text if rule else "", "metric": found["metric"], "max_error": told["options"]["max_error"],
-        "inputs": found["calibration"] + len(found["held"]) + found["set_aside"], "set_aside": found["set_aside"],
+        "inputs": found["calibration"] + len(found["held"]) + aside, "set_aside": aside,
         "bound": point["bound"], "held": found["held"], "density": found["density"],
         "predicted_gain": 1 / point["time"], "kept": kept, "density_of_steps": kept + (1 - kept) * found["density"],
         "predicted_gain_of_steps": 1 / (kept + (1 - kept) * point["time"]),

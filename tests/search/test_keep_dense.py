@@ -63,7 +63,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(a))
 
 
-def test_both_sides_of_a_model(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_of_a_model(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     seen: list[Feed] = []
     right = run.Search.__init__
 
@@ -76,6 +76,9 @@ def test_both_sides_of_a_model(full, tmp_path: Path, monkeypatch: pytest.MonkeyP
                  "--max-error", "0.03", "--keep-dense", "t>=.7", "--keep-slower", "--quiet",
                  "--out", str(tmp_path / "out")]  # fmt: skip
     assert main(arguments) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "dense where t >= 0.7 (3 of 12 inputs, which the search set aside); elsewhere" in said
+    assert "chosen for each head; dense where t >= 0.7" in said
     assert len(seen) == 12 - KEPT and max(float(feed["t"]) for feed in seen) < 0.7, "what is exact chose nothing"
     told = json.loads((tmp_path / "out/report.json").read_text())
     search = told["search"]

@@ -171,7 +171,9 @@ def widened(profile: ShapeProfile, model: Model, feeds: Sequence[Mapping[str, np
 def plan(found: Inspection, options: Options) -> Plan:
     """One decision a site, by the policy; nothing is measured."""
     target = base.get(options.target or "onnx")
-    return _plan(found, options, mechanisms(), target, Worlds(found.index))
+    made = _plan(found, options, mechanisms(), target, Worlds(found.index))
+    keep_dense(found, options, made)
+    return made
 
 
 def compile(path: Path, options: Options, progress: Progress | None = None) -> Report:  # noqa: A001

@@ -222,3 +222,13 @@ def test_what_cannot_be_joined_is_undone(full, tmp_path: Path, monkeypatch: pyte
     found = compiled(full, tmp_path)
     assert found.outcome == "rolled_back" and {s.rolled_back for s in found.sites} == {"'v' is made in two ways"}
     assert (tmp_path / "out/model.onnx").read_bytes() == full[0].read_bytes()
+
+
+def test_a_rule_in_a_policy_is_looked_at_before_anything_is_run(full, tmp_path: Path, capsys) -> None:
+    text = (Path(pipeline.__file__).with_name("policies") / "sparse.toml").read_text()
+    for rule, said in (('"s < 1"', "no input 's'"), ('"t == 1"', "not a rule"), ("1", "'keep_dense' must be a str")):
+        policy = tmp_path / "mine.toml"
+        policy.write_text(text.replace("[approximate]\n", f"[approximate]\nkeep_dense = {rule}\n"))
+        for verb in (["plan"], []):
+            assert main([*verb, str(full[0]), "--policy", str(policy), "--out", str(tmp_path / "o")]) == 2
+            assert said in capsys.readouterr().err and not (tmp_path / "o").exists()

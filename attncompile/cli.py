@@ -78,6 +78,7 @@ def _compile(
     max_error: opt.MaxError = None,
     metric: opt.Metric = None,
     density: opt.Density = None,
+    keep_dense: opt.KeepDense = None,
     jobs: opt.Jobs = None,
     executor: opt.Executor = "local",
     provider: opt.Provider = "cpu",
@@ -117,7 +118,7 @@ def _compile(
         plan=plan, fitted=fitted, dry_run=dry_run, require_sites=require_sites, strict=strict,
         keep_slower=keep_slower, fp16=fp16, bf16=bf16, arch=arch, fusions=not no_fusions, half_norms=half_norms,
         grid=grid, sites=site, threads=threads, hash_weights=hash_weights, seed=seed, density=density, jobs=jobs,
-        executor=executor, provider=provider,
+        executor=executor, provider=provider, keep_dense=keep_dense,
         engine=engine_options.parse(workspace, timing_cache, weight_streaming, refit, engine_level, engine_profile),
         ranges=engine_options.ranges(model, min_shapes, opt_shapes, max_shapes),
     )  # fmt: skip
@@ -425,6 +426,10 @@ def _options(**given: Any) -> Options:
         opt.choice(known["metric"], opt.METRICS, "--metric")
     if known.get("max_error") is not None and not known["max_error"] >= 0:
         raise BadArguments(f"--max-error {known['max_error']} is not an error", "give a number of 0 or more")
+    if known.get("keep_dense") is not None:
+        from attncompile.core.keep_dense import KeepDense
+
+        KeepDense.parse(known["keep_dense"])
     if known.get("density") is not None:
         if not 0 < known["density"] <= 1:
             raise BadArguments(f"--density {known['density']} is no share", "give a number above 0, and at most 1")

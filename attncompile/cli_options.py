@@ -84,6 +84,14 @@ Density = Annotated[
         help="In place of an error budget: this share of the blocks of full attention, 0 to 1; the error is reported.",
     ),
 ]  # fmt: skip
+KeepDense = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-dense", metavar="RULE", show_default=False,
+        help="Calls in which nothing is approximated, by an input that is a number, such as 'time >= 0.7' for the "
+        "first steps of a sampler. Default: the policy's, or none.",
+    ),
+]  # fmt: skip
 Jobs = Annotated[
     int | None,
     typer.Option(

@@ -14,6 +14,7 @@ from attncompile import fit, outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
 from attncompile.core.errors import BadArguments, MissingDependency, Unsupported
+from attncompile.core.keep_dense import KeepDense
 from attncompile.core.mechanism import Candidate, Mechanism, kernel_parameters, understood
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
@@ -53,6 +54,7 @@ class Options:
     those that kernels are compiled for, empty for the GPUs of this machine, or all where it has none; ``fusions``
     whether what lies between the sites is fused for ONNX Runtime's GPU provider, ``half_norms`` whether residual sums
     go into norms in fp16 too. ``density`` asks for so many of the blocks of full attention in place of an error budget;
+    ``keep_dense``: the rule for calls that nothing is approximated in (None: the plan's or the policy's);
     ``jobs`` (None: one a core) processes of ``executor`` do the search, in sessions of ``provider``.
     ``fitted``: a file of feature maps for linear attention, which are fitted where there is none and the policy wants
     some.
@@ -81,6 +83,7 @@ class Options:
     fusions: bool = True
     half_norms: bool = True
     density: float | None = None
+    keep_dense: str | None = None
     jobs: int | None = None
     executor: str = "local"
     provider: Provider = "cpu"
@@ -168,7 +171,9 @@ def widened(profile: ShapeProfile, model: Model, feeds: Sequence[Mapping[str, np
 def plan(found: Inspection, options: Options) -> Plan:
     """One decision a site, by the policy; nothing is measured."""
     target = base.get(options.target or "onnx")
-    return _plan(found, options, mechanisms(), target, Worlds(found.index))
+    made = _plan(found, options, mechanisms(), target, Worlds(found.index))
+    keep_dense(found, options, made)
+    return made
 
 
 def compile(path: Path, options: Options, progress: Progress | None = None) -> Report:  # noqa: A001
@@ -191,10 +196,15 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     progress.stage("plan")
     worlds = Worlds(found.index)
     chosen = _read_plan(options.plan, found) if options.plan else _plan(found, options, registry, target, worlds)
+    rule = keep_dense(found, options, chosen)
     warnings = [*found.model.notes, *chosen.notes]
+    if rule is not None:
+        chosen = replace(chosen, options={**chosen.options, "keep_dense": rule.text})
+        target = _without_branches(options, target, rule, warnings)
     clock.lap("plan")
 
     edits = _edits(found, chosen, registry)
+    exact_sides = _exact_sides(found, chosen, registry) if rule is not None else []
     in_force = {e.site.id: e.decision for e in edits}  # exactness and assumptions are never a plan file's to say
     chosen = replace(chosen, decisions=tuple(in_force.get(d.site, d) for d in chosen.decisions))
     checker = SiteGate(
@@ -206,13 +216,14 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     for edit in edits:
         results[edit.site.id] = checker.check(edit)
         progress.advance()
+    sides = [e for e in exact_sides if not checker.check(e).rolled_back]
     clock.lap("check sites")
 
     kept = [e for e in edits if _stays(results[e.site.id], target)]
     with outputs.staged(out) as folder:
         gpu = gpu_of(options, target, worlds)
         run = whole.Run(found, options, found.feeds, kept, results, registry, worlds, checker, progress, folder,
-                        out.with_name(f".{out.name}.search"), gpu)  # fmt: skip
+                        out.with_name(f".{out.name}.search"), gpu, rule, sides)  # fmt: skip
         outcome = run.finish(chosen)
         clock.lap("verify the model")
         target = outputs.configured(target, options, outcome.plan)
@@ -229,6 +240,40 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
             fit.save(folder / fit.FILE, run.fitted.only(used))
     run.done()
     return report
+
+
+def keep_dense(found: Inspection, options: Options, chosen: Plan) -> KeepDense | None:
+    """The rule for calls that stay dense: the option's, else the plan's, which is the policy's unless it was edited.
+
+    Raises:
+        BadArguments: it is no rule, or the model has no such input.
+    """
+    text = options.keep_dense or chosen.options.get("keep_dense")
+    if not text:
+        return None
+    if not isinstance(text, str):
+        raise BadArguments(f"the plan's keep_dense is not a text: {text!r}", "write a rule such as 'time >= 0.7'")
+    rule = KeepDense.parse(text)
+    rule.check(found.model.proto)
+    return rule
+
+
+def _without_branches(options: Options, target: Target, rule: KeepDense, warnings: list[str]) -> Target:
+    """``onnx``, the one target that was seen to run a model with both sides as fast as each alone.
+
+    Raises:
+        BadArguments: another one was asked for.
+    """
+    if target.name == "onnx":
+        return target
+    why = f"'{rule.text}' puts an If around each site, and no target but onnx was seen to run that well"
+    if options.target is not None:
+        raise BadArguments(
+            f"target {target.name}: {why}",
+            "build for --target onnx; or build without the rule, and call the original in the steps that stay dense",
+        )
+    warnings.append(f"nothing is built for {target.name}: {why}")
+    return base.get("onnx")
 
 
 def _stays(result: SiteResult, target: Target) -> bool:
@@ -267,7 +312,11 @@ def _plan(
         verify.next_token(found.model.proto)  # what cannot be measured is refused before hours of search
     budget = policy.max_error if options.max_error is None else options.max_error
     asked = {"max_error": budget} if options.density is None else {"density": options.density}
-    settings = {**asked, "metric": options.metric or policy.metric}
+    settings: dict[str, object] = {**asked, "metric": options.metric or policy.metric}
+    if options.keep_dense and not policy.approximate:
+        raise BadArguments(f"--keep-dense: policy {policy.name} approximates nothing", "give --policy sparse")
+    if rule := options.keep_dense or policy.keep_dense:
+        settings["keep_dense"] = rule
     return Plan(found.model.hash, policy.name, decisions, settings if policy.approximate else {}, tuple(notes))
 
 
@@ -352,6 +401,22 @@ def _edits(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> li
         assumed = found.ledger.of(site, mechanism, decision.parameters, exact)
         edits.append(Edit.of(site, replace(decision, exact=exact, assumptions=assumed), mechanism, found.normal.opset))
     return edits
+
+
+def _exact_sides(found: Inspection, chosen: Plan, registry: Sequence[Mechanism]) -> list[Edit]:
+    """The plan's exact replacements of approximated sites, for calls that stay dense."""
+    given = [
+        replace(d, mechanism=d.dense.mechanism, parameters=d.dense.parameters, dense=None)
+        for d in chosen.decisions if not d.kept and d.dense is not None
+    ]  # fmt: skip
+    made = _edits(found, replace(chosen, decisions=tuple(given)), registry)
+    for edit in made:
+        if not edit.decision.exact:
+            raise BadArguments(
+                f"the plan's dense replacement of {edit.site.id} by {edit.decision.mechanism} is not exact",
+                "delete its table [site.dense]",
+            )
+    return made
 
 
 def edits(found: Inspection, options: Options) -> list[Edit]:

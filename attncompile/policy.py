@@ -25,6 +25,7 @@ _KEYS: Mapping[str, Mapping[str, Any]] = {
         "metric": str,
         "keep_first": int,
         "keep_last": int,
+        "keep_dense": str,
         "confidence": float,
     },
 }

@@ -60,6 +60,7 @@ def sections(found: SearchReport) -> Iterable[str]:
         ("Held-out inputs", held + (f"; choices that they refused: {found.refused}" if found.refused else "")),
         ("Confidence that others keep the budget", f"{found.confidence:.0%}"),
         *([("Blocks of full attention that are left", f"{found.density:.1%}")] if found.density is not None else []),
+        *_set_aside(found),
     ])  # fmt: skip
     if found.points:
         yield section("Error against speed", curve(found.points, found.budget, found.metric))
@@ -76,6 +77,16 @@ def sections(found: SearchReport) -> Iterable[str]:
     for site, heads in found.sites.items():
         figures = "".join(head_figure(number, head) for number, head in enumerate(heads))
         yield f'<h3>{escape(site)}</h3><div class="heads">{figures}</div>'
+
+
+def _set_aside(found: SearchReport) -> Iterator[tuple[str, str]]:
+    """What is said of a rule for calls that stay dense."""
+    if not found.keep_dense:
+        return
+    yield "Nothing is approximated in calls with", found.keep_dense
+    yield "Inputs of such calls", f"{found.set_aside} of {found.inputs}: they did not choose, and are no evidence"
+    if found.density_of_inputs is not None:
+        yield "Blocks that are left, mean over all inputs", f"{found.density_of_inputs:.1%}"
 
 
 def _point(point: CurvePoint) -> tuple[str, ...]:

@@ -197,10 +197,16 @@ def closing_line(report: Report) -> str:
         limit = f", {verdict} {report.parity.budget:g}" if isfinite(report.parity.budget) else ", without a budget,"
         text += f"; {report.parity.metric} {value}{limit}"
         text += {"inputs": " on your inputs", "seeded": " on seeded inputs", "none": ""}[report.parity.evidence]
+    rule = report.options.get("keep_dense") if report.approximate else None
+    if rule:
+        text += f"; dense where {rule}"
+        if report.search is not None:
+            text += f" ({report.search.set_aside} of {report.search.inputs} inputs, which the search set aside)"
     usual = [t for t in report.timings if t.label in ("usual", "static")]
     if usual:
         t = usual[0].timing
-        text += f"; {t.gain:.2f} times the speed ({t.original * 1e3:.4g} ms -> {t.ours * 1e3:.4g} ms)"
+        text += "; elsewhere " if rule else "; "
+        text += f"{t.gain:.2f} times the speed ({t.original * 1e3:.4g} ms -> {t.ours * 1e3:.4g} ms)"
     return text
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attncompile import branches, measure, verify
 from attncompile.core.errors import AttncompileError
+from attncompile.core.keep_dense import KeepDense
 from attncompile.core.model import Model
 from attncompile.core.site import AttentionSite
 from attncompile.passes.evaluate import World
@@ -75,6 +76,40 @@ def shaped_inputs(
                 made += [Shaped(f"{name}, {what}", binding, padded, timed=False)
                          for what, padded in _padded(found, sites, session, feed)]  # fmt: skip
     return made + [Shaped("inputs", binding_of(found, f), f) for f in found.feeds]
+
+
+KEPT = "kept dense"
+"""Ends the label of inputs that a rule keeps dense."""
+
+
+def both_sides(
+    shaped: Sequence[Shaped], rule: KeepDense, given: Sequence[Feed], session: measure.Session,
+    warn: Callable[[str], None],
+) -> list[Shaped]:  # fmt: skip
+    """``shaped`` with every seeded feed once as a call that ``rule`` holds of and once as one that it does not: by the
+    value of one of the user's inputs ``given``, or at the rule's edge where none is on that side. Labels of the first
+    end in ``KEPT``. Those that the original does not run on are left out, and ``warn`` is told.
+    """
+    found = []
+    for item in shaped:
+        if item.label == "inputs":
+            found.append(replace(item, label=f"inputs, {KEPT}") if rule.holds(item.feed) else item)
+            continue
+        for keep in (False, True):
+            values = next((f[rule.input] for f in given if rule.holds(f) == keep), None)
+            feed = rule.feed(item.feed, keep)
+            if values is not None and values.size:
+                entry = next(v for v in values.reshape(-1) if rule.holds({rule.input: v}) == keep)
+                feed = {**item.feed, rule.input: np.full_like(item.feed[rule.input], entry)}
+            label = f"{item.label}, {KEPT}" if keep else item.label
+            try:
+                measure.run_session(session, feed)
+            except AttncompileError as error:
+                warn(f"the original itself does not run with {rule.input} = {feed[rule.input].reshape(-1)[:1]}, so "
+                     f"nothing was checked there ({error.message[:160]})")  # fmt: skip
+                continue
+            found.append(replace(item, label=label, feed=feed))
+    return found
 
 
 def _padded(

@@ -14,8 +14,9 @@ from onnx import ModelProto
 
 from attncompile import __version__, branches, fit, measure, search, verify
 from attncompile.core.errors import BadModel, Unsupported
+from attncompile.core.keep_dense import KeepDense
 from attncompile.core.mechanism import kernel_parameters
-from attncompile.core.plan import Plan
+from attncompile.core.plan import Dense, Plan
 from attncompile.culprits import find_culprits
 from attncompile.gate import Edit, SiteGate, SiteResult
 from attncompile.gpu_cost import GpuCost
@@ -23,9 +24,10 @@ from attncompile.ledger_check import LedgerCheck
 from attncompile.passes.fold_back import Folds
 from attncompile.passes.load import graphs
 from attncompile.passes.replace import apply
+from attncompile.passes.two_sides import joined
 from attncompile.policy import load_policy
 from attncompile.report import Bisection, OutputComparison, Parity, ShapeTiming, SiteFidelity
-from attncompile.shaped import Shaped, binding_of, shaped_inputs
+from attncompile.shaped import Shaped, binding_of, both_sides, shaped_inputs
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.base import Target
 from attncompile.verification.whole import HIGHER_IS_BETTER
@@ -70,9 +72,12 @@ class Run:
     def __init__(
         self, found: Inspection, options: Options, feeds: Sequence[Feed], edits: Sequence[Edit],
         results: dict[str, SiteResult], registry: Sequence[Mechanism], worlds: Worlds, checker: SiteGate,
-        progress: Progress, folder: Path, state: Path, gpu: GpuCost | None = None,
+        progress: Progress, folder: Path, state: Path, gpu: GpuCost | None = None, rule: KeepDense | None = None,
+        dense: Sequence[Edit] = (),
     ) -> None:  # fmt: skip
-        """``state``: where a search keeps what it has found until it is over. ``gpu``: what the target's GPU takes."""
+        """``state``: where a search keeps what it has found until it is over. ``gpu``: what the target's GPU takes.
+        ``rule``: of calls in which approximated sites are as they were, or replaced by the exact edits ``dense``.
+        """
         self._found = found
         self._options = options
         self._feeds = feeds
@@ -86,6 +91,8 @@ class Run:
         self._folder = folder
         self._state = state
         self._gpu = gpu
+        self._rule = rule
+        self._dense = {e.site.id: e for e in dense}
         self._search: search.Search | None = None
         self._searched: search.SearchReport | None = None
         self.fitted = fit.load(options.fitted) if options.fitted is not None else None
@@ -105,6 +112,7 @@ class Run:
         if not self._feeds:  # only a plan file can ask for this
             self._undo([e for e in self._edits if not e.decision.exact], "an approximation needs --inputs")
         failures = self._broken_assumptions()
+        self._undo_what_is_not_joined()
         foreign = _not_of_onnx_runtime(self._found.model.proto)
         if foreign and self._edits:
             self._undo(list(self._edits), f"the whole model cannot be compared: ONNX Runtime does not have {foreign}")
@@ -238,18 +246,26 @@ class Run:
             options.jobs or measure.default_threads(), options.executor, options.threads, options.provider,
         )  # fmt: skip
         exact = list(self._edits)
-        worlds = [self._worlds(binding_of(self._found, feed)) for feed in self._feeds]
+        feeds = search.approximated(self._feeds, self._rule)
+        if self._rule is not None and len(feeds) == len(self._feeds):
+            self._warnings.append(
+                f"'{self._rule.text}' holds of none of the inputs: calls that stay dense were compared on seeded ones"
+            )
+        worlds = [self._worlds(binding_of(self._found, feed)) for feed in feeds]
         scratch = self._folder / _SCRATCH
         scratch.mkdir(exist_ok=True)
         if fit.NAME in self._policy.approximate:
-            self._fit(chosen, worlds, scratch)
+            self._fit(chosen, feeds, worlds, scratch)
         self._search = search.Search(
-            self._found, self._policy, self._registry, self._feeds, worlds, exact, scratch, settings, self._progress,
+            self._found, self._policy, self._registry, feeds, worlds, exact, scratch, settings, self._progress,
             self._gpu, self._state,
         )  # fmt: skip
         result = self._search.run(chosen)
         self._warnings += result.warnings
         self._searched = result.report
+        if self._rule is not None and result.report is not None:
+            aside, count = len(self._feeds) - len(feeds), len(self._feeds)
+            self._searched = replace(result.report, keep_dense=self._rule.text, set_aside=aside, inputs=count)
         decisions = {d.site: d for d in plan.decisions}
         for made in result.edits:
             edit = self._with_assumptions(made)
@@ -262,6 +278,8 @@ class Run:
             self._results[edit.site.id] = checked
             if edit.site.id in result.fidelity:
                 self._fidelity[edit.site.id] = result.fidelity[edit.site.id]
+            if self._rule is not None:
+                edit = self._sided(edit, next((e for e in exact if e.site.id == edit.site.id), None), self._rule)
             decisions[edit.site.id] = edit.decision
             self._edits = [*(e for e in self._edits if e.site.id != edit.site.id), edit]
         for site, reason in result.kept.items():
@@ -277,7 +295,26 @@ class Run:
                 decisions[site] = replace(decision, reason=before + said)
         return replace(plan, decisions=tuple(decisions[d.site] for d in plan.decisions))
 
-    def _fit(self, sites: Sequence[AttentionSite], worlds: Sequence[World], scratch: Path) -> None:
+    def _sided(self, edit: Edit, exact: Edit | None, rule: KeepDense) -> Edit:
+        """With what the site is in calls that stay dense: replaced by ``exact``, or as it was."""
+        other = None
+        if exact is not None:
+            self._dense[edit.site.id] = exact
+            other = Dense(exact.decision.mechanism, exact.decision.parameters)
+        reason = f"{edit.decision.reason}; dense where {rule.text}"
+        return replace(edit, decision=replace(edit.decision, dense=other, reason=reason))
+
+    def _undo_what_is_not_joined(self) -> None:
+        """Approximations, where their model and the dense one cannot be one file."""
+        if self._two_sides(self._edits):
+            try:
+                self._proto(self._edits)
+            except Unsupported as error:
+                self._undo([e for e in self._edits if not e.decision.exact], error.message)
+
+    def _fit(
+        self, sites: Sequence[AttentionSite], feeds: Sequence[Feed], worlds: Sequence[World], scratch: Path
+    ) -> None:  # fmt: skip
         """Fits feature maps to these sites, or takes the given ones, for the search to choose from."""
         options = self._options
         settings = fit.Settings(
@@ -285,7 +322,7 @@ class Run:
             threads=options.threads, executor=options.executor, provider=options.provider,
             min_gain=self._policy.min_gain,
         )  # fmt: skip
-        work = fit.Fit(self._found, self._feeds, worlds, scratch, settings, self._progress, self._gpu)
+        work = fit.Fit(self._found, feeds, worlds, scratch, settings, self._progress, self._gpu)
         self.fitted, self._fit_report = work.run(sites, self.fitted)
         self._registry = fit.with_maps(self._registry, self.fitted.maps)
 
@@ -302,9 +339,12 @@ class Run:
     def _shaped(self) -> list[Shaped]:
         session = None if self._bfloat16 else measure.open_session(self._found.model.path, self._options.threads)
         sites = [e.site for e in self._edits]
-        return shaped_inputs(
+        made = shaped_inputs(
             self._found, sites, session, self._worlds, self._options.seed, self._warnings.append
         )  # fmt: skip
+        if self._rule is None or session is None:
+            return made
+        return both_sides(made, self._rule, self._feeds, session, self._warnings.append)
 
     def _budget(self) -> float:
         approximate = any(not e.decision.exact for e in self._edits)
@@ -353,19 +393,37 @@ class Run:
     def _evidence(self, shaped: Sequence[Shaped]) -> list[Shaped]:
         """Approximations are judged on the user's inputs alone."""
         if any(not e.decision.exact for e in self._edits):
-            return [s for s in shaped if s.label == "inputs"]
+            return [s for s in shaped if s.label.startswith("inputs")]
         return list(shaped)
 
     def _compare(self, shaped: Sequence[Shaped], folder: Path | None = None, path: Path | None = None) -> Parity:
         """The written model, or that at ``path``, against the original. A model that does not run is a failure."""
+        path = path or self._folder / "model.onnx"
         evidence = self._evidence(shaped)
         metric, budget = self._judged_by(), self._budget()
-        source: Literal["inputs", "seeded"] = "inputs" if any(s.label == "inputs" for s in evidence) else "seeded"
+        if not self._two_sides(self._edits):
+            return self._compared(evidence, metric, budget, path, folder)
+        assert self._rule is not None
+        approximated = [s for s in evidence if not self._rule.holds(s.feed)]
+        found = self._compared(approximated, metric, budget, path, folder)
+        kept = [s for s in shaped if self._rule.holds(s.feed)]
+        dense = self._compared(kept, "relative_l2", verify.exact_budget(self._found.model.proto), path)
+        said = f"calls that stay dense: {dense.reason}"
+        return replace(
+            found, passed=found.passed and dense.passed, comparisons=(*found.comparisons, *dense.comparisons),
+            reason=f"{found.reason}; {said}",
+        )  # fmt: skip
+
+    def _compared(
+        self, evidence: Sequence[Shaped], metric: str, budget: float, path: Path, folder: Path | None = None
+    ) -> Parity:
+        source: Literal["inputs", "seeded"] = (
+            "inputs" if any(s.label.startswith("inputs") for s in evidence) else "seeded"
+        )
         try:
             found = verify.compare_models(
-                self._baseline, path or self._folder / "model.onnx", [s.feed for s in evidence], budget=budget,
-                metric=metric, folder=folder,
-            )  # fmt: skip
+                self._baseline, path, [s.feed for s in evidence], budget=budget, metric=metric, folder=folder
+            )
         except (verify.RewrittenFailed, BadModel) as error:
             return Parity(False, metric, budget, None, source, reason=error.message)
         rows = tuple(
@@ -404,7 +462,7 @@ class Run:
         sessions = [measure.open_session(p, self._options.threads) for p in paths]
         timings = []
         # Where the original runs at none of the profile's shapes, the user's inputs are the only ones to time.
-        todo = [s for s in shaped if s.label != "inputs" and s.timed] or [s for s in shaped if s.timed]
+        todo = [s for s in shaped if not s.label.startswith("inputs") and s.timed] or [s for s in shaped if s.timed]
         self._progress.stage("time the model", len(todo))
         for item in todo:
             timing = measure.paired_conclusive(
@@ -427,6 +485,19 @@ class Run:
         notes = {"attncompile.version": __version__}
         if approximate:
             notes["attncompile.approximate_sites"] = ",".join(approximate)
+        if not self._two_sides(edits):
+            return self._applied(edits, notes)
+        assert self._rule is not None
+        notes["attncompile.keep_dense"] = self._rule.text
+        others = [e if e.decision.exact else self._dense.get(e.site.id) for e in edits]
+        dense = self._applied([e for e in others if e is not None], {})
+        return joined(dense, self._applied(edits, notes), self._rule)
+
+    def _two_sides(self, edits: Sequence[Edit]) -> bool:
+        """Whether there are calls in which the model with ``edits`` is another one."""
+        return self._rule is not None and any(not e.decision.exact for e in edits)
+
+    def _applied(self, edits: Sequence[Edit], notes: Mapping[str, str]) -> ModelProto:
         proto = apply(self._found.index.model, [(e.site, e.lowering) for e in edits], notes)
         if self._folds is not None:
             self._folds.undo(proto)

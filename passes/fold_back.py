@@ -24,7 +24,7 @@ _GRAPHS = (5, 10)
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """Nodes of the working copy (by ``_key``), the values that they alone make, and the model's nodes for them."""
+    """Nodes of the working copy (by ``shell_key``), the values that they alone make, and the model's nodes for them."""
 
     made: frozenset[bytes]
     fresh: frozenset[str]
@@ -60,10 +60,10 @@ class Folds:
             _clear(graph, self._unread.get(place, frozenset()))
             _drop(graph, self._stored.get(place, frozenset()))
             inside = around | local_names(graph)
-            pending += [(place + at, inner, inside) for at, inner in _inner(graph)]
+            pending += [(place + at, inner, inside) for at, inner in inner_graphs(graph)]
 
 
-def _key(node: NodeProto) -> bytes:
+def shell_key(node: NodeProto) -> bytes:
     """What tells a node from all others in its graph: all of it but the bodies that it holds."""
     if any(a.type in _GRAPHS for a in node.attribute):
         shell = NodeProto()
@@ -75,7 +75,7 @@ def _key(node: NodeProto) -> bytes:
     return hashlib.blake2b(node.SerializeToString(deterministic=True)).digest()
 
 
-def _inner(graph: GraphProto) -> Iterator[tuple[str, GraphProto]]:
+def inner_graphs(graph: GraphProto) -> Iterator[tuple[str, GraphProto]]:
     """The bodies in a graph, named by what their node makes."""
     for node in graph.node:
         for attribute in node.attribute:
@@ -90,12 +90,12 @@ def _pairs(plain: GraphProto, working: GraphProto) -> Iterator[tuple[str, GraphP
     while pending:
         place, own, copy = pending.pop()
         yield place, own, copy
-        others: Mapping[str, GraphProto] = dict(_inner(copy))
-        pending += [(place + at, body, others[at]) for at, body in _inner(own) if at in others]
+        others: Mapping[str, GraphProto] = dict(inner_graphs(copy))
+        pending += [(place + at, body, others[at]) for at, body in inner_graphs(own) if at in others]
 
 
 def _regions(own: GraphProto, copy: GraphProto) -> list[_Region]:
-    keys_own, keys_copy = ({_key(n): n for n in graph.node} for graph in (own, copy))
+    keys_own, keys_copy = ({shell_key(n): n for n in graph.node} for graph in (own, copy))
     old = [n for k, n in keys_own.items() if k not in keys_copy]
     new = [n for k, n in keys_copy.items() if k not in keys_own]
     names = local_names(own)
@@ -131,14 +131,14 @@ def _regions(own: GraphProto, copy: GraphProto) -> list[_Region]:
         theirs = tuple(old[i] for i in group if i < len(old))
         fresh = frozenset(o for n in mine for o in n.output if o and o not in names)
         if theirs and not any(a.type in _GRAPHS for n in (*mine, *theirs) for a in n.attribute):
-            found.append(_Region(frozenset(_key(n) for n in mine), fresh, theirs))
+            found.append(_Region(frozenset(shell_key(n) for n in mine), fresh, theirs))
     return found
 
 
 def _fold(graph: GraphProto, regions: list[_Region], around: frozenset[str]) -> None:
     if not regions:
         return
-    keys = {_key(n): i for i, n in enumerate(graph.node)}
+    keys = {shell_key(n): i for i, n in enumerate(graph.node)}
     names = local_names(graph) | around
     readers: dict[str, set[int]] = {}
     for i, node in enumerate(graph.node):

@@ -47,20 +47,20 @@ def _rename(graph: GraphProto, visible: frozenset[str], taken: set[str]) -> None
         names[name] = f"{name}_{number}"
         taken.add(names[name])
     if names:
-        _apply(graph, names)
+        rename_values(graph, names)
     visible |= local_names(graph)
     for node in graph.node:
         for inner in _inner(node):
             _rename(inner, visible, taken)
 
 
-def _apply(graph: GraphProto, names: Mapping[str, str]) -> None:
+def rename_values(graph: GraphProto, names: Mapping[str, str]) -> None:
     """Renames in ``graph``, and what graphs inside it read of it."""
     for node in graph.node:
         node.input[:] = [names.get(v, v) for v in node.input]
         node.output[:] = [names.get(v, v) for v in node.output]
         for inner in _inner(node):
             own = local_names(inner)
-            _apply(inner, {old: new for old, new in names.items() if old not in own})
+            rename_values(inner, {old: new for old, new in names.items() if old not in own})
     for item in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
         item.name = names.get(item.name, item.name)

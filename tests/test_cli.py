@@ -70,7 +70,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         ("metric", "relative_l2"), ("dry_run", False), ("plan", None), ("require_sites", None), ("strict", False),
         ("keep_slower", False), ("precision", None), ("grid", None), ("threads", None), ("hash_weights", False),
         ("seed", 0), ("sites", ()), ("architectures", ()), ("fusions", True), ("half_norms", True), ("density", None),
-        ("jobs", None), ("executor", "local"), ("provider", "cpu"), ("fitted", None),
+        ("keep_dense", None), ("jobs", None), ("executor", "local"), ("provider", "cpu"), ("fitted", None),
         ("engine", EngineOptions()),
     )  # fmt: skip
     made = [(name, Any, dataclasses.field(default_factory=lambda value=value: value)) for name, value in fields]
@@ -112,7 +112,7 @@ def test_every_option_arrives(fake: Fake, tmp_path: Path) -> None:
         f"--shapes batch=2,x=1:1:3 --max-error 0.02 --metric kl --plan {tmp_path}/p.toml --require-sites 3 --strict "
         "--keep-slower --bf16 --grid 14x14+1 --threads 4 --hash-weights --seed 7 --site a --site b --arch 90 --quiet "
         "--engine-profile seq=1 --engine-profile seq=2:4:8 --workspace 2G --timing-cache t --weight-streaming --refit "
-        "--engine-level 4 --no-fusions --no-half-norms --jobs 3 --executor ray --provider cuda"
+        "--engine-level 4 --no-fusions --no-half-norms --jobs 3 --executor ray --provider cuda --keep-dense t>1"
     )
     assert main(arguments.split()) == 0
     assert {f.name: getattr(fake.options, f.name) for f in dataclasses.fields(fake.options)} == {
@@ -121,7 +121,7 @@ def test_every_option_arrives(fake: Fake, tmp_path: Path) -> None:
         "metric": "kl", "dry_run": False, "plan": tmp_path / "p.toml", "require_sites": 3, "strict": True,
         "keep_slower": True, "precision": "bf16", "grid": "14x14+1", "threads": 4, "hash_weights": True, "seed": 7,
         "sites": ("a", "b"), "architectures": (90,), "fusions": False, "half_norms": False,
-        "density": None, "jobs": 3, "executor": "ray", "fitted": None,
+        "density": None, "keep_dense": "t>1", "jobs": 3, "executor": "ray", "fitted": None,
         "provider": "cuda",
         "engine": EngineOptions(
             2 << 30, Path("t"), True, True, 4, ({"seq": Range(1, 1, 1)}, {"seq": Range(2, 4, 8)})

@@ -13,6 +13,8 @@ of those that were tried. They come in the order of FIRST.
 
 With --density there is no budget: all are made to keep so many blocks, and their errors are measured.
 
+With --keep-dense RULE the inputs that it holds of are set aside: all numbers are of the calls that are approximated.
+
 With --also TARGET the same choices are priced for that target's GPU too, by the cost model of launches: ``gpu`` is what
 they gain over the attention as the file has it, ``gpu_over_exact`` over the exact kernels; of choices of fixed lists.
 
@@ -46,7 +48,7 @@ from attncompile.gate import Edit
 from attncompile.gpu_cost import GpuCost
 from attncompile.passes.replace import apply
 from attncompile.plugins import mechanisms
-from attncompile.search import Search, Settings, choose, open_sites, split, tasks
+from attncompile.search import Search, Settings, approximated, choose, open_sites, split, tasks
 from attncompile.search.candidates import KEPT
 from attncompile.search.choose import Choice, Limits, SiteSpace, Unit
 from attncompile.shaped import binding_of
@@ -289,6 +291,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, required=True)
     parser.add_argument("--max-error", type=float, default=0.01)
     parser.add_argument("--density", type=float, help="in place of a budget: errors of what keeps so many blocks")
+    parser.add_argument("--keep-dense", metavar="RULE", help="calls that are not approximated, as in attncompile")
     parser.add_argument("--metric", default="relative_l2", choices=tuple(tasks.POWER))
     parser.add_argument("--policy", default="sparse")
     parser.add_argument("--target", default="onnx", help="whose predicted times count")
@@ -306,7 +309,7 @@ def main() -> None:
     given = parser.parse_args()
     options = pipeline.Options(
         policy=given.policy, inputs=given.inputs, max_error=given.max_error, metric=given.metric, grid=given.grid,
-        target=given.target, precision="fp16" if given.fp16 else None,
+        target=given.target, precision="fp16" if given.fp16 else None, keep_dense=given.keep_dense,
     )  # fmt: skip
     found = pipeline.inspect(given.model, options)
     worlds = pipeline.Worlds(found.index)
@@ -319,7 +322,9 @@ def main() -> None:
         also = pipeline.gpu_of(replace(options, precision="fp16"), targets.get(given.also), worlds)
     sites = open_sites(found.detection.sites, rules, registry, exact)
     said = gpu.said if gpu is not None else "for the CPU"
-    binding = binding_of(found, found.feeds[0])
+    rule = pipeline.keep_dense(found, options, pipeline.plan(found, options))
+    feeds = approximated(found.feeds, rule)
+    binding = binding_of(found, feeds[0])
     rows: list[Row] = []
     start = time.perf_counter()
 
@@ -336,7 +341,7 @@ def main() -> None:
 
     def saved() -> None:
         if given.json:
-            known, held = split(len(found.feeds))
+            known, held = split(len(feeds))
             given.json.write_text(json.dumps({
                 "command": " ".join(["python tools/search_compare.py", *sys.argv[1:]]),
                 "metric": given.metric, "density": given.density,
@@ -344,6 +349,7 @@ def main() -> None:
                 "budget": tasks.badness(given.metric, given.max_error) if given.density is None else None,
                 "confidence": rules.confidence,
                 "times": f"predicted {said}", "calibration": len(known), "held_out": len(held),
+                "keep_dense": rule.text if rule else None, "set_aside": len(found.feeds) - len(feeds),
                 "also": also.said if also is not None else None,
                 "warnings": list(search.warnings), "seconds": round(time.perf_counter() - start),
                 "not_tried": compared.skipped, "did_not_keep_it": compared.refused,
@@ -363,7 +369,7 @@ def main() -> None:
         settings = Settings(given.metric, given.max_error, given.density, rules.confidence, given.jobs,
                             threads=given.threads, provider=given.provider)  # fmt: skip
         search = Search(
-            found, rules, registry, found.feeds, [worlds(binding_of(found, f)) for f in found.feeds], exact, folder,
+            found, rules, registry, feeds, [worlds(binding_of(found, f)) for f in feeds], exact, folder,
             settings, LineProgress(Console(stderr=True)), gpu, given.state or folder / "state",
         )  # fmt: skip
         try:
@@ -378,7 +384,7 @@ def main() -> None:
             for i, row in enumerate(rows if given.time else ()):
                 path = written(row, i, folder / "timed")
                 before, after = (measure.open_session(p, lean=True) for p in (found.model.path, path))
-                row.measured = measure.paired_conclusive(before, after, found.feeds[-1], budget_seconds=20.0).gain
+                row.measured = measure.paired_conclusive(before, after, feeds[-1], budget_seconds=20.0).gain
             saved()
         finally:
             search.close()

@@ -21,11 +21,20 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Dense:
+    """An exact replacement: a mechanism's name and its parameters."""
+
+    mechanism: str
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """``mechanism`` is ``keep`` or the name of a mechanism; ``reason`` says why.
 
     ``predicted_gain`` is the predicted time of the site's subgraph before / after at the profile's usual shape.
-    ``assumptions`` are what the replacement relies on; a site that is kept has none.
+    ``assumptions`` are what the replacement relies on; a site that is kept has none. ``dense``: the exact replacement
+    of an approximated site in calls that the option ``keep_dense`` holds of; None: there it is as it was.
     """
 
     site: str
@@ -36,6 +45,7 @@ class Decision:
     predicted_gain: float = 1.0
     refusals: tuple[Refusal, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
+    dense: Dense | None = None
 
     @property
     def kept(self) -> bool:

@@ -13,7 +13,7 @@ import tomli_w
 
 from attncompile.core.assumption import KINDS, Assumption
 from attncompile.core.errors import BadArguments
-from attncompile.core.plan import PLAN_SCHEMA_VERSION, Decision, Plan, Refusal
+from attncompile.core.plan import PLAN_SCHEMA_VERSION, Decision, Dense, Plan, Refusal
 
 _HEADER = """\
 # What attncompile will do to each attention site of one model.
@@ -24,6 +24,7 @@ _HEADER = """\
 #   parameters  the mechanism's settings. Delete a line to get its default.
 #   exact       whether the replacement changes nothing but rounding; checked again when the plan is applied.
 #   assumptions what the replacement relies on and how it was shown. For your information; made again when applied.
+#   dense       the exact replacement of an approximated site in calls that options.keep_dense holds of.
 #   considered  what else was looked at for the site, and why it was not taken. For your information only.
 #
 # A site that is not listed here is kept. `attncompile explain MODEL NODE` tells more about one site.
@@ -35,11 +36,12 @@ _PLAN_KEYS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 _SITE_KEYS: dict[str, tuple[type, ...]] = {
     "id": (str,), "mechanism": (str,), "reason": (str,), "exact": (bool,), "predicted_gain": (int, float),
-    "parameters": (dict,), "considered": (list,), "assumptions": (list,),
+    "parameters": (dict,), "considered": (list,), "assumptions": (list,), "dense": (dict,),
 }  # fmt: skip
 _ASSUMPTION_KEYS: dict[str, tuple[type, ...]] = {
     "kind": (str,), "statement": (str,), "shown_by": (str,), "inputs": (list,), "checked": (bool,),
 }  # fmt: skip
+_DENSE_KEYS: dict[str, tuple[type, ...]] = {"mechanism": (str,), "parameters": (dict,)}
 _REFUSAL_KEYS: dict[str, tuple[type, ...]] = {"mechanism": (str,), "code": (str,), "reason": (str,)}
 
 _NUMBERS = re.compile(r"= \[\n((?: +[-+.\w]+,\n)+) *\]")
@@ -125,14 +127,20 @@ def decision_json(decision: Decision) -> dict[str, Any]:
         "id": decision.site, "mechanism": decision.mechanism, "reason": decision.reason, "exact": decision.exact,
         "predicted_gain": decision.predicted_gain, "parameters": dict(decision.parameters),
         "considered": [{"mechanism": r.mechanism, "code": r.code, "reason": r.reason} for r in decision.refusals],
-        "assumptions": [a.to_json() for a in decision.assumptions],
+        "assumptions": [a.to_json() for a in decision.assumptions], "dense": _dense_json(decision.dense),
     }  # fmt: skip
+
+
+def _dense_json(dense: Dense | None) -> dict[str, Any] | None:
+    return {"mechanism": dense.mechanism, "parameters": dict(dense.parameters)} if dense is not None else None
 
 
 def _site(decision: Decision) -> dict[str, Any]:
     table = decision_json(decision)
     table["parameters"] = _without_none(decision.parameters)
-    return {key: value for key, value in table.items() if value not in ({}, [])}
+    if decision.dense is not None:
+        table["dense"] = _without_none(table["dense"])
+    return {key: value for key, value in table.items() if value not in ({}, [], None)}
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +176,13 @@ def _decision(table: Any, reader: _Reader) -> Decision:
         predicted_gain=gain,
         refusals=tuple(refusals),
         assumptions=tuple(_assumption(entry, reader) for entry in table.get("assumptions", [])),
+        dense=_dense(table["dense"], reader) if "dense" in table else None,
     )
+
+
+def _dense(table: Mapping[str, Any], reader: _Reader) -> Dense:
+    reader.check(table, _DENSE_KEYS, required=("mechanism",))
+    return Dense(table["mechanism"], table.get("parameters", {}))
 
 
 def _assumption(entry: Any, reader: _Reader) -> Assumption:

@@ -13,7 +13,8 @@ class Policy:
 
     ``min_gain`` is the least predicted gain (original / ours) worth a replacement. ``max_error`` bounds ``metric`` at
     the model's outputs for approximations; ``confidence``: how sure it has to be, from the spread of the calibration
-    inputs, that the held-out ones keep it. ``keep_first`` and ``keep_last`` sites are never approximated.
+    inputs, that the held-out ones keep it. ``keep_first`` and ``keep_last`` sites are never approximated, and none in
+    calls that the rule ``keep_dense`` ("time >= 0.7"; empty for none) holds of.
     """
 
     name: str
@@ -24,4 +25,5 @@ class Policy:
     metric: str = "relative_l2"
     keep_first: int = 0
     keep_last: int = 0
+    keep_dense: str = ""
     confidence: float = 0.99

@@ -51,7 +51,8 @@ class CurvePoint:
 @dataclass(frozen=True, slots=True, eq=False)
 class SearchReport:
     """``budget`` None: a density was asked for. ``held`` are the errors of inputs that chose nothing; ``refused``: how
-    many choices they turned down. ``sites``: heads of every site that was replaced head by head.
+    many choices they turned down. ``set_aside`` of all ``inputs`` are those that the rule ``keep_dense`` holds of: they
+    took no part. ``sites``: heads of every site that was replaced head by head.
     """
 
     metric: str
@@ -63,6 +64,16 @@ class SearchReport:
     refused: int = 0
     density: float | None = None
     sites: Mapping[str, tuple[HeadFound, ...]] = field(default_factory=dict)
+    keep_dense: str = ""
+    set_aside: int = 0
+    inputs: int = 0
+
+    @property
+    def density_of_inputs(self) -> float | None:
+        """Share of the blocks over all ``inputs`` that were given, 1 where nothing is approximated."""
+        if self.density is None or not self.inputs:
+            return self.density
+        return (self.set_aside + (self.inputs - self.set_aside) * self.density) / self.inputs
 
     def only(self, sites: Collection[str]) -> SearchReport:
         """Without the heads of sites that were undone later; then what was measured of the whole choice is not of the
@@ -79,6 +90,7 @@ class SearchReport:
             "metric": self.metric, "budget": self.budget, "confidence": self.confidence,
             "calibration": self.calibration, "points": [p.to_json() for p in self.points],
             "held": [_number(e) for e in self.held], "refused": self.refused, "density": self.density,
+            "keep_dense": self.keep_dense, "set_aside": self.set_aside, "density_of_inputs": self.density_of_inputs,
             "sites": {name: [h.to_json() for h in heads] for name, heads in self.sites.items()},
         }  # fmt: skip
 

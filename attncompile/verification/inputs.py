@@ -69,7 +69,8 @@ def make_inputs(model: Model, binding: Mapping[str, int], seed: int = 0) -> dict
     Normal floats; masks of ones; ids inside the embedding table that they index; positions counting up; timesteps in
     [0, 1000). The same seed gives the same values. Raises BadArguments for a symbol without a binding.
     """
-    return {s.name: _make(s, _concrete(s, binding), model.proto, seed) for s in input_specs(model.proto)}
+    made = {s.name: _make(s, _concrete(s, binding), model.proto, seed) for s in input_specs(model.proto)}
+    return {name: np.asarray(value) for name, value in made.items()}  # NumPy gives no array for a scalar
 
 
 def padded_feeds(feed: Mapping[str, np.ndarray], masks: Iterable[str]) -> list[tuple[str, dict[str, np.ndarray]]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attncompile.core.assumption import KINDS, Assumption
 from attncompile.core.errors import BadArguments
-from attncompile.core.plan import Decision, Plan, Refusal
+from attncompile.core.plan import Decision, Dense, Plan, Refusal
 from attncompile.core.plan_toml import dumps, loads, to_json
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -32,6 +32,7 @@ _decisions = st.builds(
     predicted_gain=st.floats(1e-3, 1e3),
     refusals=st.lists(_refusals, max_size=2).map(tuple),
     assumptions=st.lists(_assumptions, max_size=3).map(tuple),
+    dense=st.none() | st.builds(Dense, mechanism=_names, parameters=_parameters),
 )
 _plans = st.builds(
     Plan,
@@ -111,8 +112,19 @@ def test_json_has_every_key() -> None:
     value = to_json(PLAN)
     assert value["sites"][1] == {
         "id": "s1", "mechanism": "keep", "reason": "dense", "exact": True, "predicted_gain": 1.0, "parameters": {},
-        "considered": [], "assumptions": [],
+        "considered": [], "assumptions": [], "dense": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [("{}", "'mechanism' is missing"), ('{mechanism = "A", x = 1}', "unknown key 'x'"),
+     ("3", "'dense' must be a table"), ('{mechanism = "A", parameters = 3}', "'parameters' must be a table")],
+)  # fmt: skip
+def test_a_dense_side_that_is_none(table: str, said: str) -> None:
+    text = 'schema_version = 1\nmodel_hash = "h"\npolicy = "exact"\n[[site]]\nid = "s0"\nmechanism = "B"\ndense = '
+    with pytest.raises(BadArguments, match=said):
+        loads(text + table)
 
 
 def _line_of(text: str, needle: str) -> int:

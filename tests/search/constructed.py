@@ -51,7 +51,7 @@ def positions(
 
 def build(
     tokens: int = 512, layers: int = 2, dim: int = 16, causal: bool = True, seed: int = 0,
-    kinds: tuple[str, ...] = HEADS, dynamic: bool = False, grid: tuple[int, ...] = (),
+    kinds: tuple[str, ...] = HEADS, dynamic: bool = False, grid: tuple[int, ...] = (), timed: str | None = None,
 ) -> onnx.ModelProto:  # fmt: skip
     rng = np.random.default_rng(seed)
     heads, width = len(kinds), len(kinds) * dim
@@ -70,6 +70,9 @@ def build(
     back = const(np.array([0, 0 if dynamic else tokens, width]), "back")
     root = const(np.array(dim**-0.5), "root")
     x = "x"
+    if timed is not None:  # t, a float32 scalar, or [timed], scales x a little
+        size = op("Add", op("Mul", "t", const(np.array(0.1), "tenth")), const(np.array(1.0), "one"))
+        x = op("Mul", x, op("Reshape", size, const(np.array([-1, 1, 1]), "over_tokens")))
     for layer in range(layers):
         parts = []
         offsets = [positions(kind, tokens, dim, tokens // 2 + 40, grid) for kind in kinds]
@@ -93,7 +96,9 @@ def build(
     nodes.append(helper.make_node("Identity", [x], ["y"]))
     length: int | str = "n" if dynamic else tokens
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, length, width]) for n in ("x", "y")]
-    graph = helper.make_graph(nodes, "constructed", values[:1], values[1:], stored)
+    if timed is not None:
+        values.insert(1, helper.make_tensor_value_info("t", TensorProto.FLOAT, [timed] if timed else []))
+    graph = helper.make_graph(nodes, "constructed", values[:-1], values[-1:], stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 

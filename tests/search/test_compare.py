@@ -153,3 +153,17 @@ def test_bisection_takes_the_sparsest_strength_that_keeps_the_budget() -> None:
     # What held-out inputs refuse is made denser.
     (row,) = compare.first_fitting(strengths, judge, 0.34, lambda row: row.strength > "0.35")
     assert row.strength == "0.4" and compare.first_fitting(strengths, judge, 0.34, lambda row: False) == []
+
+
+def test_inputs_of_calls_that_stay_dense_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of eight: the numbers of the comparison are of the other five."""
+    made = constructed.build(600, 1, causal=False, timed="")
+    given = [{**f, "t": np.array(i / 8, np.float32)} for i, f in enumerate(constructed.feeds(8, 600))]
+    model, inputs = constructed.write(tmp_path, made, given)
+    told = tmp_path / "found.json"
+    arguments = [str(model), "--inputs", str(inputs), "--max-error", "0.03", "--json", str(told), "--limit", "0"]
+    monkeypatch.setattr(sys, "argv", ["search_compare.py", *arguments, "--keep-dense", "t > 0.5"])
+    compare.main()
+    found = json.loads(told.read_text())
+    assert (found["keep_dense"], found["set_aside"], found["calibration"], found["held_out"]) == ("t > 0.5", 3, 3, 2)
+    assert [len(r["held"]) for r in found["rows"]] == [2, 2] and min(found["rows"][1]["errors"]) > 0

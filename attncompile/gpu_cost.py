@@ -34,6 +34,8 @@ POOLING = 5.0
 MOVING = 4.7
 """How much longer a gather of rows takes in ONNX Runtime than its bytes alone: 3.4 to 5.1 times on an H200 where it
 takes more than 10 microseconds (docs/bench/orders-h200.json)."""
+LAUNCH = 3e-3
+"""Milliseconds that a standard op takes at least, however little it does; of ours the fit has 3 to 6 microseconds."""
 BESIDE = ("MatMul", "Exp")
 """Standard ops that take time beside kernels of ours; others that a lowering holds move little or nothing."""
 MASK_BYTES = 4
@@ -77,7 +79,7 @@ class GpuCost:
         """Milliseconds of the nodes of a site that is no attention with a softmax, at least."""
         original = extract_site(self.world_at(binding), site, lowering).original
         bandwidth = cost.constants(f"gluon-{self.architecture}").bandwidth
-        return standard_cost.milliseconds(original, bandwidth, PRODUCTS, not self.fuses_dense)
+        return standard_cost.milliseconds(original, bandwidth, PRODUCTS, not self.fuses_dense, LAUNCH)
 
     def milliseconds(self, site: AttentionSite, lowering: Lowering, binding: Mapping[str, int]) -> float:
         """Predicted time of the launches of ``lowering``. Raises ``Unsupported`` as ``gain``, and for arithmetic

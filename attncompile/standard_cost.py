@@ -1,4 +1,4 @@
-"""What a graph of standard ops takes on a GPU at least: what its products multiply and its ops move, no launches."""
+"""What a graph of standard ops takes on a GPU at least: what its products multiply and its ops move."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ ELEMENT = 2
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def milliseconds(model: ModelProto, bandwidth: float, products: float, pointwise: bool) -> float:
-    """At least so long. ``bandwidth`` in bytes a nanosecond, ``products`` in flops a millisecond; without
-    ``pointwise`` all but products is taken to be fused away. What has no known shape is not counted, nor what functions
-    do.
+def milliseconds(model: ModelProto, bandwidth: float, products: float, pointwise: bool, launch: float = 0.0) -> float:
+    """At least so long. ``bandwidth`` in bytes a nanosecond, ``products`` in flops a millisecond, ``launch`` in
+    milliseconds; without ``pointwise`` all but products is taken to be fused away. What has no known shape is not
+    counted, nor what functions do.
     """
-    return _graph(inferred(model).graph, {}, bandwidth * 1e6, products, pointwise)
+    return _graph(inferred(model).graph, {}, bandwidth * 1e6, products, pointwise, launch)
 
 
-def _graph(graph: GraphProto, outer: Shapes, bandwidth: float, products: float, pointwise: bool) -> float:
+def _graph(
+    graph: GraphProto, outer: Shapes, bandwidth: float, products: float, pointwise: bool, launch: float
+) -> float:  # fmt: skip
     shapes = {**outer, **dict(_shapes(graph))}
     total = 0.0
     for node in graph.node:
         bodies = [a.g for a in node.attribute if a.HasField("g")]
         if bodies:  # of two branches the shorter one
-            each = [_graph(body, shapes, bandwidth, products, pointwise) for body in bodies]
+            each = [_graph(body, shapes, bandwidth, products, pointwise, launch) for body in bodies]
             total += _iterations(node, shapes) * min(each)
             continue
         flops = _flops(node, shapes)
         moved = sum(ELEMENT * math.prod(shapes[v]) for v in (*node.input, *node.output) if v in shapes) / bandwidth
         if flops is not None:
-            total += max(flops / products, moved)
+            total += launch + max(flops / products, moved)
         elif pointwise and not node.domain and node.op_type not in VIEWS:
-            total += moved
+            total += launch + moved
     return total
 
 

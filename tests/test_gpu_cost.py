@@ -228,3 +228,14 @@ def test_heads_are_chosen_by_the_gpus_time(
     assert ops(tmp_path / "out" / "gpu.onnx") == ["BlockSparseAttention"] and site.decision.predicted_gain > 1.15
     assert (tmp_path / "out" / "model.onnx").read_bytes() == path.read_bytes()
     assert result.parity is not None
+
+
+def test_linear_attention_is_planned_by_its_launches(tmp_path: Path, on_gpu: OnGpu) -> None:
+    """Of many tokens it gains over what its standard ops move, as a policy asks; without a cost it says so."""
+    from tests.passes.linear_graphs import Spec as Linear
+    from tests.passes.linear_graphs import build as linear
+
+    spec = Linear(batch=1, heads=16, kv_heads=16, length=8192, dim=32, value_dim=32, normaliser="sum", epsilon=1e-6)
+    found = pipeline.inspect(save(linear(spec), tmp_path, "linear.onnx"), Options())
+    (decision,) = pipeline.plan(found, options(tmp_path, policy="linear")).decisions
+    assert decision.mechanism == "LinearAttention" and decision.predicted_gain > 1.0, decision

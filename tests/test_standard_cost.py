@@ -50,6 +50,8 @@ def test_other_ops_take_what_they_move_where_nothing_fuses_them() -> None:
     size = 700 * 96
     assert milliseconds(model, BANDWIDTH, PRODUCTS, True) == pytest.approx(2 * (4 * size + 96) / BANDWIDTH * 1e-6)
     assert milliseconds(model, BANDWIDTH, PRODUCTS, False) == 0.0
+    launched = milliseconds(model, BANDWIDTH, PRODUCTS, True, 0.5) - milliseconds(model, BANDWIDTH, PRODUCTS, True)
+    assert launched == pytest.approx(2 * 0.5), "one each, none of the view"
 
 
 def test_a_scan_takes_it_for_every_token_and_an_if_its_shorter_branch() -> None:

@@ -35,7 +35,8 @@ MOVING = 4.7
 """How much longer a gather of rows takes in ONNX Runtime than its bytes alone: 3.4 to 5.1 times on an H200 where it
 takes more than 10 microseconds (docs/bench/orders-h200.json)."""
 LAUNCH = 3e-3
-"""Milliseconds that a standard op takes at least, however little it does; of ours the fit has 3 to 6 microseconds."""
+"""Milliseconds that a standard op is taken to need at least, however little it does: not measured. The fit has up to 10
+microseconds for a launch of ours."""
 BESIDE = ("MatMul", "Exp")
 """Standard ops that take time beside kernels of ours; others that a lowering holds move little or nothing."""
 MASK_BYTES = 4

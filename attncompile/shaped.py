@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Feed = Mapping[str, np.ndarray]
 
 
+GIVEN = "inputs"
+"""Begins the label of the user's inputs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shaped:
     """Inputs at one shape; ``label`` is that of the profile, or ``inputs`` for the user's. Not all are timed."""
@@ -31,6 +35,11 @@ class Shaped:
     bindings: Mapping[str, int]
     feed: Feed
     timed: bool = True
+
+    @property
+    def given(self) -> bool:
+        """Whether these are the user's inputs; others are seeded."""
+        return self.label.startswith(GIVEN)
 
 
 def sizes_of(model: Model, feed: Feed) -> dict[str, int]:
@@ -75,7 +84,7 @@ def shaped_inputs(
             if session is not None and label in ("usual", "static"):
                 made += [Shaped(f"{name}, {what}", binding, padded, timed=False)
                          for what, padded in _padded(found, sites, session, feed)]  # fmt: skip
-    return made + [Shaped("inputs", binding_of(found, f), f) for f in found.feeds]
+    return made + [Shaped(GIVEN, binding_of(found, f), f) for f in found.feeds]
 
 
 KEPT = "kept dense"
@@ -92,8 +101,8 @@ def both_sides(
     """
     found = []
     for item in shaped:
-        if item.label == "inputs":
-            found.append(replace(item, label=f"inputs, {KEPT}") if rule.holds(item.feed) else item)
+        if item.given:
+            found.append(replace(item, label=f"{GIVEN}, {KEPT}") if rule.holds(item.feed) else item)
             continue
         for keep in (False, True):
             values = next((f[rule.input] for f in given if rule.holds(f) == keep), None)

@@ -393,7 +393,7 @@ class Run:
     def _evidence(self, shaped: Sequence[Shaped]) -> list[Shaped]:
         """Approximations are judged on the user's inputs alone."""
         if any(not e.decision.exact for e in self._edits):
-            return [s for s in shaped if s.label.startswith("inputs")]
+            return [s for s in shaped if s.given]
         return list(shaped)
 
     def _compare(self, shaped: Sequence[Shaped], folder: Path | None = None, path: Path | None = None) -> Parity:
@@ -417,9 +417,7 @@ class Run:
     def _compared(
         self, evidence: Sequence[Shaped], metric: str, budget: float, path: Path, folder: Path | None = None
     ) -> Parity:
-        source: Literal["inputs", "seeded"] = (
-            "inputs" if any(s.label.startswith("inputs") for s in evidence) else "seeded"
-        )
+        source: Literal["inputs", "seeded"] = "inputs" if any(s.given for s in evidence) else "seeded"
         try:
             found = verify.compare_models(
                 self._baseline, path, [s.feed for s in evidence], budget=budget, metric=metric, folder=folder
@@ -462,7 +460,7 @@ class Run:
         sessions = [measure.open_session(p, self._options.threads) for p in paths]
         timings = []
         # Where the original runs at none of the profile's shapes, the user's inputs are the only ones to time.
-        todo = [s for s in shaped if not s.label.startswith("inputs") and s.timed] or [s for s in shaped if s.timed]
+        todo = [s for s in shaped if not s.given and s.timed] or [s for s in shaped if s.timed]
         self._progress.stage("time the model", len(todo))
         for item in todo:
             timing = measure.paired_conclusive(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,43 @@ def test_rows_of_searches(path: Path) -> None:
         if found["metric"] == "psnr":
             cells |= {f"{row['held_mean']:.4f}", f"{max(row['held']):.4f}"}
         assert any(cells <= shown for shown in rows), (row["name"], cells)
+
+
+@pytest.mark.parametrize("name", ["sampling-dit", "sampling-dit-30"])
+def test_rows_of_samplings(name: str) -> None:
+    text = (ROOT / "docs" / "sparse.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    for row in json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))["rows"]:
+        cells = [
+            f"{row['max_error']:.0f} dB", f"{row['density']:.1%}", f"{row['density_of_steps']:.1%}",
+            ", ".join(f"{x:.1f}" for x in row["psnr"]), f"{row['predicted_gain_of_steps']:.2f}x",
+            f"{row['gain_of_steps']:.2f}x",
+        ]  # fmt: skip
+        assert any(shown[1:] == cells for shown in rows), cells
+
+
+@pytest.mark.parametrize(
+    ("sweep", "withheld", "within"),
+    [
+        ("linear-sweep-h200", "linear-sweep-h200-seed1", "528 of 553"),
+        ("sweep-h200", "sweep-h200-seed1", "245 of 252"),
+        ("sweep-h200", "sweep-h200-seed2", "121 of 126"),
+    ],
+)
+def test_costs_are_fitted_to_the_sweeps(sweep: str, withheld: str, within: str) -> None:
+    """What ``fit`` makes of the committed sweeps stands in cost.toml, and how many launches are near in the docs."""
+    files = [f"docs/bench/{name}.json" for name in (sweep, withheld)]
+    done = subprocess.run(
+        [sys.executable, "tools/bench", "fit", files[0], "--withheld", files[1]], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    assert f"# {within} withheld launches within 25%" in done.stdout
+    assert within in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    known = tomllib.loads((ROOT / "attncompile" / "kernels" / "cost.toml").read_text(encoding="utf-8"))
+    made = tomllib.loads(done.stdout)
+    assert len(made) >= 8
+    for name, constants in made.items():
+        if name == "triton-90-bias":  # of the second seed alone
+            continue
+        for key in set(constants) - {"withheld", "measured_on"}:
+            assert known[name][key] == pytest.approx(constants[key], rel=1e-4), (name, key)

@@ -13,7 +13,7 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper
 
 from attncompile.core.errors import BadArguments
 
@@ -90,6 +90,12 @@ class KeepDense:
                                "name a scalar, or an input [batch], such as a timestep")  # fmt: skip
         if kind.elem_type in _INTEGERS and not (self.number.is_integer() and abs(self.number) < 2**62):
             raise BadArguments(f"'{self.text}': input '{self.input}' holds whole numbers", "compare it with one")
+        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        limits = np.iinfo(dtype) if kind.elem_type in _INTEGERS else np.finfo(dtype)
+        lowest, highest = (self.holds({self.input: np.array(x, dtype)}) for x in (limits.min, limits.max))
+        if lowest == highest:
+            raise BadArguments(f"'{self.text}' holds of {'every' if lowest else 'no'} {dtype}, which '{self.input}' is",
+                               "name a number between the input's values")  # fmt: skip
 
     def compared(self, elem_type: int) -> tuple[int, np.ndarray]:
         """The type that an input of ``elem_type`` is compared in, and the number in it: rounded to the input's own

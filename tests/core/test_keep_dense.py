@@ -81,6 +81,10 @@ def test_inputs_that_can_be_asked() -> None:
         ("t >= 3", model(TensorProto.FLOAT, ["batch", 1]), "2 axes"),
         ("t >= 3", model(TensorProto.FLOAT, None), "no declared shape"),
         ("t >= 3.5", model(TensorProto.INT64, []), "whole numbers"),
+        ("t >= 0", model(TensorProto.UINT8, []), "holds of every uint8"),
+        ("t < 0", model(TensorProto.UINT8, []), "holds of no uint8"),
+        ("t > 127", model(TensorProto.INT8, []), "holds of no int8"),
+        ("t > 1e6", model(TensorProto.FLOAT16, []), "holds of no float16"),
     ],
 )
 def test_inputs_that_cannot(rule: str, made: ModelProto, said: str) -> None:

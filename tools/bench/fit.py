@@ -22,6 +22,7 @@ with ``-pair`` do too, but take all blocks in equal turns.)
 """
 LARGEST = 0.5
 """Where it is further off than this on any configuration that was withheld there are no constants."""
+NEAR = 0.25
 FEWEST = 4
 """Configurations that say how far off a fit is, at least."""
 
@@ -33,6 +34,7 @@ def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | No
     lines = [f"# Fitted by `python tools/bench fit` to a sweep on one {result['gpu']}, {result['when']}; nanoseconds."]
     every = list(launches(result))
     beside = None if other is None else list(launches(other))
+    near = judged = 0
     for name in sorted({c["model"] for c in every}):
         cases = [c for c in every if c["model"] == name]
         used, withheld = cases[::2], cases[1::2]
@@ -48,6 +50,7 @@ def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | No
         errors = [model.milliseconds(Work(**c["work"])) / c["ms"] - 1 for c in withheld]
         for c, e in zip(withheld, errors, strict=True):
             lines.append(f"# withheld {c['name']}: {c['ms']:.3f} ms, {e:+.0%}")
+        near, judged = near + sum(abs(e) <= NEAR for e in errors), judged + len(errors)
         if max(abs(e) for e in errors) > LARGEST:
             lines += [f"# {name}: too far off", ""]
             continue
@@ -56,6 +59,7 @@ def fit(result: dict[str, Any], multiprocessors: int, other: dict[str, Any] | No
             f"multiprocessors = {multiprocessors}", f"bandwidth = {model.bandwidth:.6g}",
             f"withheld = {max(abs(e) for e in errors):.3f}", f'measured_on = "{model.measured_on}"', "",
         ]  # fmt: skip
+    lines.append(f"# {near} of {judged} withheld launches within {NEAR:.0%}")
     return "\n".join(lines)
 
 

@@ -122,6 +122,23 @@ class Body:
         return function
 
 
+def in_graph(body: Body, prefix: str, given: Mapping[str, str]) -> list[NodeProto]:
+    """The body's nodes for a graph, where names are the model's: those of ``given`` values become the graph's, all
+    others begin anew behind ``prefix``.
+    """
+    found = []
+    for made in body.nodes:
+        copy = NodeProto()
+        copy.CopyFrom(made)
+        copy.name = f"{prefix}/{made.name}"
+        for values in (copy.input, copy.output):
+            for i, name in enumerate(values):
+                if name:
+                    values[i] = given.get(name) or f"{prefix}/{name}"
+        found.append(copy)
+    return found
+
+
 def _read(nodes: Iterable[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
     """``nodes`` without the constants that nobody reads: runtimes warn of each."""
     found = list(nodes)

@@ -16,9 +16,14 @@ Written as a person writes it in plan.toml:
   over the places of a frame that shrinks by powers of two with the distance in time, and the first frame
   (arXiv:2506.19852); ``radial 0.5``: with half of the window everywhere;
 - ``blocks TEXT``: these blocks, a bitmap that is compressed and written in base64;
-- ``order 2,0,1 PATTERN``: any of the last six in another order of the tokens: row-major over the axes of the site's
-  grid in this order, the slowest first (PAROAttention, arXiv:2506.16054). Tokens before and behind the grid stay there.
-  Blocks are then blocks of that order, and a ``grid``, ``ball`` or ``radial`` is over its axes. Not on a causal site.
+- ``order 2,0,1 PATTERN``: any of these but the first three in another order of the tokens: row-major over the axes of
+  the site's grid in this order, the slowest first (PAROAttention, arXiv:2506.16054). Tokens before and behind the grid
+  stay there. Blocks are then blocks of that order, and a ``grid``, ``ball`` or ``radial`` is over its axes. Not on a
+  causal site;
+- ``PATTERN rest 16``: any of these but the first three, and in place of the blocks that it leaves out the means of
+  every 16 consecutive keys and values there, each of which counts 16 times in the softmax (the coarse part of
+  multiresolution attention, arXiv:2207.10284). Of a causal site those are the blocks before a row's own; a last block
+  that is not whole is left out or met, and never averaged.
 
 A block of a query's own token is part of every pattern but ``mean`` and ``skip``, so no query of another is left
 without a key. What the site's own causal mask hides stays hidden: blocks above the diagonal belong to no pattern of a
@@ -59,6 +64,7 @@ EMPTY = frozenset({"mean", "skip"})
 ORDERLESS = EMPTY | {"dense"}
 """Kinds that are the same in every order of the tokens."""
 _ORDER = re.compile(r"order (\d+(?:,\d+)*) (.*)")
+_REST = re.compile(r"(.*) rest (\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,32 +89,63 @@ class BlockGeometry:
         full = np.ones((self.count, self.count), bool)
         return np.tril(full) if self.causal else full
 
+    @property
+    def averaged(self) -> np.ndarray:
+        """Bool [count, count]: blocks whose keys may be averaged for a row: whole ones, of a causal site before it."""
+        out = np.ones((self.count, self.count), bool)
+        out[:, self.tokens // self.edge :] = False
+        return np.tril(out, -1) if self.causal else out
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPattern:
-    """One head's pattern by its ``text``; see the module. ``order``: that of the grid's axes, empty where tokens stay
-    as they stand; ``kind`` is of what is said in that order, ``inner``.
+    """One head's pattern by its ``text``; see the module. ``rest``: of how many keys there is a mean where a block is
+    left out, 0 where there is nothing; ``listed`` is the text without that. ``order``: that of the grid's axes, empty
+    where tokens stay as they stand; ``kind`` is of what is said in that order.
     """
 
     text: str
     kind: str = field(init=False)
     order: tuple[int, ...] = field(init=False)
+    rest: int = field(init=False)
+    listed: str = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises ``Unsupported`` for a text that is no pattern."""
-        match = _ORDER.fullmatch(self.text)
+        tail = _REST.fullmatch(self.text)
+        listed, rest = (tail[1], int(tail[2])) if tail else (self.text, 0)
+        match = _ORDER.fullmatch(listed)
         order = tuple(int(axis) for axis in match[1].split(",")) if match else ()
-        kind = _kind(match[2] if match else self.text)
+        kind = _kind(match[2] if match else listed)
         if match and kind in ORDERLESS:
             raise Unsupported("pattern", f"'{self.text[:60]}': {kind} is the same in every order", f"write {kind}")
-        object.__setattr__(self, "order", order)
-        object.__setattr__(self, "kind", kind)
+        if tail and (kind in ORDERLESS or not rest):
+            why = f"{kind} leaves no rest" if rest else "a mean of no keys"
+            raise Unsupported(
+                "pattern", f"'{self.text[:60]}': {why}", "write PATTERN rest 16 behind what leaves blocks out"
+            )
+        for name, value in (("order", order), ("kind", kind), ("rest", rest), ("listed", listed)):
+            object.__setattr__(self, name, value)
 
-    @property
-    def inner(self) -> BlockPattern:
-        """What is said in the head's order."""
-        match = _ORDER.fullmatch(self.text)
-        return BlockPattern(match[2]) if match else self
+    def averaged(self, geometry: BlockGeometry) -> np.ndarray:
+        """Bool [count, count]: blocks of keys that each block of queries meets by their means; ``Unsupported`` as of
+        ``blocks``.
+        """
+        if not self.rest:
+            return np.zeros((geometry.count, geometry.count), bool)
+        if geometry.edge % self.rest:
+            raise Unsupported(
+                "pattern", f"'rest {self.rest}' does not divide a block of {geometry.edge} keys",
+                f"write a divisor of {geometry.edge}",
+            )  # fmt: skip
+        return np.asarray(geometry.averaged & ~self.blocks(geometry))
+
+    def computed(self, geometry: BlockGeometry) -> float:
+        """Blocks whose scores are computed; means of all whole blocks are for every row, those of blocks that it meets
+        are hidden.
+        """
+        means = geometry.count * (geometry.tokens // geometry.edge) / self.rest if self.rest else 0.0
+        return float(self.blocks(geometry).sum()) + means
 
     def places(self, geometry: BlockGeometry) -> np.ndarray:
         """int64 [tokens]: which token stands at each place of the head's order; ``Unsupported`` as of ``blocks``."""
@@ -125,7 +162,11 @@ class BlockPattern:
             Unsupported: the pattern has no meaning for these blocks.
         """
         if self.order:
-            return self.inner.blocks(self._ordered(geometry))
+            match = _ORDER.fullmatch(self.listed)
+            assert match is not None
+            return BlockPattern(match[2]).blocks(self._ordered(geometry))
+        if self.rest:
+            return BlockPattern(self.listed).blocks(geometry)
         count = geometry.count
         if self.kind == "mean" and geometry.causal:
             raise Unsupported("pattern", "a causal query has no mean of all values", "use another pattern")
@@ -268,7 +309,8 @@ def _kind(text: str) -> str:
     raise Unsupported(
         "pattern", f"'{text[:60]}' is no pattern of a head",
         "dense, mean, skip, sinks S window W, columns C,.. diagonals D,.., grid HxW, ball HxW, radial or blocks TEXT; "
-        "but for the first three also behind an order of the grid's axes, as in order 1,0 sinks 1 window 2",
+        "but for the first three also behind an order of the grid's axes, as in order 1,0 sinks 1 window 2, and before "
+        "the means of what they leave out, as in sinks 1 window 2 rest 16",
     )  # fmt: skip
 
 
@@ -299,6 +341,11 @@ def ordered(order: Sequence[int], pattern: BlockPattern) -> BlockPattern:
     return BlockPattern(f"order {','.join(map(str, order))} {pattern.text}")
 
 
+def with_rest(pattern: BlockPattern, size: int) -> BlockPattern:
+    """``pattern`` with means of ``size`` keys in place of the blocks that it leaves out."""
+    return BlockPattern(f"{pattern.text} rest {size}")
+
+
 def density(patterns: Sequence[BlockPattern], geometry: BlockGeometry) -> float:
-    """Blocks of all heads over those of dense ones."""
-    return float(sum(p.blocks(geometry).sum() for p in patterns) / (len(patterns) * geometry.all.sum()))
+    """Blocks of all heads that are computed over those of dense ones."""
+    return float(sum(p.computed(geometry) for p in patterns) / (len(patterns) * geometry.all.sum()))

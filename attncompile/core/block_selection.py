@@ -9,6 +9,9 @@
   below the anchor, the highest one in the blocks that are always kept (AnchorAttention, arXiv:2505.23520; there single
   keys are gathered, here their blocks).
 
+Behind each of them ``rest 16`` says that blocks which are not chosen are met by the means of every 16 of their keys and
+values, as of ``BlockPattern``; lengths are fixed then.
+
 The first block and the row's own are always among them, and count. All heads of a site are chosen in one way, each with
 a share or distance of its own, or are ``dense``. This module says what a text means, and estimates it on captured
 operands as the ops do (plugins/block_select): NumPy, a row of blocks at a time.
@@ -24,7 +27,7 @@ from typing import Literal
 
 import numpy as np
 
-from attncompile.core.block_pattern import BlockGeometry
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.core.errors import Unsupported
 
 _FORMS = {
@@ -32,6 +35,7 @@ _FORMS = {
     "xattention": re.compile(r"xattention (\d+(?:\.\d+)?)(?: stride (\d+))?"),
     "anchor": re.compile(r"anchor (\d+(?:\.\d+)?)"),
 }
+_REST = re.compile(r"(.*) rest ([1-9]\d*)")
 STRIDE = 16
 """Edge of the tiles of ``xattention`` where the text names none."""
 
@@ -63,17 +67,20 @@ def is_selection(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BlockSelection:
-    """One head's way to choose, by its ``text``; see the module."""
+    """One head's way to choose, by its ``text``; see the module. ``rest``: keys of a mean, 0 where there is none."""
 
     text: str
     way: Way = field(init=False)
     amount: float = field(init=False)
     stride: int = field(init=False)
+    rest: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises ``Unsupported`` for a text that is no selection."""
+        tail = _REST.fullmatch(self.text)
+        said, rest = (tail[1], int(tail[2])) if tail else (self.text, 0)
         for way, form in _FORMS.items():
-            match = form.fullmatch(self.text)
+            match = form.fullmatch(said)
             if match is None:
                 continue
             amount, stride = float(match[1]), 0
@@ -82,13 +89,13 @@ class BlockSelection:
             there = 0 <= amount <= FURTHEST if way == "anchor" else 0 < amount <= 1
             if not there or (stride and stride not in STRIDES):
                 break
-            for name, value in (("way", way), ("amount", amount), ("stride", stride)):
+            for name, value in (("way", way), ("amount", amount), ("stride", stride), ("rest", rest)):
                 object.__setattr__(self, name, value)
             return
         raise Unsupported(
             "pattern", f"'{self.text[:60]}' chooses no blocks",
             f"pooled SHARE or xattention SHARE stride {'|'.join(map(str, STRIDES))}, with a share up to 1, or anchor "
-            f"THETA, a distance of logits from 0 to {FURTHEST:g}",
+            f"THETA, a distance of logits from 0 to {FURTHEST:g}; rest SIZE may follow",
         )  # fmt: skip
 
     @property
@@ -99,6 +106,11 @@ class BlockSelection:
     def rule(self) -> str:
         """That of ``BlockSelect``."""
         return RULES[self.way]
+
+
+def rest_of(text: str) -> int:
+    """Of how many keys there are means in place of the blocks that a head with this pattern leaves out, or 0."""
+    return BlockSelection(text).rest if is_selection(text) else BlockPattern(text).rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +148,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Chooser:
-    """How all heads of one site choose: ``amounts`` one a head."""
+    """How all heads of one site choose: ``amounts`` one a head, ``rest`` as of ``BlockSelection``."""
 
     way: Way
     stride: int
     amounts: tuple[float, ...]
+    rest: int = 0
 
     @property
     def family(self) -> Family:
@@ -159,15 +172,16 @@ class Chooser:
     def of(texts: Sequence[str]) -> Chooser:
         """Raises ``Unsupported`` where the heads do not go together."""
         made = [None if text == "dense" else BlockSelection(text) for text in texts]
-        families = {m.family for m in made if m is not None}
+        families = {(*m.family, m.rest) for m in made if m is not None}
         if len(families) != 1:
             raise Unsupported(
                 "pattern", "heads of one site that choose blocks in different ways",
-                "give all of them one way and one stride: shares and distances may differ, and heads may be dense",
+                "give all of them one way, one stride and one rest: shares and distances may differ, and heads may be "
+                "dense",
             )  # fmt: skip
-        ((way, stride),) = families
+        ((way, stride, rest),) = families
         every = Chooser(way, stride, ()).everything
-        return Chooser(way, stride, tuple(every if m is None else m.amount for m in made))
+        return Chooser(way, stride, tuple(every if m is None else m.amount for m in made), rest)
 
 
 def weights(

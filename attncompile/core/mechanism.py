@@ -138,9 +138,11 @@ class ChoosingMechanism(HeadMechanism, Protocol):
         """Parameters with one text a head, all of one family or ``dense``."""
         ...
 
-    def choice_cost(self, site: AttentionSite, edge: int, family: Family, blocks: float, shape: Shape) -> Cost:
-        """Of the function bodies, scores and selection included, where ``blocks`` are chosen by all heads and batch
-        entries together.
+    def choice_cost(
+        self, site: AttentionSite, edge: int, family: Family, blocks: float, shape: Shape, rest: int = 0
+    ) -> Cost:
+        """Of the function bodies, scores and selection included, where ``blocks`` are computed by all heads and batch
+        entries together; with means of ``rest`` keys in place of others, which are among them.
         """
         ...
 

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from attncompile.core.block_pattern import DENSE, MEAN, SKIP, BlockGeometry, BlockPattern, bitmap, slash, streaming
+from attncompile.core.block_pattern import (
+    DENSE,
+    MEAN,
+    SKIP,
+    BlockGeometry,
+    BlockPattern,
+    bitmap,
+    slash,
+    streaming,
+    with_rest,
+)
 from attncompile.core.errors import Unsupported
 
 KEPT = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
@@ -26,6 +36,9 @@ HELD = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 THETAS = (0.5, 1, 2, 4, 6, 8, 12)
 """Distances from the anchor of blocks that are chosen by it, in logits."""
+
+HELD_BESIDE_MEANS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9)
+"""The same where what is not chosen is met by its means, so that less has to be."""
 
 GRID_SHARES = (0.15, 0.25, 0.375, 0.5, 0.75)
 """Sides of neighborhoods, as shares of the grid's."""
@@ -53,10 +66,36 @@ def candidates(mass: np.ndarray, geometry: BlockGeometry, average: bool) -> list
     return [DENSE, MEAN if average and not geometry.causal else SKIP, *ordered]
 
 
+def mean_size(geometry: BlockGeometry) -> int:
+    """Keys of a mean beside patterns that are fixed: their blocks cannot follow what an input looks at, and finer means
+    say more of it than blocks of the same cost.
+    """
+    return geometry.edge // 4
+
+
+def beside_means(mass: np.ndarray, geometry: BlockGeometry) -> list[BlockPattern]:
+    """Patterns that meet what they leave out by its means, the sparsest first; ``mass`` as of ``candidates``."""
+    known: set[bytes] = set()
+    found: list[tuple[int, BlockPattern]] = []
+    near = (streaming(sinks, window) for window in windows(geometry.count) for sinks in SINKS[:2])
+    for pattern in (*near, *_blocks(mass, geometry)):
+        seen = pattern.blocks(geometry)
+        if seen.tobytes() not in known and not seen[geometry.all].all():
+            known.add(seen.tobytes())
+            found.append((int(seen.sum()), with_rest(pattern, mean_size(geometry))))
+    return [p for _, p in sorted(found, key=lambda x: x[0])]
+
+
 def selections() -> list[list[str]]:
     """What heads may choose by when the model runs, a list for each way."""
     ways = (("pooled", POOLED), ("xattention", HELD), ("anchor", THETAS))
     return [[f"{way} {amount:g}" for amount in amounts] for way, amounts in ways]
+
+
+def selections_beside_means(geometry: BlockGeometry) -> list[list[str]]:
+    """The same with one mean of each block that is not chosen."""
+    ways = (("pooled", POOLED), ("xattention", HELD_BESIDE_MEANS), ("anchor", THETAS))
+    return [[f"{way} {amount:g} rest {geometry.edge}" for amount in amounts] for way, amounts in ways]
 
 
 def _offered(mass: np.ndarray, geometry: BlockGeometry) -> Iterator[BlockPattern]:

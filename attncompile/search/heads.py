@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import NodeProto
 
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern, ordered, streaming
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern, ordered, streaming, with_rest
 from attncompile.core.block_selection import Family
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import ChoosingMechanism, HeadMechanism, Mechanism, Shape, understood
@@ -122,24 +122,29 @@ def _weights(node: NodeProto, value: str, world: World) -> np.ndarray | None:
 
 def block_time(
     site: AttentionSite, geometry: BlockGeometry, mechanism: HeadMechanism, binding: Mapping[str, int],
-    gpu: GpuCost | None,
+    gpu: GpuCost | None, rest: int = 0,
 ) -> BlockTime:  # fmt: skip
-    """Raises ``Unsupported`` where nothing is known of the GPU's time."""
+    """With ``rest``, of heads with means of so many keys, which are among the blocks. Raises ``Unsupported`` where
+    nothing is known of the GPU's time.
+    """
     shape = shape_of(site, binding)
     of_head = int(geometry.all.sum())
     if gpu is not None:
+        if rest:
+            raise Unsupported("cost", "means beside blocks were not measured on a GPU")
         few, many = site.heads * geometry.count, site.heads * of_head
         least, most = (gpu.lists(site, shape, geometry.edge, n) for n in (few, many))
         slope = (most - least) / max(many - few, 1)
         return BlockTime(least - slope * few, slope, slope * of_head, gpu.before(site, shape))
     dense = dense_cost(site, shape).elements
     windows = [streaming(0, n) for n in (0, max(geometry.count - 2, 1))]
-    few, many = (site.heads * int(w.blocks(geometry).sum()) for w in windows)
+    windows = [with_rest(w, rest) for w in windows] if rest else windows
+    fewest, most_blocks = (site.heads * w.computed(geometry) for w in windows)
     least, most = (_relative(site, geometry, mechanism, shape, [w] * site.heads) * dense for w in windows)
-    slope = (most - least) / max(many - few, 1)
+    slope = (most - least) / max(most_blocks - fewest, 1)
     # Heads that see everything are done as they are in the source, but for a causal half.
     head = slope * of_head if geometry.causal else dense / site.heads
-    return BlockTime(max(least - slope * few, 0.0), slope, head, dense)
+    return BlockTime(max(least - slope * fewest, 0.0), slope, head, dense)
 
 
 def _relative(
@@ -181,24 +186,23 @@ def choice_geometry(mechanism: Mechanism, site: AttentionSite, binding: Mapping[
 
 def choice_time(
     site: AttentionSite, geometry: BlockGeometry, mechanism: ChoosingMechanism, binding: Mapping[str, int],
-    gpu: GpuCost | None, family: Family,
+    gpu: GpuCost | None, family: Family, rest: int = 0,
 ) -> BlockTime:  # fmt: skip
     """Of a site whose heads choose, what choosing takes included; a head that is dense among them costs all blocks.
-    Raises ``Unsupported`` where nothing is known of the GPU's time.
+    ``rest`` as of ``block_time``. Raises ``Unsupported`` where nothing is known of the GPU's time.
     """
     shape = shape_of(site, binding)
     of_head = int(geometry.all.sum())
     few, many = site.heads * geometry.count, site.heads * of_head
     if gpu is not None:
+        if rest:
+            raise Unsupported("cost", "means beside blocks were not measured on a GPU")
         picked = gpu.selection(site, shape, geometry.edge, family, geometry.causal)
         least, most = (picked + gpu.lists(site, shape, geometry.edge, n) for n in (few, many))
         dense = gpu.before(site, shape)
     else:
         dense = dense_cost(site, shape).elements
-        least, most = (
-            dense
-            / predicted_gain(site, mechanism.choice_cost(site, geometry.edge, family, n * shape.batch, shape), shape)
-            for n in (few, many)
-        )
+        costs = (mechanism.choice_cost(site, geometry.edge, family, n * shape.batch, shape, rest) for n in (few, many))
+        least, most = (dense / predicted_gain(site, cost, shape) for cost in costs)
     slope = (most - least) / max(many - few, 1)
     return BlockTime(max(least - slope * few, 0.0), slope, slope * of_head, dense)

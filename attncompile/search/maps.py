@@ -2,14 +2,15 @@
 
 Of a row of e queries only its scores with all keys are held (e * N numbers). From these come, for each block of keys,
 the weight that the queries give it and what it adds to their outputs before division; any choice of blocks is then a
-sum over few blocks: scoring forty choices costs little more than dense attention does once.
+sum over few blocks: scoring forty choices costs little more than dense attention does once. Means of keys and values
+(``PATTERN rest 16``) add the same two numbers for each block, from a few scores more.
 
 Shapes: H heads, G key heads, N tokens, R blocks a side, e their edge, K choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,12 +64,23 @@ class HeadScores:
     size: float
 
 
-def rows(
-    operands: Operands, geometry: BlockGeometry, head: int, which: Sequence[int]
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each row of blocks in ``which``: (r, mass [queries, C], parts [C, queries, Dv]) with C blocks of keys, those
-    up to the diagonal on a causal site. Both are scaled by one number a query.
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One row of blocks: ``mass`` [queries, C] and ``parts`` [C, queries, Dv] of C blocks of keys, those up to the
+    diagonal on a causal site; ``coarse``: the same of their means, by how many keys have one. All are scaled by one
+    number a query.
     """
+
+    number: int
+    mass: np.ndarray
+    parts: np.ndarray
+    coarse: Mapping[int, tuple[np.ndarray, np.ndarray]]
+
+
+def rows(
+    operands: Operands, geometry: BlockGeometry, head: int, which: Sequence[int], sizes: Sequence[int] = ()
+) -> Iterator[Row]:  # fmt: skip
+    """Each row of blocks in ``which``. ``sizes`` of means; blocks that are not whole have none."""
     edge, group = geometry.edge, operands.heads // operands.key.shape[0]
     value = operands.value[head // group]
     if operands.weights is not None:
@@ -76,15 +88,34 @@ def rows(
     whole = np.zeros((geometry.count * edge, value.shape[1]), np.float32)
     whole[: geometry.tokens] = value
     blocks = whole.reshape(geometry.count, edge, -1)
-    for r, weights in _weights(operands, geometry, head, which):
+    full = geometry.tokens // edge
+    key = operands.key[head // group]
+    means = {
+        size: (key[: full * edge].reshape(-1, size, key.shape[1]).mean(axis=1), blocks[:full].reshape(
+            full, edge // size, size, -1).mean(axis=2)) for size in sizes
+    }  # fmt: skip
+    for r, weights, top in _weights(operands, geometry, head, which):
         cut = weights.reshape(len(weights), -1, edge)
-        yield r, cut.sum(axis=2), cut.transpose(1, 0, 2) @ blocks[: cut.shape[1]]
+        here = operands.query[head, r * edge : r * edge + len(weights)] * np.float32(operands.scale)
+        known = min(cut.shape[1], full)
+        coarse = {}
+        for size, (of_keys, of_values) in means.items():
+            counted = np.exp(here @ of_keys[: known * (edge // size)].T - top) * np.float32(size)
+            counted = counted.reshape(len(weights), known, -1)
+            mass = np.zeros(cut.shape[:2], np.float32)
+            parts = np.zeros((cut.shape[1], len(weights), blocks.shape[2]), np.float32)
+            mass[:, :known] = counted.sum(axis=2)
+            parts[:known] = counted.transpose(1, 0, 2) @ of_values[:known]
+            coarse[size] = mass, parts
+        yield Row(r, cut.sum(axis=2), cut.transpose(1, 0, 2) @ blocks[: cut.shape[1]], coarse)
 
 
 def _weights(
     operands: Operands, geometry: BlockGeometry, head: int, which: Sequence[int]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """For each row of blocks in ``which``: (r, weights [queries, C * e]), scaled by one number a query."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each row of blocks in ``which``: (r, weights [queries, C * e], top [queries, 1]), the weights as exp(score -
+    top).
+    """
     edge, tokens = geometry.edge, geometry.tokens
     key = operands.key[head // (operands.heads // operands.key.shape[0])]
     for r in which:
@@ -99,8 +130,9 @@ def _weights(
             own = scores[:, start : start + edge]
             own[np.arange(edge)[None, :] > np.arange(stop - start)[:, None]] = -np.inf
         top = scores.max(axis=1, keepdims=True)
-        np.subtract(scores, np.where(np.isfinite(top), top, 0), out=scores)
-        yield r, np.exp(scores, out=scores)
+        top = np.where(np.isfinite(top), top, 0)
+        np.subtract(scores, top, out=scores)
+        yield r, np.exp(scores, out=scores), top
 
 
 def masses(operands: Operands, geometry: BlockGeometry, head: int) -> np.ndarray:
@@ -120,7 +152,7 @@ def ordered_masses(
     sizes = np.minimum(edge, tokens - starts).astype(np.float32)
     rows_of = [np.argsort(places) // edge for places in orders]  # the row of each token
     out = np.zeros((1 + len(orders), count, count), np.float32)
-    for r, weights in _weights(operands, geometry, head, range(count)):
+    for r, weights, _ in _weights(operands, geometry, head, range(count)):
         mass = weights.reshape(len(weights), -1, edge).sum(axis=2)
         total = mass.sum(axis=1, keepdims=True)
         total[total <= 0] = 1
@@ -135,10 +167,11 @@ def ordered_masses(
 
 def score(
     operands: Operands, geometry: BlockGeometry, head: int, choices: np.ndarray, which: Sequence[int],
-    averaged: Sequence[int] = (),
+    averaged: Sequence[int] = (), rests: Sequence[int] = (),
 ) -> HeadScores:  # fmt: skip
     """``choices`` bool [K, R, R]. Those numbered in ``averaged`` give the mean of all values (pattern ``mean``); a
-    query without a block, or whose blocks are all padding, gives zero.
+    query without a block, or whose blocks are all padding, gives zero. ``rests`` [K]: of how many keys there are means
+    where a choice leaves blocks out, 0 where there is nothing. What is kept is of the choice's own blocks.
     """
     count = len(choices)
     error, kept = np.zeros(count), np.zeros(count)
@@ -147,7 +180,9 @@ def score(
     mean = operands.value[head // group].mean(axis=0)
     if operands.weights is not None:
         mean = mean @ operands.weights[head]
-    for r, mass, parts in rows(operands, geometry, head, which):
+    allowed, of = geometry.averaged, np.array(rests or [0] * count)
+    for row in rows(operands, geometry, head, which, sorted(set(rests) - {0})):
+        r, mass, parts = row.number, row.mass, row.parts
         blocks, queries, dim = parts.shape
         total = mass.sum(axis=1)
         alive = total > 0
@@ -156,11 +191,16 @@ def score(
         taken = choices[:, r, :blocks].astype(np.float32)
         weight = taken @ mass.T  # [K, queries]
         out = (taken @ parts.reshape(blocks, -1)).reshape(count, queries, dim)
+        kept += (weight / safe).sum(axis=1)
+        for size, (coarse_mass, coarse_parts) in row.coarse.items():
+            left = np.where((of == size)[:, None], allowed[r, :blocks] & ~choices[:, r, :blocks], False)
+            left = left.astype(np.float32)
+            weight = weight + left @ coarse_mass.T
+            out += (left @ coarse_parts.reshape(blocks, -1)).reshape(count, queries, dim)
         np.divide(out, np.where(weight > 0, weight, 1)[..., None], out=out)
         out[list(averaged)] = mean
         out -= dense
         error += np.square(out, dtype=np.float64).sum(axis=(1, 2))
-        kept += (weight / safe).sum(axis=1)
         looked += int(alive.sum())
         size += float(np.square(dense, dtype=np.float64).sum())
     return HeadScores(error, kept / max(looked, 1), size)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attncompile import __version__, measure
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern
-from attncompile.core.block_selection import BlockSelection, is_selection
+from attncompile.core.block_pattern import MEAN, BlockGeometry, BlockPattern
+from attncompile.core.block_selection import BlockSelection, is_selection, rest_of
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import ChoosingMechanism, HeadMechanism, Mechanism
 from attncompile.core.plan import Decision
@@ -32,7 +32,7 @@ from attncompile.passes.evaluate import World
 from attncompile.report import SiteFidelity
 from attncompile.search import choose, executors, heads, orders, tasks, whole_sites
 from attncompile.search.arrays import save
-from attncompile.search.candidates import candidates, selections
+from attncompile.search.candidates import beside_means, candidates, mean_size, selections, selections_beside_means
 from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
 from attncompile.search.confidence import share_bound
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
@@ -102,8 +102,9 @@ class Result:
 class _HeadPlan:
     """One site under search, head by head. ``time`` of patterns that are fixed, None where the length is not; ``ways``:
     how heads may choose blocks when the model runs, texts and times of each; ``moved``: time of patterns that are fixed
-    where some are in other orders of the tokens. ``offered`` [H][K] are the texts of all candidates, in the order of
-    ``modes`` [H][K]: 0 fixed, 1, 2, ... one of ``ways``, the last fixed in any order, if heads gain by that. ``shares``
+    where some are in other orders of the tokens; ``coarse``: where some meet what they leave out by its means.
+    ``offered`` [H][K] are the texts of all candidates, in the order of ``modes`` [H][K]: 0 fixed, 1, 2, ... one of
+    ``ways``, then fixed with such means, the last fixed in any order, if heads gain by that. ``shares``
     [H][K] of all blocks; ``masses`` by order are maps as ``mass`` [H, R, R] is.
     """
 
@@ -116,6 +117,7 @@ class _HeadPlan:
     offered: list[list[str]] = field(default_factory=list)
     modes: list[np.ndarray] = field(default_factory=list)
     moved: heads.BlockTime | None = None
+    coarse: heads.BlockTime | None = None
     mass: np.ndarray | None = None
     masses: dict[orders.Order, np.ndarray] = field(default_factory=dict)
     damage: list[np.ndarray] = field(default_factory=list)
@@ -138,6 +140,9 @@ class _HeadPlan:
             if self.time is not None:
                 fixed = [p.text for p in candidates(mass, self.geometry, average)]
             parts = [fixed, *(["dense", *texts] for texts, _ in self.ways)]
+            if self.coarse is not None:
+                means = [p.text for p in beside_means(mass, self.geometry)]
+                parts.append([*(text for text in fixed if text != MEAN.text), *means])
             if self.moved is not None:
                 parts.append([*fixed, *others])
             self.offered.append([text for part in parts for text in part])
@@ -151,7 +156,8 @@ class _HeadPlan:
     @property
     def others(self) -> list[heads.BlockTime]:
         """Times of modes 1, 2, ..."""
-        return [*(time for _, time in self.ways), *([self.moved] if self.moved is not None else [])]
+        more = (time for time in (self.coarse, self.moved) if time is not None)
+        return [*(time for _, time in self.ways), *more]
 
     def chooses(self, picks: Sequence[int]) -> bool:
         """Whether these candidates are chosen when the model runs."""
@@ -274,7 +280,8 @@ class Search:
             self._found.model.hash, self.feeds,
             {**self._settings.to_json(), "version": __version__, "sites": [*self._heads, *self._whole],
              "whole": [dict(e.decision.parameters) for edits in self._whole.values() for e in edits],
-             "heads": [repr((p.geometry, [t for t, _ in p.ways], p.spec.orders)) for p in self._heads.values()],
+             "heads": [repr((p.geometry, [t for t, _ in p.ways], p.spec.orders, p.coarse))
+                       for p in self._heads.values()],
              "policy": repr(self._policy), "exact": [(e.site.id, e.decision.mechanism) for e in self._exact],
              "gpu": self._gpu.said if self._gpu else ""},
         )  # fmt: skip
@@ -335,10 +342,11 @@ class Search:
             found = geometry
         else:
             found = geometry if isinstance(geometry, BlockGeometry) else found
-            for texts in selections():
-                family = BlockSelection(texts[0]).family
+            beside = isinstance(site.query_length, int) and self._gpu is None and found.tokens >= found.edge
+            for texts in (*selections(), *(selections_beside_means(found) if beside else [])):
+                family, rest = BlockSelection(texts[0]).family, rest_of(texts[0])
                 try:
-                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, family)
+                    taken = heads.choice_time(site, found, mechanism, world.binding, self._gpu, family, rest)
                 except Unsupported as error:
                     self._unknown.setdefault(error.message, set()).add(family[0])
                     continue
@@ -346,6 +354,9 @@ class Search:
         if isinstance(found, Verdict) or (time is None and not ways):
             return None
         made = _HeadPlan(site, mechanism, found, time, heads.spec(site, found, world), ways)
+        if time is not None and self._gpu is None and not made.spec.padding and found.averaged.any():
+            size = mean_size(found)
+            made.coarse = heads.block_time(site, found, mechanism, world.binding, None, size)
         if made.time is None:
             made.spec = replace(made.spec, orders=())
         elif made.spec.orders:

@@ -15,7 +15,7 @@ import numpy as np
 from attncompile import measure, metrics
 from attncompile.core import block_selection
 from attncompile.core.block_pattern import MEAN, BlockGeometry, BlockPattern
-from attncompile.core.block_selection import BlockSelection
+from attncompile.core.block_selection import BlockSelection, rest_of
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.measure import Provider
 from attncompile.search import maps
@@ -115,8 +115,8 @@ def ordered_name(site: str, order: Sequence[int]) -> str:
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """Errors of all candidates of one group of sites for one input: site -> (squared changes [H][K] relative to the
-    squared size of the site's output, shares of the weight that are kept [H][K], shares of the blocks that are met
-    [H][K]). ``number`` of the input.
+    squared size of the site's output, shares of the weight that are kept [H][K], shares of the blocks that are
+    computed [H][K]). ``number`` of the input.
     """
 
     model: Path
@@ -149,14 +149,14 @@ class Scores:
 def _scored(
     operands: maps.Operands, geometry: BlockGeometry, head: int, texts: Sequence[str], which: Sequence[int]
 ) -> tuple[maps.HeadScores, np.ndarray]:
-    """Of one head its choices, and how many blocks of the rows ``which`` each meets [K]. A pattern in another order of
-    the tokens is scored in it, on the rows ``which`` of that order, relative to what they weigh.
+    """Of one head its choices, and how many blocks of the rows ``which`` each computes [K]. A pattern in another order
+    of the tokens is scored in it, on the rows ``which`` of that order, relative to what they weigh.
     """
     by_order: dict[tuple[int, ...], dict[str, None]] = {(): {}}  # each text once
     for text in texts:
         order = () if block_selection.is_selection(text) else BlockPattern(text).order
         by_order.setdefault(order, {})[text] = None
-    found: dict[str, tuple[float, float, int]] = {}
+    found: dict[str, tuple[float, float, float]] = {}
     size = 0.0
     for order, once in by_order.items():
         same = list(once)
@@ -166,10 +166,13 @@ def _scored(
         if order:
             there, at = operands.ordered(head, BlockPattern(same[0]).places(geometry)), 0
         met = chosen(there, geometry, at, same, which)
-        made = maps.score(there, geometry, at, met, which, [k for k, text in enumerate(same) if text == MEAN.text])
+        averaged, rests = [k for k, text in enumerate(same) if text == MEAN.text], [rest_of(text) for text in same]
+        made = maps.score(there, geometry, at, met, which, averaged, rests)
         size = size or made.size
         error = made.error * (size / made.size if made.size > 0 else 1.0)
-        found |= dict(zip(same, zip(error, made.kept, met[:, which].sum(axis=(1, 2)), strict=True), strict=True))
+        means = [len(which) * (geometry.tokens // geometry.edge) / rest if rest else 0.0 for rest in rests]
+        blocks_of = met[:, which].sum(axis=(1, 2)) + means
+        found |= dict(zip(same, zip(error, made.kept, blocks_of, strict=True), strict=True))
     error, kept, blocks = (np.array(column) for column in zip(*(found[text] for text in texts), strict=True))
     return maps.HeadScores(error, kept, size), blocks
 

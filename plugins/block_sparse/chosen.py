@@ -5,7 +5,7 @@ attention to what was selected, by the parameters ``edge`` and ``heads``. Any le
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from onnx import NodeProto, numpy_helper
@@ -20,14 +20,18 @@ from attncompile.plugins.block_select.op import LISTS, SCORES, SELECT, masks
 from attncompile.plugins.block_select.op import register as register_selection
 from attncompile.plugins.block_sparse import chosen_body
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
-from attncompile.plugins.block_sparse.per_head import LONG
-from attncompile.plugins.body import Body
+from attncompile.plugins.block_sparse.per_head import JOIN, LONG
+from attncompile.plugins.block_sparse.rest import in_front, listed, rest_of
+from attncompile.plugins.body import Body, in_graph
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import check_bias, check_plain
 from attncompile.plugins.neighborhood.tiles import COPY
 
 OVERHEAD = 1.5
 """Time of a score element in listed blocks, relative to one of dense attention, by the body: see ``START``."""
+
+LISTED = 1e5
+"""Of what lists the means beside chosen blocks, some fifty small nodes: an estimate, as ``START`` is."""
 
 PADDING = 1.1
 """What rows are filled up by in the body's pieces: its length over the mean, of lengths that rise evenly."""
@@ -63,7 +67,22 @@ def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
         raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")
     if given.get("masked_rows", "zero") != "zero":
         raise Unsupported("parameters", f"masked_rows {given['masked_rows']!r}", "every query sees its own block: zero")
-    return edge, Chooser.of([str(t) for t in texts])
+    chooser = Chooser.of([str(t) for t in texts])
+    if chooser.rest:
+        if edge % chooser.rest:
+            raise Unsupported("pattern", f"'rest {chooser.rest}' does not divide a block of {edge} keys",
+                              f"write a divisor of {edge}")  # fmt: skip
+        if _length(site) < edge:
+            raise Unsupported("size", f"{_length(site)} tokens are no whole block, which alone has means")
+    return edge, chooser
+
+
+def _length(site: AttentionSite) -> int:
+    """Tokens, for means of what is not chosen; ``Unsupported`` where they are not fixed."""
+    if not isinstance(site.query_length, int):
+        raise Unsupported("lengths", "means of blocks that are not chosen hold for one length only",
+                          "export with a fixed length, or leave the rest out")  # fmt: skip
+    return site.query_length
 
 
 def check_site(site: AttentionSite) -> None:
@@ -108,14 +127,18 @@ def cost(site: AttentionSite, given: Parameters, shape: Shape) -> Cost:
     all_blocks = count * (count + 1) / 2 if causal(site) else count**2
     shares = [a if chooser.rule == "share" else 1.0 if a >= chooser.everything else 0.5 for a in chooser.amounts]
     blocks = sum(min(s, 1.0) for s in shares) * all_blocks * shape.batch
-    return cost_of(site, shape, edge, chooser.family, blocks)
+    if chooser.rest:
+        blocks += shape.batch * site.heads * count * (shape.query_length // edge) / chooser.rest
+    return cost_of(site, shape, edge, chooser.family, blocks, chooser.rest)
 
 
-def cost_of(site: AttentionSite, shape: Shape, edge: int, family: Family, blocks: float) -> Cost:
-    """``blocks`` of all heads and batch entries."""
+def cost_of(site: AttentionSite, shape: Shape, edge: int, family: Family, blocks: float, rest: int = 0) -> Cost:
+    """``blocks`` of all heads and batch entries, those that means of ``rest`` keys amount to included."""
     of_element = 2.0 * (site.head_dim + site.value_dim)
     elements = PADDING * OVERHEAD * blocks * edge**2
     extra = OVERHEAD * COPY * PADDING * blocks * edge + fixed_elements(site, shape, edge, family)
+    if rest:
+        extra += JOIN * shape.batch * site.kv_heads * shape.query_length * (1 + 1 / rest) + LISTED
     keys = blocks * edge / (shape.batch * site.heads * -(-shape.query_length // edge))
     return Cost(of_element * (elements + extra), keys, elements)
 
@@ -140,7 +163,7 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
         for name, operand, heads in zip(names, operands, (site.heads, site.kv_heads), strict=True):
             if name in cut.pooled:
                 made[name] = select.pool(body, name[0], operand.layout, edge, sizes, heads)
-        before = _prefixed(body, f"{base}/pooled", {n[0]: value for n, value in names.items()})
+        before = in_graph(body, f"{base}/pooled", {n[0]: value for n, value in names.items()})
         names |= {n: f"{base}/pooled/{m}" for n, m in made.items()}
     said = {"scale": site.scale, **cut.attributes, "causal": int(late)}
     picked = {"tiles": cut.tiles, "rule": chooser.rule, "causal": int(late), "sinks": SINKS, "window": WINDOW}
@@ -156,33 +179,28 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
         SELECT, picked, sizes, (f"{base}/scores", stored[0].name), (*lists, f"{base}/mass"),
         f"{SELECT}/{site.id or base}",
     )  # fmt: skip
-    form = Form(edge, "zero")
-    values = {"query": site.query.value, "key": site.key.value, "value": site.value.value, "masks": stored[1].name}
-    values |= dict(zip(LISTS, lists, strict=True))
-    attended = node(form, call, form.place(values), [site.output.value], f"{OP_TYPE}/{site.id or site.output.value}",
-                    f"chosen, causal {late}")  # fmt: skip
+    said_lists = dict(zip(LISTS, lists, strict=True)) | {"masks": stored[1].name}
+    rest, between = None, list[NodeProto]()
+    if chooser.rest:
+        blocks = BlockGeometry(_length(site), edge, late)
+        rest = rest_of(chooser.rest, blocks)
+        assert rest is not None
+        between, site = in_front(site, rest, opset)
+        body = Body(opset)
+        made = listed(body, rest, blocks)
+        between += in_graph(body, f"{base}/rest", said_lists)
+        said_lists = {name: f"{base}/rest/{value}" for name, value in made.items()}
+    form = Form(edge, "zero", ("counts",) if rest is not None else ())
+    values = {"query": site.query.value, "key": site.key.value, "value": site.value.value, **said_lists}
+    how = f"chosen, causal {late}" + (f", rest {rest.size} of {rest.blocks}" if rest is not None else "")
+    attended = node(
+        form, call, form.place(values), [site.output.value], f"{OP_TYPE}/{site.id or site.output.value}", how
+    )
     functions = (
         select.function(SCORES, said, sizes), select.function(SELECT, picked, sizes),
-        chosen_body.function(attended, form, call, late),
+        chosen_body.function(attended, form, call, late, rest),
     )  # fmt: skip
-    return Lowering((*before, scores, chosen, attended), functions, tuple(stored))
-
-
-def _prefixed(body: Body, prefix: str, given: Mapping[str, str]) -> list[NodeProto]:
-    """The body's nodes for a graph, where names are the model's: those of ``given`` values become the graph's, all
-    others begin anew.
-    """
-    found = []
-    for made in body.nodes:
-        copy = NodeProto()
-        copy.CopyFrom(made)
-        copy.name = f"{prefix}/{made.name}"
-        for values in (copy.input, copy.output):
-            for i, name in enumerate(values):
-                if name:
-                    values[i] = given.get(name) or f"{prefix}/{name}"
-        found.append(copy)
-    return found
+    return Lowering((*before, scores, chosen, *between, attended), functions, tuple(stored))
 
 
 def geometry(site: AttentionSite, tokens: int) -> BlockGeometry:

@@ -3,9 +3,11 @@
 Queries, keys and values are cut into blocks once; each group of rows gathers its blocks of keys and values whole, and
 is one batched product, softmax and product. A mask is added where there is something to hide: the causal half of the
 diagonal, which is the first block of every row, and columns of keys that only fill a row up, do not exist or are
-padding.
+padding. Means of what rows leave out stand in front of the keys (``rest.py``); a group with such rows has all of them
+behind the gathered blocks, hidden where a row meets the block itself.
 
-Shapes in comments: B batch, H heads, G key heads, R blocks a side, e their edge, T rows of a group, W blocks of each.
+Shapes in comments: B batch, H heads, G key heads, R blocks a side, e their edge, T rows of a group, W blocks of each,
+F means.
 """
 
 from __future__ import annotations
@@ -45,6 +47,11 @@ class _Writer:
         count, edge = geometry.count, geometry.edge
         query = self._filled(parts.scaled(body, call, parts.heads_first(body, "query", call.layouts[0])))
         key, value = (parts.heads_first(body, n, call.layouts[i]) for i, n in ((1, "key"), (2, "value")))
+        means = None
+        if (rest := self.plan.rest) is not None:
+            means = tuple(body.op("Slice", x, body.ints(0), body.ints(rest.means), body.ints(2)) for x in (key, value))
+            end = body.ints(rest.keys + geometry.tokens)
+            key, value = (body.op("Slice", x, body.ints(rest.keys), end, body.ints(2)) for x in (key, value))
         ends = self._ends()
         pieces: list[str] = []
         if self.plan.groups:
@@ -53,7 +60,7 @@ class _Writer:
                 body.op("Reshape", self._filled(x), body.ints(0, call.kv_heads * count, edge, dim))
                 for x, dim in ((key, call.head_dim), (value, call.value_dim))
             )
-            pieces += [self._group(g, rows, of_keys, of_values, ends) for g in self.plan.groups]
+            pieces += [self._group(g, rows, (of_keys, of_values), means, ends) for g in self.plan.groups]
         if self.plan.whole:
             pieces.append(self._whole(query, key, value))
         if self.plan.empty:
@@ -86,8 +93,10 @@ class _Writer:
         added = body.op("Pad", added, body.ints(0, 0, 0, 0, 0, 0, 0, missing), hidden)
         return body.op("Reshape", added, body.ints(0, count + 1, edge))
 
-    def _group(self, group: Rows, query: str, key: str, value: str, ends: str) -> str:
-        """[B, T, e, Dv]."""
+    def _group(
+        self, group: Rows, query: str, keys: tuple[str, str], means: tuple[str, ...] | None, ends: str
+    ) -> str:  # fmt: skip
+        """[B, T, e, Dv]. ``keys`` and values in blocks; ``means`` of both, [B, G, F, D]."""
         body, call, geometry = self.body, self.call, self.plan.geometry
         count, edge, (tiles, width) = geometry.count, geometry.edge, group.columns.shape
         head = group.rows // count
@@ -98,8 +107,16 @@ class _Writer:
                 "Reshape", body.op("Gather", x, body.constant(blocks), axis=1),
                 body.ints(0, tiles, width * edge, dim),
             )
-            for x, dim in ((key, call.head_dim), (value, call.value_dim))
+            for x, dim in zip(keys, (call.head_dim, call.value_dim), strict=True)
         )  # fmt: skip
+        if group.averaged is None:
+            means = None
+        elif means is not None:
+            of_heads = body.constant(head // call.group)
+            of_keys, of_values = (
+                body.op("Concat", x, body.op("Gather", m, of_heads, axis=1), axis=2)
+                for x, m in zip((of_keys, of_values), means, strict=True)
+            )  # [B, T, W * e + F, D]
         scores = body.op("MatMul", rows, body.op("Transpose", of_keys, perm=[0, 1, 3, 2]))  # [B, T, e, W * e]
         wide = parts.softmax_type(call) != call.dtype
         kind, numpy_kind = float_type(parts.softmax_type(call))
@@ -107,16 +124,20 @@ class _Writer:
             scores = body.op("Cast", scores, to=kind)
         if geometry.causal:
             above = np.where(np.tri(edge, dtype=bool), 0, -np.inf).astype(numpy_kind)[None]
-            scores = body.op(
-                "Add", scores, body.op("Pad", body.constant(above), body.ints(0, 0, 0, 0, 0, (width - 1) * edge))
-            )
+            behind = body.ints(0, 0, 0, 0, 0, (width - 1) * edge + self._means(group))
+            scores = body.op("Add", scores, body.op("Pad", body.constant(above), behind))
         last = bool(geometry.tokens % edge) and bool((group.columns == count - 1).any())
         if call.key_mask or last or bool((group.columns < 0).any()):
             columns = body.constant(np.where(group.columns < 0, count, group.columns))
             axis = 1 if call.key_mask else 0
             added = body.op("Gather", ends, columns, axis=axis)  # [T, W, e] or [b, T, W, e]
             added = body.op("Reshape", added, body.ints(*[0] * axis, tiles, 1, width * edge))
+            if means is not None:
+                added = body.op("Concat", added, self._rest(group), axis=-1)
             scores = body.op("Add", scores, added)
+        elif means is not None:
+            room = body.ints(0, 0, width * edge, 0, 0, 0)
+            scores = body.op("Add", scores, body.op("Pad", self._rest(group), room))
         weights = body.op("Softmax", scores, axis=-1)
         if wide:
             weights = body.op("Cast", weights, to=float_type(call.dtype)[0])
@@ -127,6 +148,19 @@ class _Writer:
         dead = body.op("Equal", body.op("ReduceMax", scores, body.ints(-1), keepdims=1),
                        body.constant(np.array(-np.inf, numpy_kind)))  # fmt: skip
         return body.op("Where", dead, body.constant(np.array(0, float_type(call.dtype)[1])), result)
+
+    def _means(self, group: Rows) -> int:
+        """Means behind the keys of each row."""
+        return self.plan.rest.means if self.plan.rest is not None and group.averaged is not None else 0
+
+    def _rest(self, group: Rows) -> str:
+        """[T, 1, F]: the logarithm of how often a mean counts, -inf where the row meets its block itself."""
+        rest, averaged = self.plan.rest, group.averaged
+        assert rest is not None and averaged is not None
+        kind = float_type(parts.softmax_type(self.call))[1]
+        added = np.where(averaged[:, : rest.blocks, None], np.log(rest.size), -np.inf).astype(kind)
+        spread = self.body.op("Expand", self.body.constant(added), self.body.ints(1, 1, rest.of_block))
+        return self.body.op("Reshape", spread, self.body.ints(len(added), 1, rest.means))
 
     def _of_heads(self, value: str, heads: tuple[int, ...], shared: int) -> str:
         """The heads of [B, h, N, d], ``shared`` of them on one."""

@@ -122,9 +122,10 @@ class BlockSparseAttention:
         """Parameters with one text a head."""
         return {"masked_rows": "zero", "edge": geometry.edge, "heads": list(texts)}
 
-    def choice_cost(self, site: AttentionSite, edge: int, family: Family, blocks: float, shape: Shape) -> Cost:
-        """Of the function bodies, scores and selection included."""
-        return chosen.cost_of(site, shape, edge, family, blocks)
+    def choice_cost(
+        self, site: AttentionSite, edge: int, family: Family, blocks: float, shape: Shape, rest: int = 0
+    ) -> Cost:
+        return chosen.cost_of(site, shape, edge, family, blocks, rest)
 
     def supports(self, site: AttentionSite, parameters: Parameters) -> Verdict:
         try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
+from onnx import NodeProto
 
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.core.errors import Unsupported
@@ -17,6 +18,7 @@ from attncompile.plugins.block_sparse.head_orders import Arrangement, arranged
 from attncompile.plugins.block_sparse.head_orders import around as around_orders
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
 from attncompile.plugins.block_sparse.plan import LAUNCH
+from attncompile.plugins.block_sparse.rest import in_front, rest_of, size_of
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import check_bias, check_padding, check_plain
 from attncompile.plugins.neighborhood.tiles import COPY
@@ -34,6 +36,9 @@ MOVE: Mapping[str, float] = {"BHND": 11.0, "BNHD": 5.0}
 would have turned anyway costs less. Of a pair of rows ``tools/bench_chosen.py`` gave 12 to 31, and 5 to 13, on 2 busy
 cores.
 """
+
+JOIN = 20.0
+"""Cost of averaging, joining and cutting apart one key and value, in score elements: an estimate by what they move."""
 
 LARGEST = 1 << 24
 """Blocks of all heads beyond which a site is refused: its lists would not be small any more."""
@@ -99,6 +104,7 @@ def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.n
     if site.mask.part("padding") is not None and any(BlockPattern(text).order for text in texts):
         raise Unsupported("pattern", "a head in another order beside padding, which is said for tokens as they stand",
                           "leave the order out")  # fmt: skip
+    size_of(texts, geometry, site.mask.part("padding") is not None)
     return geometry, seen
 
 
@@ -114,8 +120,19 @@ def _seen(texts: tuple[str, ...], geometry: BlockGeometry) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
+def _averaged(texts: tuple[str, ...], geometry: BlockGeometry) -> np.ndarray | None:
+    """Bool [H, R, R]; None where no head has means."""
+    patterns = {text: BlockPattern(text) for text in texts}
+    if not any(p.rest for p in patterns.values()):
+        return None
+    known = {text: p.averaged(geometry) for text, p in patterns.items()}
+    return np.stack([known[text] for text in texts])
+
+
+@lru_cache(maxsize=64)
 def _plan(texts: tuple[str, ...], geometry: BlockGeometry) -> HeadPlan:
-    return plan_of(_seen(texts, geometry), geometry)
+    rest = rest_of(size_of(texts, geometry, False), geometry)
+    return plan_of(_seen(texts, geometry), geometry, _averaged(texts, geometry), rest)
 
 
 def cost(site: AttentionSite, given: Parameters, shape: Shape) -> Cost:
@@ -134,6 +151,8 @@ def cost(site: AttentionSite, given: Parameters, shape: Shape) -> Cost:
         sides = ((site.query, moved.queries), (site.key, moved.keys), (site.value, moved.keys),
                  (site.output, moved.queries))  # fmt: skip
         extra += shape.batch * sum(MOVE[operand.layout] * places.size for operand, places in sides) + LAUNCH
+    if made.rest is not None:
+        extra += JOIN * shape.batch * site.kv_heads * (made.rest.keys + geometry.tokens)
     keys = made.blocks * geometry.edge / (site.heads * geometry.count)
     return Cost(of_element * (elements + extra), keys, elements)
 
@@ -159,11 +178,17 @@ def _attended(
 ) -> Lowering:  # fmt: skip
     """The op for operands that stand in the orders of its heads."""
     call = Call.of(site, opset, 0, 0)
-    said, made = lists_of(_seen(texts, geometry), geometry), _plan(texts, geometry)
-    form = Form(geometry.edge, rule, (*(["key_mask"] if call.key_mask else []), "order"))
+    made = _plan(texts, geometry)
+    said = lists_of(_seen(texts, geometry), geometry, _averaged(texts, geometry), made.rest)
+    before: list[NodeProto] = []
+    if made.rest is not None:
+        before, site = in_front(site, made.rest, opset)
+    more = ["counts"] if made.rest is not None else []
+    form = Form(geometry.edge, rule, (*(["key_mask"] if call.key_mask else []), "order", *more))
     stored = said.initializers()
     values = {"query": site.query.value, "key": site.key.value, "value": site.value.value}
     values |= {"key_mask": check_padding(site.mask), **{x.name.rpartition("/")[2]: x.name for x in stored}}
     name = f"{OP_TYPE}/{site.id or site.output.value}"
-    replaced = node(form, call, form.place(values), [site.output.value], name, f"heads {said.digest}")
-    return Lowering((replaced,), (head_body.function(made, replaced, form, call),), tuple(stored))
+    lists_said = f"heads {said.digest}" + (f" rest {made.rest.size}" if made.rest is not None else "")
+    replaced = node(form, call, form.place(values), [site.output.value], name, lists_said)
+    return Lowering((*before, replaced), (head_body.function(made, replaced, form, call),), tuple(stored))

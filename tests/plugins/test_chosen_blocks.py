@@ -20,7 +20,7 @@ from attncompile.plugins.block_select import function as select_body
 from attncompile.plugins.block_select import reference as select
 from attncompile.plugins.block_sparse import chosen
 from attncompile.plugins.block_sparse.reference import reference
-from attncompile.plugins.body import Body
+from attncompile.plugins.body import Body, in_graph
 from attncompile.targets import precision
 from tests.plugins.conftest import relative_error
 
@@ -45,7 +45,22 @@ def expected(at: Any, texts: list[str], edge: int) -> np.ndarray:
     seen = kept[:, :, token[:, None] // edge, token[None, :] // edge]
     if at.causal:
         seen = seen & (token[None, :] <= token[:, None])
-    return reference(**given, visible=seen, masked_rows="zero", scale=at.scale)
+    if not (size := chooser.rest):
+        return reference(**given, visible=seen, masked_rows="zero", scale=at.scale)
+    # Every mean of `size` keys counts so often where its block is left out, and on a causal site lies before the row's.
+    whole = at.queries // edge * edge
+    of = np.arange(0, whole, size) // edge
+    left = ~kept[:, :, token // edge][..., of]
+    if at.causal:
+        left &= of[None, :] < token[:, None] // edge
+    assert left.any()
+    joined = {
+        n: np.concatenate([given[n][:, :whole].reshape(len(q), -1, size, *given[n].shape[2:]).mean(2),
+                           given[n]], axis=1)
+        for n in "kv"
+    }  # fmt: skip
+    return reference(q, **joined, visible=np.concatenate([left * size, seen], axis=-1), masked_rows="zero",
+                     scale=at.scale)  # fmt: skip
 
 
 CASES: list[tuple[int, bool, int, int, tuple[str, str, str, str], list[str]]] = [
@@ -56,6 +71,21 @@ CASES: list[tuple[int, bool, int, int, tuple[str, str, str, str], list[str]]] = 
     (70, True, 2, 2, ("BNHD",) * 4, ["xattention 0.3", "dense"]),
     (700, True, 4, 2, ("BNHD", "BHND", "BNHD", "BNHD"), ["anchor 0.3", "anchor 0", "dense", "anchor 0.7"]),
     (450, False, 2, 1, ("BHND",) * 4, ["anchor 0.5"] * 2),
+]
+WITH_REST: list[tuple[int, bool, int, int, tuple[str, str, str, str], list[str]]] = [
+    (700, True, 4, 2, ("BNHD",) * 4, ["pooled 0.25 rest 16", "pooled 0.5 rest 16", "dense", "pooled 0.1 rest 16"]),
+    (512, False, 4, 4, ("BHND",) * 4, ["pooled 0.4 rest 64"] * 4),
+    (449, True, 2, 1, ("BHND", "BNHD", "BHND", "BNHD"), ["xattention 0.7 rest 8", "xattention 0.5 rest 8"]),
+    (450, False, 4, 1, ("BNHD", "BHND", "BNHD", "BHND"), ["xattention 0.6 stride 8 rest 32"] * 3 + ["dense"]),
+    (70, False, 2, 2, ("BNHD",) * 4, ["anchor 0 rest 16", "dense"]),
+    (
+        700,
+        True,
+        4,
+        2,
+        ("BNHD", "BHND", "BNHD", "BNHD"),
+        ["anchor 0.3 rest 4", "anchor 0 rest 4", "dense", "anchor 0.7 rest 4"],
+    ),
 ]
 
 
@@ -78,12 +108,43 @@ def test_a_site_is_the_definition(case_, static, case, tolerance) -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("case_", WITH_REST, ids=range(len(WITH_REST)))
+def test_with_means_of_what_is_not_chosen(case_, case, tolerance) -> None:
+    tokens, causal, heads, kv_heads, layouts, texts = case_
+    at = case(batch=2, queries=tokens, static=True, heads=heads, kv_heads=kv_heads, layouts=layouts, causal=causal,
+              scale=0.9)  # fmt: skip
+    parameters = {"masked_rows": "zero", "edge": 64, "heads": texts}
+    assert SUBJECT.supports(at.site(), parameters).ok
+    assert relative_error(at.run(SUBJECT, parameters), expected(at, texts, 64)) < tolerance["float32"]
+    without = [text.split(" rest")[0] for text in texts]
+    assert relative_error(at.run(SUBJECT, {**parameters, "heads": without}), expected(at, texts, 64)) > 1e-3
+    cost, less = (
+        SUBJECT.cost(at.site(), {**parameters, "heads": t}, Shape(2, tokens, tokens)) for t in (texts, without)
+    )
+    assert cost.elements > less.elements and cost.flops > less.flops
+    names = [n.name for n in at.model(SUBJECT, parameters).graph.node]
+    assert len(set(names)) == len(names)
+
+
+def test_means_need_a_fixed_length(case) -> None:
+    at = case(queries=256, heads=2, kv_heads=2, causal=True)
+    found = SUBJECT.supports(at.site(), {"edge": 64, "heads": ["pooled 0.4 rest 16"] * 2})
+    assert not found.ok and "one length only" in found.reason
+    at = case(queries=256, static=True, heads=2, kv_heads=2, causal=True)
+    for texts, told in (
+        (["pooled 0.4 rest 16", "pooled 0.4"], "different ways"),
+        (["pooled 0.4 rest 24"] * 2, "divide"),
+    ):
+        found = SUBJECT.supports(at.site(), {"edge": 64, "heads": texts})
+        assert not found.ok and told in found.reason
+
+
 def test_values_of_the_model_may_have_any_names() -> None:
     """Also those that a body would give its own."""
     body, sizes = Body(18), select_body.Sizes(1, 1, 8, "float32", ("BHND", "BHND"), 18)
     made = select_body.pool(body, "k", "BHND", 64, sizes, 1)
     taken = next(o for n in body.nodes for o in n.output)
-    found = chosen._prefixed(body, "site/pooled", {"k": taken})
+    found = in_graph(body, "site/pooled", {"k": taken})
     written = [o for n in found for o in n.output]
     assert taken not in written and f"site/pooled/{made}" in written
     assert any(taken in n.input for n in found)

@@ -142,8 +142,8 @@ def test_a_planted_bug_is_seen(wrong, case, monkeypatch) -> None:
     want = reference(**at.tensors(), visible=visible, scale=at.scale)
     right = head_lists.plan_of
 
-    def planted(seen: np.ndarray, of: BlockGeometry) -> Any:
-        made = right(seen, of)
+    def planted(seen: np.ndarray, of: BlockGeometry, *more: Any) -> Any:
+        made = right(seen, of, *more)
         groups = list(made.groups)
         columns = groups[-1].columns.copy()
         if wrong == "columns":

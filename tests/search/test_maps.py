@@ -148,3 +148,52 @@ def test_candidates_on_a_grid_are_neighborhoods_of_it() -> None:
     assert "mean" not in texts[False] and texts[False][1] == "skip"
     line = BlockGeometry(tokens, 32, False, TokenGrid((tokens,)))
     assert not any(p.text.startswith("grid") for p in candidates(mass, line, False))
+
+
+def with_means(
+    operands: maps.Operands, geometry: BlockGeometry, head: int, seen: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Output [N, Dv] pair by pair where blocks that are left out are met by means of ``size`` keys, and the share of
+    the dense weight that the others hold, by query.
+    """
+    group = operands.heads // operands.key.shape[0]
+    query, key, value = (x.astype(np.float64) for x in (operands.query[head], operands.key[head // group],
+                                                        operands.value[head // group]))  # fmt: skip
+    out = np.zeros((len(query), value.shape[1]))
+    held = np.zeros(len(query))
+    for i in range(len(query)):
+        weight, total, every = np.zeros(value.shape[1]), 0.0, 0.0
+        for c in range(geometry.count):
+            keys = np.arange(c * geometry.edge, min((c + 1) * geometry.edge, geometry.tokens))
+            keys = keys[keys <= i] if geometry.causal else keys
+            w = np.exp(key[keys] @ query[i] * operands.scale)
+            every += w.sum()
+            if seen[i // geometry.edge, c]:
+                weight, total = weight + w @ value[keys], total + w.sum()
+                held[i] += w.sum()
+            elif len(keys) == geometry.edge and (not geometry.causal or c < i // geometry.edge):
+                of = keys.reshape(-1, size)
+                w = size * np.exp(key[of].mean(axis=1) @ query[i] * operands.scale)
+                weight, total = weight + w @ value[of].mean(axis=1), total + w.sum()
+        out[i] = weight / total
+        held[i] /= every
+    return (out if operands.weights is None else out @ operands.weights[head]), held
+
+
+@pytest.mark.parametrize("made", ["plain", "causal", "projected"], indirect=True)
+def test_scores_of_means_of_what_is_left_out(made) -> None:
+    operands, geometry = made
+    texts = ["sinks 0 window 0", "sinks 0 window 0 rest 8", "columns 1 rest 32", "sinks 1 window 1 rest 8", "dense"]
+    patterns = [BlockPattern(t) for t in texts]
+    choices = np.stack([p.blocks(geometry) for p in patterns])
+    for head in range(operands.heads):
+        dense, _ = attention(operands, head, pairs(geometry.all, geometry, operands))
+        got = maps.score(operands, geometry, head, choices, range(geometry.count), rests=[p.rest for p in patterns])
+        plain = maps.score(operands, geometry, head, choices, range(geometry.count))
+        np.testing.assert_array_equal(got.kept, plain.kept)
+        np.testing.assert_allclose(got.error[[0, 4]], plain.error[[0, 4]])
+        for k in (1, 2, 3):
+            out, held = with_means(operands, geometry, head, choices[k], patterns[k].rest)
+            assert got.error[k] == pytest.approx(np.square(out - dense).sum(), rel=1e-4)
+            assert got.kept[k] == pytest.approx(held.mean(), rel=1e-5)
+        assert got.error[1] != pytest.approx(plain.error[1], rel=0.05)

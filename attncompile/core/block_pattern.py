@@ -20,6 +20,8 @@ Written as a person writes it in plan.toml:
   the site's grid in this order, the slowest first (PAROAttention, arXiv:2506.16054). Tokens before and behind the grid
   stay there. Blocks are then blocks of that order, and a ``grid``, ``ball`` or ``radial`` is over its axes. Not on a
   causal site;
+- ``order 8x8 PATTERN``: the same of ``sinks``, ``columns``, ``diagonals`` and ``blocks``, with the tokens tile by tile
+  of the grid, so that a block is a square of it and not a strip (sliding tile attention, arXiv:2502.04507);
 - ``PATTERN rest 16``: any of these but the first three, and in place of the blocks that it leaves out the means of
   every 16 consecutive keys and values there, each of which counts 16 times in the softmax (the coarse part of
   multiresolution attention, arXiv:2207.10284). Of a causal site those are the blocks before a row's own; a last block
@@ -63,7 +65,8 @@ EMPTY = frozenset({"mean", "skip"})
 """Kinds that meet no block."""
 ORDERLESS = EMPTY | {"dense"}
 """Kinds that are the same in every order of the tokens."""
-_ORDER = re.compile(r"order (\d+(?:,\d+)*) (.*)")
+_ORDER = re.compile(r"order (\d+(?:,\d+)*|[1-9]\d*(?:x[1-9]\d*)+) (.*)")
+_OF_GRID = frozenset({"grid", "ball", "radial"})
 _REST = re.compile(r"(.*) rest (\d+)")
 
 
@@ -100,8 +103,9 @@ class BlockGeometry:
 @dataclass(frozen=True, slots=True)
 class BlockPattern:
     """One head's pattern by its ``text``; see the module. ``rest``: of how many keys there is a mean where a block is
-    left out, 0 where there is nothing; ``listed`` is the text without that. ``order``: that of the grid's axes, empty
-    where tokens stay as they stand; ``kind`` is of what is said in that order.
+    left out, 0 where there is nothing; ``listed`` is the text without that. ``order``: that of the grid's axes,
+    counted from 0, or sides of tiles, none of which is 0; empty where tokens stay as they stand. ``kind`` is of what is
+    said in that order.
     """
 
     text: str
@@ -115,10 +119,12 @@ class BlockPattern:
         tail = _REST.fullmatch(self.text)
         listed, rest = (tail[1], int(tail[2])) if tail else (self.text, 0)
         match = _ORDER.fullmatch(listed)
-        order = tuple(int(axis) for axis in match[1].split(",")) if match else ()
+        order = tuple(int(axis) for axis in re.split("[,x]", match[1])) if match else ()
         kind = _kind(match[2] if match else listed)
         if match and kind in ORDERLESS:
             raise Unsupported("pattern", f"'{self.text[:60]}': {kind} is the same in every order", f"write {kind}")
+        if kind in _OF_GRID and match and "x" in match[1]:
+            raise Unsupported("pattern", f"'{self.text[:60]}': tiles have no neighborhood", "leave the order out")
         if tail and (kind in ORDERLESS or not rest):
             why = f"{kind} leaves no rest" if rest else "a mean of no keys"
             raise Unsupported(
@@ -184,9 +190,15 @@ class BlockPattern:
     def _ordered(self, geometry: BlockGeometry) -> BlockGeometry:
         """The site's blocks in the head's order."""
         grid, axes = geometry.grid, len(self.order)
-        said = f"order {','.join(map(str, self.order))}"
-        if grid is None or grid.tokens != geometry.tokens:
+        said = " ".join(self.listed.split(" ")[:2])
+        tiles = "x" in said
+        if grid is None or grid.tokens != geometry.tokens or (tiles and len(grid.shape) != axes):
             raise Unsupported("grid", f"'{said}' needs a token grid of {axes} axes", "give it with --grid")
+        if geometry.causal:
+            raise Unsupported("pattern", f"'{said}' on a causal site: what is causal is not in another order",
+                              "leave the order out")  # fmt: skip
+        if tiles:
+            return replace(geometry, grid=None)
         usual = tuple(range(len(grid.shape)))
         if tuple(sorted(self.order)) != usual or self.order == usual:
             shape = "x".join(map(str, grid.shape))
@@ -194,9 +206,6 @@ class BlockPattern:
                 "grid", f"'{said}' is no other order of the axes of the grid {shape}",
                 f"name each of the {len(usual)} axes once, counted from 0" if len(usual) > 1 else "leave the order out",
             )  # fmt: skip
-        if geometry.causal:
-            raise Unsupported("pattern", f"'{said}' on a causal site: what is causal is not in another order",
-                              "leave the order out")  # fmt: skip
         return replace(geometry, grid=replace(grid, shape=tuple(grid.shape[axis] for axis in self.order)))
 
     def _numbers(self) -> list[list[int]]:
@@ -337,8 +346,13 @@ def bitmap(seen: np.ndarray) -> BlockPattern:
 
 
 def ordered(order: Sequence[int], pattern: BlockPattern) -> BlockPattern:
-    """``pattern`` in this order of the grid's axes."""
-    return BlockPattern(f"order {','.join(map(str, order))} {pattern.text}")
+    """``pattern`` in this order of the grid's axes, or tile by tile."""
+    return BlockPattern(f"order {text_of(order)} {pattern.text}")
+
+
+def text_of(order: Sequence[int]) -> str:
+    """As it is written in a pattern."""
+    return ("," if 0 in order else "x").join(map(str, order))
 
 
 def with_rest(pattern: BlockPattern, size: int) -> BlockPattern:

@@ -26,11 +26,17 @@ class TokenGrid:
     def tokens(self) -> int:
         return self.prefix + prod(self.shape) + self.suffix
 
-    def ordered(self, axes: Sequence[int]) -> np.ndarray:
-        """int64 [tokens]: the tokens with the grid row-major over its axes in this order, the slowest first. Prefix and
-        suffix stay where they are.
+    def ordered(self, order: Sequence[int]) -> np.ndarray:
+        """int64 [tokens]: the tokens with the grid row-major over its axes in this ``order``, the slowest first; or
+        where it holds no 0, tile by tile of these sides, row-major over tiles and in each, those at the ends of an axis
+        shorter where they must be. Prefix and suffix stay where they are.
         """
-        inner = np.arange(prod(self.shape), dtype=np.int64).reshape(self.shape).transpose(axes).reshape(-1)
+        if 0 in order:
+            inner = np.arange(prod(self.shape), dtype=np.int64).reshape(self.shape).transpose(order).reshape(-1)
+        else:
+            places = np.indices(self.shape).reshape(len(self.shape), -1)
+            sides = np.array(order)[:, None]
+            inner = np.lexsort((*(places % sides)[::-1], *(places // sides)[::-1]))
         out = np.arange(self.tokens, dtype=np.int64)
         out[self.prefix : self.prefix + len(inner)] = self.prefix + inner
         return out

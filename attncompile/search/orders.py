@@ -1,11 +1,12 @@
-"""Other orders of the grid's axes for one head (PAROAttention, arXiv:2506.16054): which are looked at, and what is
-offered in them.
+"""Other orders of the tokens for one head, of the grid's axes (PAROAttention, arXiv:2506.16054) and tile by tile
+(sliding tile attention, arXiv:2502.04507): which are looked at, and what is offered in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import permutations
+from math import prod
 
 import numpy as np
 
@@ -31,12 +32,26 @@ def axis_orders(geometry: BlockGeometry) -> tuple[Order, ...]:
         return ()
     known = {np.arange(grid.tokens).tobytes()}
     found = []
-    for order in permutations(range(len(grid.shape))):
+    for order in (*permutations(range(len(grid.shape))), *_tiles(geometry)):
         places = grid.ordered(order).tobytes()
         if places not in known:
             known.add(places)
             found.append(order)
     return tuple(found)
+
+
+def _tiles(geometry: BlockGeometry) -> Iterator[Order]:
+    """Sides of a tile that is one block of an image or of frames, as nearly equal as powers of two are."""
+    grid = geometry.grid
+    axes = len(grid.shape) if grid is not None else 0
+    if grid is None or axes < 2:
+        return
+    sides, axis = [1] * axes, axes - 1
+    while prod(sides) < geometry.edge:  # the last axis first: its tokens stand together anyway
+        sides[axis] *= 2
+        axis = (axis - 1) % axes
+    if all(side <= have for side, have in zip(sides, grid.shape, strict=True)) and min(sides) > 1:
+        yield tuple(sides)
 
 
 def offered(mass: np.ndarray, masses: Mapping[Order, np.ndarray], geometry: BlockGeometry) -> list[BlockPattern]:

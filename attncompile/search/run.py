@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attncompile import __version__, measure
-from attncompile.core.block_pattern import MEAN, BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import MEAN, BlockGeometry, BlockPattern, with_rest
 from attncompile.core.block_selection import BlockSelection, is_selection, rest_of
 from attncompile.core.errors import Unsupported
 from attncompile.core.mechanism import ChoosingMechanism, HeadMechanism, Mechanism
@@ -104,7 +104,7 @@ class _HeadPlan:
     how heads may choose blocks when the model runs, texts and times of each; ``moved``: time of patterns that are fixed
     where some are in other orders of the tokens; ``coarse``: where some meet what they leave out by its means.
     ``offered`` [H][K] are the texts of all candidates, in the order of ``modes`` [H][K]: 0 fixed, 1, 2, ... one of
-    ``ways``, then fixed with such means, the last fixed in any order, if heads gain by that. ``shares``
+    ``ways``, then fixed with such means, fixed in any order if heads gain by that, and both together. ``shares``
     [H][K] of all blocks; ``masses`` by order are maps as ``mass`` [H, R, R] is.
     """
 
@@ -145,6 +145,9 @@ class _HeadPlan:
                 parts.append([*(text for text in fixed if text != MEAN.text), *means])
             if self.moved is not None:
                 parts.append([*fixed, *others])
+            if self.moved is not None and self.coarse is not None:
+                beside = [with_rest(BlockPattern(text), mean_size(self.geometry)).text for text in others]
+                parts.append([*parts[1 + len(self.ways)], *others, *beside])
             self.offered.append([text for part in parts for text in part])
             self.modes.append(np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
 
@@ -156,7 +159,9 @@ class _HeadPlan:
     @property
     def others(self) -> list[heads.BlockTime]:
         """Times of modes 1, 2, ..."""
-        more = (time for time in (self.coarse, self.moved) if time is not None)
+        more = [time for time in (self.coarse, self.moved) if time is not None]
+        if self.coarse is not None and self.moved is not None and self.time is not None:
+            more.append(replace(self.coarse, fixed=self.coarse.fixed + self.moved.fixed - self.time.fixed))
         return [*(time for _, time in self.ways), *more]
 
     def chooses(self, picks: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from attncompile import measure, metrics
 from attncompile.core import block_selection
-from attncompile.core.block_pattern import MEAN, BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import MEAN, BlockGeometry, BlockPattern, text_of
 from attncompile.core.block_selection import BlockSelection, rest_of
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.measure import Provider
@@ -108,8 +108,8 @@ class Masses:
 
 
 def ordered_name(site: str, order: Sequence[int]) -> str:
-    """Of a site's maps in another order of the grid's axes."""
-    return f"{site}/order {','.join(map(str, order))}"
+    """Of a site's maps in another order of the tokens."""
+    return f"{site}/order {text_of(order)}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

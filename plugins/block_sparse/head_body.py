@@ -47,18 +47,22 @@ class _Writer:
         count, edge = geometry.count, geometry.edge
         query = self._filled(parts.scaled(body, call, parts.heads_first(body, "query", call.layouts[0])))
         key, value = (parts.heads_first(body, n, call.layouts[i]) for i, n in ((1, "key"), (2, "value")))
+        both = (key, value)
         means = None
         if (rest := self.plan.rest) is not None:
-            means = tuple(body.op("Slice", x, body.ints(0), body.ints(rest.means), body.ints(2)) for x in (key, value))
             end = body.ints(rest.keys + geometry.tokens)
-            key, value = (body.op("Slice", x, body.ints(rest.keys), end, body.ints(2)) for x in (key, value))
+            key, value = (body.op("Slice", x, body.ints(rest.keys), end, body.ints(2)) for x in both)
+            if not self._in_blocks:
+                means = tuple(body.op("Slice", x, body.ints(0), body.ints(rest.means), body.ints(2)) for x in both)
         ends = self._ends()
         pieces: list[str] = []
         if self.plan.groups:
             rows = body.op("Reshape", query, body.ints(0, call.heads * count, edge, call.head_dim))
+            blocks = call.kv_heads * (count + self._in_front)
+            cut = both if self._in_blocks else (key, value)
             of_keys, of_values = (
-                body.op("Reshape", self._filled(x), body.ints(0, call.kv_heads * count, edge, dim))
-                for x, dim in ((key, call.head_dim), (value, call.value_dim))
+                body.op("Reshape", self._filled(x), body.ints(0, blocks, edge, dim))
+                for x, dim in zip(cut, (call.head_dim, call.value_dim), strict=True)
             )
             pieces += [self._group(g, rows, (of_keys, of_values), means, ends) for g in self.plan.groups]
         if self.plan.whole:
@@ -72,6 +76,17 @@ class _Writer:
         if geometry.tokens % edge:
             out = body.op("Slice", out, body.ints(0), body.ints(geometry.tokens), body.ints(2))
         return parts.heads_first(body, out, call.layouts[3])
+
+    @property
+    def _in_blocks(self) -> bool:
+        """Whether means fill whole blocks: then they are gathered like keys."""
+        rest = self.plan.rest
+        return rest is not None and rest.means == rest.keys
+
+    @property
+    def _in_front(self) -> int:
+        """Blocks of means before those of the keys that are gathered."""
+        return self.plan.rest.tiles if self.plan.rest is not None and self._in_blocks else 0
 
     def _filled(self, value: str) -> str:
         """[B, h, N, d] with zeros up to whole blocks."""
@@ -100,18 +115,20 @@ class _Writer:
         body, call, geometry = self.body, self.call, self.plan.geometry
         count, edge, (tiles, width) = geometry.count, geometry.edge, group.columns.shape
         head = group.rows // count
-        blocks = (head // call.group * count)[:, None] + np.maximum(group.columns, 0)
+        front = self._in_front
+        columns = np.maximum(group.columns, 0) + front
+        if front and group.averaged is not None:
+            columns = np.concatenate([columns, np.broadcast_to(np.arange(front), (tiles, front))], axis=1)
+        blocks = (head // call.group * (count + front))[:, None] + columns
         rows = body.op("Gather", query, body.constant(group.rows), axis=1)  # [B, T, e, D]
         of_keys, of_values = (
             body.op(
                 "Reshape", body.op("Gather", x, body.constant(blocks), axis=1),
-                body.ints(0, tiles, width * edge, dim),
+                body.ints(0, tiles, columns.shape[1] * edge, dim),
             )
             for x, dim in zip(keys, (call.head_dim, call.value_dim), strict=True)
         )  # fmt: skip
-        if group.averaged is None:
-            means = None
-        elif means is not None:
+        if means is not None and group.averaged is not None:
             of_heads = body.constant(head // call.group)
             of_keys, of_values = (
                 body.op("Concat", x, body.op("Gather", m, of_heads, axis=1), axis=2)
@@ -128,14 +145,14 @@ class _Writer:
             scores = body.op("Add", scores, body.op("Pad", body.constant(above), behind))
         last = bool(geometry.tokens % edge) and bool((group.columns == count - 1).any())
         if call.key_mask or last or bool((group.columns < 0).any()):
-            columns = body.constant(np.where(group.columns < 0, count, group.columns))
+            place = body.constant(np.where(group.columns < 0, count, group.columns))
             axis = 1 if call.key_mask else 0
-            added = body.op("Gather", ends, columns, axis=axis)  # [T, W, e] or [b, T, W, e]
+            added = body.op("Gather", ends, place, axis=axis)  # [T, W, e] or [b, T, W, e]
             added = body.op("Reshape", added, body.ints(*[0] * axis, tiles, 1, width * edge))
-            if means is not None:
+            if group.averaged is not None:
                 added = body.op("Concat", added, self._rest(group), axis=-1)
             scores = body.op("Add", scores, added)
-        elif means is not None:
+        elif group.averaged is not None:
             room = body.ints(0, 0, width * edge, 0, 0, 0)
             scores = body.op("Add", scores, body.op("Pad", self._rest(group), room))
         weights = body.op("Softmax", scores, axis=-1)

@@ -53,6 +53,9 @@ def ranks(grid: TokenGrid, order: tuple[int, ...]) -> list[int]:
         for side in reversed(grid.shape):
             rest, at = divmod(rest, side)
             coordinates.insert(0, at)
+        if 0 not in order:  # tile by tile
+            return (1, *(x // side for x, side in zip(coordinates, order, strict=True)),
+                    *(x % side for x, side in zip(coordinates, order, strict=True)))  # fmt: skip
         return (1, *(coordinates[axis] for axis in order))
 
     ordered = sorted(range(grid.tokens), key=key)
@@ -90,6 +93,8 @@ PLAIN = Head("sinks 1 window 0", (), near(0, 1))
 TURNED = Head("order 1,0 sinks 0 window 1", (1, 0), near(1))
 LATE = Head("order 1,2,0 sinks 1 window 0", (1, 2, 0), near(0, 1))
 ACROSS = Head(f"order 2,0,1 {TEXT}", (2, 0, 1), BITS)
+TILED = Head("order 4x8 sinks 1 window 0", (4, 8), near(0, 1))
+CUBES = Head(f"order 2x4x8 {TEXT}", (2, 4, 8), BITS)
 COLUMN = Head("order 0,2,1 columns 3 diagonals 1", (0, 2, 1), lambda r, c: c == 3 or r - c == 1)
 
 NHD, HND = ("BNHD",) * 4, ("BHND",) * 4
@@ -101,6 +106,8 @@ CASES = {
     "in one group, all the same": (FLAT, 1, NHD, (TURNED, DENSE, TURNED, MEAN)),
     "in one group, every second": (FLAT, 1, HND, (TURNED, PLAIN, TURNED, PLAIN)),
     "two and three of one group": (FLAT, 1, NHD, (TURNED, PLAIN, TURNED, PLAIN, PLAIN)),
+    "tiles": (FLAT, 2, MIXED, (TILED, TURNED)),
+    "tiles of frames": (VIDEO, 1, NHD, (CUBES, LATE)),
     "groups that differ": (VIDEO, 2, MIXED, (LATE, LATE, ACROSS, PLAIN)),
     "a group without": (VIDEO, 2, tuple(reversed(MIXED)), (DENSE, MEAN, COLUMN, ACROSS)),
 }  # fmt: skip
@@ -248,6 +255,8 @@ def test_orders_that_are_refused(case) -> None:
         )
     for wrong in ("order 1,0 dense", "order 1,0 mean"):
         assert "is the same in every order" in refused(at.site(), wrong)[1]
+    assert "tiles have no neighborhood" in refused(at.site(), "order 2x4 grid 3x3")[1]
+    assert "needs a token grid of 3 axes" in refused(at.site(), "order 2x4x4 columns 1")[1]
     for wrong in ("order 1,0", "order sinks 0 window 1", "order 1,0 order 1,0 columns 1", "order 1,-1 columns 1",
                   "order 1,0  columns 1", "order 1,0 pooled 0.25"):  # fmt: skip
         assert "is no pattern of a head" in refused(at.site(), wrong)[1]

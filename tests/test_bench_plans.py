@@ -57,6 +57,29 @@ def test_sites_whose_heads_choose_are_left_and_one_kernel_takes_all_lengths(plan
     assert set(given["columns"][start:end].tolist()) == {0, 8, 9, 10}
 
 
+def test_sites_that_meet_the_rest_by_its_means_are_left(plans: Any, tmp_path: Path) -> None:
+    path = tmp_path / "patterns.json"
+    path.write_text(json.dumps({"site0": ["sinks 1 window 2 rest 16", *["dense"] * 5], "site1": ["skip", *TEXTS[1:]]}))
+    cases, left = plans.cases(path, (8192,))
+    assert left == ["site0"] and [c.name for c in cases] == ["site1-8192"]
+
+
+def test_a_skipped_head_gives_zero_and_takes_no_products(plans: Any) -> None:
+    import torch
+
+    truth = importlib.import_module("truth")
+    whole, without = (plans.planned("case", plans.blocks_of([first, *TEXTS[1:]], 8192)) for first in ("dense", "skip"))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 8192, 6, 64) for _ in range(3))
+    rows = torch.tensor([0, 127, 128, 5000])
+    all_heads, some = (truth.truth(case, q, k, v, rows) for case in (whole, without))
+    assert torch.equal(some[:, :, 0], torch.zeros(1, 4, 64, dtype=torch.float64))
+    assert torch.equal(some[:, :, 1:], all_heads[:, :, 1:]) and all_heads[:, :, 0].abs().min() > 0
+    assert truth.pairs(whole) - truth.pairs(without) == pytest.approx(8192 * 8193 / 2 / 6)
+    lists = without.lists()
+    assert (lists["rows"][0, 0, :, 0] == lists["rows"][0, 0, :, 2]).all()
+
+
 def test_of_all_sites_together(plans: Any) -> None:
     result = {"total": {"8192": {"ours": 0.2, "cudnn": 0.5, "ratio": 2.5}},
               "density": {"site0-8192": 0.25, "site1-8192": 0.75}}  # fmt: skip

@@ -56,7 +56,7 @@ def visible(case: Case, rows: torch.Tensor) -> torch.Tensor | None:
 def truth(
     case: Case, q: Any, k: Any, v: Any, rows: torch.Tensor, drawn: Mapping[str, torch.Tensor] = MappingProxyType({})
 ) -> torch.Tensor:  # fmt: skip
-    """[B, rows, H, D] float64. ``drawn``: the case's inputs beside operands and lists."""
+    """[B, rows, H, D] float64, 0 of a query that sees nothing. ``drawn``: inputs beside operands and lists."""
     seen = visible(case, rows)
     group = case.heads // case.kv_heads
     out = []
@@ -72,7 +72,8 @@ def truth(
             scores = scores.masked_fill(~drawn["key_mask"][:, 0], -torch.inf)
         if seen is not None:
             scores = scores.masked_fill(~(seen[head] if seen.ndim == 3 else seen), -torch.inf)
-        out.append(torch.softmax(scores, -1) @ values)
+        blind = (scores == -torch.inf).all(-1, keepdim=True)  # of a head that is skipped; its softmax would be NaN
+        out.append(torch.softmax(scores, -1).masked_fill(blind, 0.0) @ values)
     return torch.stack(out, 2)
 
 
@@ -80,7 +81,9 @@ def pairs(case: Case) -> float:
     """How many (query, key) pairs see one another, of one head and batch entry (their mean)."""
     if case.kept is not None:
         block, blocks = case.attributes["block"], case.kept.sum() / case.heads
-        return float(blocks * block**2 - case.kept.shape[1] * block * (block - 1) / 2)
+        # Of blocks on the diagonal the upper half is hidden; a skipped head has none.
+        halved = case.kept.trace(axis1=1, axis2=2).sum() / case.heads
+        return float(blocks * block**2 - halved * block * (block - 1) / 2)
     if case.causal:
         return case.tokens * (case.tokens + 1) / 2
     if case.grid is not None:

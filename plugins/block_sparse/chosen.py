@@ -27,7 +27,7 @@ from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import check_bias, check_plain
 from attncompile.plugins.neighborhood.tiles import COPY
 
-OVERHEAD = 1.5
+OVERHEAD = 1.1
 """Time of a score element in listed blocks, relative to one of dense attention, by the body: see ``START``."""
 
 LISTED = 1e5

@@ -27,9 +27,10 @@ from attncompile.plugins.token_padding import around
 LONG = 4096
 """Tokens from which blocks of 128 are taken: fewer of them, and one thread block of the GPU does one."""
 
-OVERHEAD = 1.4
-"""Time of a score element in blocks of a row, relative to one of dense attention: smaller products, and masks. Measured
-with ONNX Runtime 1.32 on 2 busy cores at 1,024 and 4,096 tokens."""
+OVERHEAD = 1.0
+"""Time of a score element in blocks of a row, relative to one of dense attention: smaller products and masks, and
+scores that stay in the cache. 0.87 to 0.91 with ONNX Runtime 1.32 on one and on two idle cores at 1,024 and 4,096
+tokens, more where others use the memory too (`tools/bench_chosen.py`)."""
 
 MOVE: Mapping[str, float] = {"BHND": 11.0, "BNHD": 5.0}
 """Cost of bringing one row of a head to its order or back, in score elements, by the operand's layout: what the body
@@ -37,8 +38,8 @@ would have turned anyway costs less. Of a pair of rows ``tools/bench_chosen.py``
 cores.
 """
 
-JOIN = 20.0
-"""Cost of averaging, joining and cutting apart one key and value, in score elements: an estimate by what they move."""
+JOIN = 45.0
+"""Cost of averaging, joining and cutting apart one key and value, in score elements: measured as ``OVERHEAD``."""
 
 LARGEST = 1 << 24
 """Blocks of all heads beyond which a site is refused: its lists would not be small any more."""

@@ -3,7 +3,7 @@
 x [1, N, C] -> y [1, N, C]: ``layers`` times x + attention(x) W. Heads in order: near tokens, the first tokens, one
 stripe of tokens, all tokens alike. On a grid also: ``column``, tokens that are as far along its last axis, ``place``,
 those that are at the same place of its last two axes, ``round``, those near by on all axes, with a weight that falls
-like exp(-distance ** 2 / (2 * NEAR ** 2)).
+like exp(-distance ** 2 / (2 * NEAR ** 2)). ``far``: near tokens, and a little of all others.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ def positions(
         waves = np.geomspace(0.02, 2.5, dim // 2)
         turned = np.concatenate([np.cos(place[:, None] * waves), np.sin(place[:, None] * waves)], axis=1)
         return 3.6 * turned, 3.6 * turned
-    if kind == "local":
+    if kind in ("local", "far"):
         # sum of cosines of the distance: a peak about 20 tokens wide
+        size = 3.2 if kind == "local" else 1.9
         waves = np.geomspace(0.01, 0.12, dim // 2)
         turned = np.concatenate([np.cos(place[:, None] * waves), np.sin(place[:, None] * waves)], axis=1)
-        return 3.2 * turned, 3.2 * turned
+        return size * turned, size * turned
     if kind in ("sink", "stripe"):
         query[:, 0] = 4.0
         there = place < 20 if kind == "sink" else (place >= stripe) & (place < stripe + 20)

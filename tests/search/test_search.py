@@ -15,6 +15,7 @@ import pytest
 
 from attncompile import gate, pipeline, report, whole
 from attncompile.core import plan_toml
+from attncompile.core.block_selection import rest_of
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.pipeline import Options
 from attncompile.search import arrays, executors, run, split, tasks
@@ -48,10 +49,10 @@ def compiled(made: tuple[Path, Path], folder: Path, **more: Any) -> report.Repor
 
 
 def test_heads_with_known_patterns(tmp_path: Path) -> None:
-    full = constructed.write(tmp_path, constructed.build(TOKENS, causal=False), constructed.feeds(4, TOKENS))
-    found = compiled(full, tmp_path, max_error=0.03)
+    full = constructed.write(tmp_path, constructed.build(TOKENS, causal=False), constructed.feeds(12, TOKENS))
+    found = compiled(full, tmp_path, max_error=0.04)
     assert found.outcome == "replaced" and found.approximate, found.warnings
-    assert found.parity is not None and found.parity.passed and 0 < found.parity.value <= 0.03
+    assert found.parity is not None and found.parity.passed and 0 < found.parity.value <= 0.04
     assert found.search is not None and set(found.search.sites) == {"site0", "site1"}
     column = (TOKENS // 2 + 40) // 64
     for heads in found.search.sites.values():
@@ -69,18 +70,19 @@ def test_heads_with_known_patterns(tmp_path: Path) -> None:
     jsonschema.validate(found.to_json(), report.schema())
     assert "sinks 1 window 0" in (tmp_path / "out" / "report.html").read_text()
     # The plan alone makes the same model.
-    again = compiled(full, tmp_path / "again", plan=tmp_path / "out" / "plan.toml", max_error=0.03)
+    again = compiled(full, tmp_path / "again", plan=tmp_path / "out" / "plan.toml", max_error=0.04)
     assert again.outcome == "replaced"
     assert (tmp_path / "again/out/model.onnx").read_bytes() == (tmp_path / "out/model.onnx").read_bytes()
 
 
 def test_causal_heads(tmp_path: Path) -> None:
-    """A causal head that looks at everything stays nearly whole; the half above the diagonal is nobody's."""
+    """A causal head that looks at everything needs all of it, if only by means; above the diagonal is nobody's."""
     made = constructed.write(tmp_path, constructed.build(1000, layers=1), constructed.feeds(6, 1000))
     found = compiled(made, tmp_path, max_error=0.02)
     assert found.outcome == "replaced" and found.search is not None, found.warnings
     near, first, stripe, even = found.search.sites["site0"]
-    assert near.density < 0.3 and first.pattern == "sinks 1 window 0" and stripe.density < 0.6 < even.density
+    assert near.density < 0.3 and first.pattern == "sinks 1 window 0" and stripe.density < 0.6
+    assert even.density > 0.6 or rest_of(even.pattern), "everything, or means of what is far"
     assert all(np.array_equal(h.seen, np.tril(h.seen)) for h in found.search.sites["site0"])
     assert found.sites[0].decision.mechanism == "BlockSparseAttention"
 
@@ -237,9 +239,9 @@ def test_padding(tmp_path: Path) -> None:
                            guard=True)), tmp_path)  # fmt: skip
     rng = np.random.default_rng(0)
     given = []
-    for i in range(4):
+    for i in range(12):
         shown = np.ones((1, 1, 1, 500), bool)
-        shown[..., 300 + 20 * i :] = False
+        shown[..., 300 + 7 * i :] = False
         given.append({"x": rng.standard_normal((1, 500, 32)).astype(np.float32), "pad": shown})
     from polygraphy.json import save_json
 

@@ -41,7 +41,7 @@ from rich.console import Console
 from attncompile import measure, pipeline, policy
 from attncompile.console import LineProgress
 from attncompile.core.block_pattern import BlockPattern
-from attncompile.core.block_selection import BlockSelection, is_selection
+from attncompile.core.block_selection import BlockSelection, is_selection, rest_of
 from attncompile.core.site import AttentionSite
 from attncompile.cost import shape_of
 from attncompile.gate import Edit
@@ -55,7 +55,21 @@ from attncompile.shaped import binding_of
 from attncompile.targets import base as targets
 from attncompile.targets import onnx as onnx_target
 
-FIRST = ("blocks", "slash", "sinks 1 + window", "neighborhood", "pooled", "xattention", "anchor")
+MEANS = " + means"
+"""Of a mechanism that meets what it leaves out by its means."""
+
+FIRST = (
+    "blocks",
+    "slash",
+    "sinks 1 + window",
+    "neighborhood",
+    "pooled",
+    "xattention",
+    "blocks + means",
+    "xattention + means",
+    "sinks 0 + window + means",
+    "anchor",
+)
 """Single mechanisms that are tried before others: what time is short for should be the weaker ones."""
 
 EACH, EQUAL, EXACT = "each head its own", "each head its own, at equal error", "exact replacements only"
@@ -89,22 +103,38 @@ class Row:
 
 def pick(unit: Unit, kept: np.ndarray, kind: str, strength: float | str) -> int:
     """The candidate of one head: that with this text, or of this kind the one with the fewest blocks that keeps so
-    much; dense where there is none.
+    much, of its blocks beside means where the kind says so; dense where there is none.
     """
     if isinstance(strength, str):
         return unit.labels.index(strength) if strength in unit.labels else 0
-    fitting = [k for k in unit.of(0)[1:] if BlockPattern(unit.labels[k]).kind == kind and kept[k] >= strength - 1e-4]
-    return int(min(fitting, key=lambda k: unit.time[k], default=0))
+    of, mode = kind.removesuffix(MEANS), _beside_means(unit) if kind.endswith(MEANS) else 0
+    offered = unit.of(mode)
+    fitting = [
+        k for k in offered[1:] if (p := BlockPattern(unit.labels[k])).kind == of and kept[k] >= strength - 1e-4
+        and not p.order and bool(p.rest) == kind.endswith(MEANS)
+    ]  # fmt: skip
+    return int(min(fitting, key=lambda k: unit.time[k], default=offered[0]))
+
+
+def _beside_means(unit: Unit) -> int:
+    """The first mode of fixed patterns with means of what they leave out."""
+    texts = enumerate(unit.labels)
+    return next(int(unit.of_modes[k]) for k, t in texts if not is_selection(t) and BlockPattern(t).rest)
 
 
 def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
     """Kinds, those of FIRST first, and their strengths, the sparsest first."""
     texts = {u.labels[k] for s in spaces for u in s.units for k in u.of(0)[1:]}
+    every = {BlockPattern(t) for s in spaces for u in s.units for t in u.labels if not is_selection(t)}
+    beside = [p for p in every if p.rest and not p.order]
     patterns = [BlockPattern(t) for t in texts]
     found: dict[str, list[float | str]] = {}
     for sinks in sorted({p.text.split()[1] for p in patterns if p.kind == "streaming"}):
         same = [p.text for p in patterns if p.kind == "streaming" and p.text.split()[1] == sinks]
         found[f"sinks {sinks} + window"] = [*sorted(same, key=lambda t: int(t.split()[3]))]
+        same = [p.text for p in beside if p.kind == "streaming" and p.text.split()[1] == sinks]
+        if same:
+            found[f"sinks {sinks} + window{MEANS}"] = [*sorted(same, key=lambda t: int(t.split()[3]))]
     for kind, name in (("grid", "neighborhood"), ("ball", "ball")):
         sizes = [p.text for p in patterns if p.kind == kind]
         if sizes:
@@ -115,9 +145,17 @@ def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:
     for kind in ("slash", "blocks"):
         if any(p.kind == kind for p in patterns):
             found[kind] = list(KEPT)
+    if any(p.kind == "blocks" for p in beside):
+        found[f"blocks{MEANS}"] = list(KEPT)
     chosen = {text for s in spaces for u in s.units for text in u.labels if is_selection(text)}
     for way in sorted({text.split()[0] for text in chosen}):  # by blocks that are chosen when the model runs
-        found[way] = [*sorted((t for t in chosen if t.startswith(f"{way} ")), key=lambda t: BlockSelection(t).amount)]
+        same = [t for t in chosen if t.startswith(f"{way} ")]
+        for name, of in (
+            (way, [t for t in same if not rest_of(t)]),
+            (f"{way}{MEANS}", [t for t in same if rest_of(t)]),
+        ):
+            if of:
+                found[name] = [*sorted(of, key=lambda t: BlockSelection(t).amount)]
     return dict(sorted(found.items(), key=lambda f: FIRST.index(f[0]) if f[0] in FIRST else len(FIRST)))
 
 
@@ -243,11 +281,12 @@ def priced(
     binding: Mapping[str, int],
 ) -> None:  # fmt: skip
     """The row's gains on a GPU, at these sizes of the model's axes; none where heads choose blocks when the model runs,
-    whose kernels are priced by the search for that target alone, or average all values, which is not priced.
+    whose kernels are priced by the search for that target alone, or average values, which is not priced.
     """
     kernels = {e.site.id: e.lowering for e in exact}
     lists, turned = search.blocks(row.choice), search.turned(row.choice)
-    if set(row.choice) - set(lists) or any("mean" in texts for texts in search.patterns(row.choice).values()):
+    texts = [text for of_site in search.patterns(row.choice).values() for text in of_site]
+    if set(row.choice) - set(lists) or any(text == "mean" or rest_of(text) for text in texts):
         return
     before = dense = ours = 0.0
     for site in sites:

@@ -59,9 +59,7 @@ def check(
     deployed = _with_bodies(proto, unlaunched) if unlaunched is not None and _in_float32(plain, precision) else None
     unseen = [] if deployed is not None else [n for n in AROUND_OURS if n in counts]
     if set(unseen) & set(BIASES):
-        return Verdict.no(
-            "unseen", "a model without these biases can be compared up to 2^28 weights, outside of branches"
-        )
+        return Verdict.no("unseen", "a model without these biases can be compared up to 2^28 weights only")
     if deployed is None:
         fused = fuse(plain, folder, half_norms=half_norms)
         for name, count in counts.items():
@@ -90,17 +88,13 @@ def _weights(proto: ModelProto) -> int:
 
 def _with_bodies(proto: ModelProto, unlaunched: ModelProto) -> ModelProto | None:
     """``unlaunched`` with the bodies that its nodes have in ``proto``, which read and write what its layouts say. None
-    where a node is not found there, or is in a branch or a loop.
+    where a node is not found there.
     """
     made = ModelProto()
     made.CopyFrom(unlaunched)
-    if any(n.domain == OURS for inner in [*g.graphs(made.graph)][1:] for n in inner.node):
-        return None  # bodies are put into the main graph only
     bodies = {(f.name, f.overload): f for f in proto.functions if f.domain == OURS}
-    known = {n.name: n for n in set_aside(proto).graph.node if n.domain == OURS}
-    for node in made.graph.node:
-        if node.domain != OURS:
-            continue
+    known = {n.name: n for n in _ours(set_aside(proto))}
+    for node in _ours(made):
         original = known.get(node.name)
         body = bodies.get((node.op_type, original.overload.removeprefix(ASIDE))) if original is not None else None
         if original is None or body is None:
@@ -113,6 +107,11 @@ def _with_bodies(proto: ModelProto, unlaunched: ModelProto) -> ModelProto | None
         if all((f.name, f.overload) != (function.name, function.overload) for f in made.functions):
             made.functions.append(function)
     return g.inlined(made)
+
+
+def _ours(proto: ModelProto) -> list[NodeProto]:
+    """Our nodes, those in branches and loops too."""
+    return [n for graph in g.graphs(proto.graph) for n in graph.node if n.domain == OURS]
 
 
 def _layouts(node: NodeProto) -> dict[str, str]:

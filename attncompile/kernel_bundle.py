@@ -82,7 +82,9 @@ def _nodes(request: Request, progress: Progress) -> Sequence[NodeCall]:
         path /= MODEL
         if not path.is_file():
             raise BadArguments(f"{request.model} holds no {MODEL}", "give an ONNX file, or a folder that compile wrote")
-    found = calls.find(_with_our_ops(path, request.options, progress), kernels(), request.dtype or calls.DTYPES[0])
+    dtype = request.dtype or calls.DTYPES[0]
+    models = _with_our_ops(path, request.options, progress)
+    found = [node for model in models for node in calls.find(model, kernels(), dtype)]
     if not found:
         raise BadArguments(
             f"no attention of {path} is replaced by an op of ours, so there is nothing to compile",
@@ -91,16 +93,18 @@ def _nodes(request: Request, progress: Progress) -> Sequence[NodeCall]:
     return found
 
 
-def _with_our_ops(path: Path, options: pipeline.Options, progress: Progress) -> ModelProto:
-    """The model of ``path`` where it has ops of ours, else what a plan makes of it; nothing is checked or timed."""
+def _with_our_ops(path: Path, options: pipeline.Options, progress: Progress) -> list[ModelProto]:
+    """The model of ``path`` where it has ops of ours, else what a plan makes of it; nothing is checked or timed. Of a
+    plan with a rule for calls that stay dense also what it makes of the approximated sites there.
+    """
     model = load(path)
     if any(node.domain == calls.DOMAIN for graph in graphs(model.proto) for node in graph.node):
         if options.plan is not None:
             raise BadArguments(f"{path} was compiled already, so --plan does not apply", "give the original model")
-        return model.proto
+        return [model.proto]
     progress.stage("plan")
     found = pipeline.inspect(path, options)
-    edits = pipeline.edits(found, options)
-    if isinstance(found.normal, Unsupported) or not edits:
-        return model.proto
-    return replace.apply(found.normal, [(e.site, e.lowering) for e in edits])
+    both = pipeline.sides(found, options)
+    if isinstance(found.normal, Unsupported):
+        return [model.proto]
+    return [replace.apply(found.normal, [(e.site, e.lowering) for e in edits]) for edits in both if edits]

@@ -216,7 +216,8 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     for edit in edits:
         results[edit.site.id] = checker.check(edit)
         progress.advance()
-    sides = [e for e in exact_sides if not checker.check(e).rolled_back]
+    checked = [(e, checker.check(e)) for e in exact_sides]
+    sides = [(e, result) for e, result in checked if _stays(result, target)]
     clock.lap("check sites")
 
     kept = [e for e in edits if _stays(results[e.site.id], target)]
@@ -259,18 +260,19 @@ def keep_dense(found: Inspection, options: Options, chosen: Plan) -> KeepDense |
 
 
 def _without_branches(options: Options, target: Target, rule: KeepDense, warnings: list[str]) -> Target:
-    """``onnx``, the one target that was seen to run a model with both sides as fast as each alone.
+    """``target``, or ``onnx`` in the place of a default one that takes no model with both sides.
 
     Raises:
-        BadArguments: another one was asked for.
+        BadArguments: such a one was asked for.
     """
-    if target.name == "onnx":
+    if target.takes_branches:
         return target
-    why = f"'{rule.text}' puts an If around each site, and no target but onnx was seen to run that well"
+    why = f"'{rule.text}' puts an If around each site, and no engine with one was tried"
     if options.target is not None:
         raise BadArguments(
             f"target {target.name}: {why}",
-            "build for --target onnx; or build without the rule, and call the original in the steps that stay dense",
+            "build for --target onnx or onnxruntime-cuda; or without the rule, and call the original in the steps that "
+            "stay dense",
         )
     warnings.append(f"nothing is built for {target.name}: {why}")
     return base.get("onnx")
@@ -425,9 +427,19 @@ def edits(found: Inspection, options: Options) -> list[Edit]:
     Raises:
         BadArguments: as ``compile``.
     """
+    return sides(found, options)[0]
+
+
+def sides(found: Inspection, options: Options) -> tuple[list[Edit], list[Edit]]:
+    """``edits``, and what approximated sites are replaced by in calls that stay dense.
+
+    Raises:
+        BadArguments: as ``compile``.
+    """
     registry = _registry(found, options)
     chosen = _read_plan(options.plan, found) if options.plan else plan(found, options)
-    return _edits(found, chosen, registry)
+    made = _edits(found, chosen, registry)
+    return made, _exact_sides(found, chosen, registry) if keep_dense(found, options, chosen) is not None else []
 
 
 def _registry(found: Inspection, options: Options) -> tuple[Mechanism, ...]:

@@ -73,10 +73,11 @@ class Run:
         self, found: Inspection, options: Options, feeds: Sequence[Feed], edits: Sequence[Edit],
         results: dict[str, SiteResult], registry: Sequence[Mechanism], worlds: Worlds, checker: SiteGate,
         progress: Progress, folder: Path, state: Path, gpu: GpuCost | None = None, rule: KeepDense | None = None,
-        dense: Sequence[Edit] = (),
+        dense: Sequence[tuple[Edit, SiteResult]] = (),
     ) -> None:  # fmt: skip
         """``state``: where a search keeps what it has found until it is over. ``gpu``: what the target's GPU takes.
-        ``rule``: of calls in which approximated sites are as they were, or replaced by the exact edits ``dense``.
+        ``rule``: of calls in which approximated sites are as they were, or replaced by the exact edits ``dense``, of
+        which the gates found these results.
         """
         self._found = found
         self._options = options
@@ -92,7 +93,10 @@ class Run:
         self._state = state
         self._gpu = gpu
         self._rule = rule
-        self._dense = {e.site.id: e for e in dense}
+        self._dense = {e.site.id: e for e, _ in dense}
+        self._dense_on_gpu: dict[str, Edit] = {}
+        self._slow_dense = {e.site.id for e, result in dense if result.slower}
+        self._shown: list[Shaped] = []
         self._search: search.Search | None = None
         self._searched: search.SearchReport | None = None
         self.fitted = fit.load(options.fitted) if options.fitted is not None else None
@@ -124,18 +128,20 @@ class Run:
             return Outcome(plan, self._results, self._fidelity, evidence, (), tuple(self._warnings), failures,
                            search=self._in_force(), fit=self._fit_report)  # fmt: skip
         self._progress.stage("verify the model")
-        shaped = self._shaped()
+        shaped = self._shown = self._shaped()
         seen = [s.feed for s in self._evidence(shaped)]
         usual = self._worlds(self._found.profile.usual())
         self._undo([e for e in self._edits if e.site.scope and not branches.reached(usual, e.site, seen)],
                    "the body that holds it was not run by any inputs")  # fmt: skip
         parity = self._parity(shaped)
         self._on_gpu = [self._for_kernels(e) for e in self._edits] if parity.passed else []
+        self._dense_on_gpu = {e.site.id: self._for_kernels(self._dense[e.site.id])
+                              for e in self._on_gpu if e.site.id in self._dense}  # fmt: skip
         error = parity.value
         timings: tuple[ShapeTiming, ...] = ()
         slow = [e for e in self._edits if self._results[e.site.id].slower]
-        if slow:  # right, and for another target
-            self._edits = [e for e in self._edits if e not in slow]
+        self._edits = [e for e in self._edits if e not in slow]
+        if self._leave_to_the_gpu() or slow:  # right, and for another target
             self._write(self._edits)
         if self._edits:
             timings = self._never_slower(shaped)
@@ -153,6 +159,15 @@ class Run:
         return Outcome(plan, self._results, self._fidelity, parity, timings, tuple(self._warnings), failures,
                        self._bisection, on_gpu, error if on_gpu else None, self._in_force(),
                        self._fit_report)  # fmt: skip
+
+    def _leave_to_the_gpu(self) -> bool:
+        """Takes exact replacements that are slow on this CPU out of the dense side of ``model.onnx``; whether any."""
+        gone = {e.site.id: self._dense.pop(e.site.id) for e in self._edits if e.site.id in self._slow_dense}
+        if gone:
+            names = " and ".join(dict.fromkeys(e.decision.mechanism for e in gone.values()))
+            self._warnings.append(f"{_ids(list(gone))}: in calls that stay dense model.onnx has the site as it was, "
+                                  f"which {names} is slower than here; kernels run {names}")  # fmt: skip
+        return bool(gone)
 
     def _for_kernels(self, edit: Edit) -> Edit:
         """With the parameters that kernels like, where the target runs them and what they give was shown to be as
@@ -194,8 +209,18 @@ class Run:
             self._search.done()
 
     def evidence(self) -> list[Feed]:
-        """The user's inputs, or seeded ones at the shapes at which the original runs."""
-        return list(self._feeds) or [s.feed for s in self._shaped() if s.timed]
+        """The user's inputs, or seeded ones at the shapes at which the original runs. Where a rule tells calls apart
+        and the user's are all of one kind, a seeded one of the other.
+        """
+        if not self._feeds:
+            return [s.feed for s in self._shaped() if s.timed]
+        found = list(self._feeds)
+        if self._rule is not None:
+            for keep in (False, True):
+                if all(self._rule.holds(f) != keep for f in self._feeds):
+                    seeded = (s.feed for s in self._shown if not s.given and self._rule.holds(s.feed) == keep)
+                    found += list(seeded)[:1]
+        return found
 
     def proto_for(self, target: Target) -> ModelProto:
         """The model for one target, from the decisions in force. One that runs kernels gets what was predicted to be
@@ -203,7 +228,7 @@ class Run:
         others without run-time branches.
         """
         if target.runs_kernels:
-            return self._proto(self._on_gpu) if self._on_gpu else self._found.model.proto
+            return self._proto(self._on_gpu, self._dense_on_gpu) if self._on_gpu else self._found.model.proto
         if not target.fuses_dense:
             return self._proto(self._edits) if self._edits else self._found.model.proto
         by_name = {m.name: m for m in self._registry}
@@ -275,11 +300,14 @@ class Run:
                     self._results[edit.site.id] = checked
                     decisions[edit.site.id] = edit.decision
                 continue
+            alone = self._results.get(edit.site.id)
             self._results[edit.site.id] = checked
             if edit.site.id in result.fidelity:
                 self._fidelity[edit.site.id] = result.fidelity[edit.site.id]
             if self._rule is not None:
                 edit = self._sided(edit, next((e for e in exact if e.site.id == edit.site.id), None), self._rule)
+                if alone is not None and alone.slower:
+                    self._slow_dense.add(edit.site.id)
             decisions[edit.site.id] = edit.decision
             self._edits = [*(e for e in self._edits if e.site.id != edit.site.id), edit]
         for site, reason in result.kept.items():
@@ -478,7 +506,10 @@ class Run:
 
     # Files.
 
-    def _proto(self, edits: Sequence[Edit]) -> ModelProto:
+    def _proto(self, edits: Sequence[Edit], dense: Mapping[str, Edit] | None = None) -> ModelProto:
+        """With ``edits``; in calls that stay dense with ``dense``, by site, in the place of approximations (None: those
+        of ``model.onnx``).
+        """
         approximate = [e.site.id for e in edits if not e.decision.exact]
         notes = {"attncompile.version": __version__}
         if approximate:
@@ -487,9 +518,10 @@ class Run:
             return self._applied(edits, notes)
         assert self._rule is not None
         notes["attncompile.keep_dense"] = self._rule.text
-        others = [e if e.decision.exact else self._dense.get(e.site.id) for e in edits]
-        dense = self._applied([e for e in others if e is not None], {})
-        return joined(dense, self._applied(edits, notes), self._rule)
+        instead = self._dense if dense is None else dense
+        others = [e if e.decision.exact else instead.get(e.site.id) for e in edits]
+        other = self._applied([e for e in others if e is not None], {})
+        return joined(other, self._applied(edits, notes), self._rule)
 
     def _two_sides(self, edits: Sequence[Edit]) -> bool:
         """Whether there are calls in which the model with ``edits`` is another one."""

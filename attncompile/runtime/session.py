@@ -26,6 +26,7 @@ from attncompile.runtime.layout import (
 )
 
 PROVIDER = "CUDAExecutionProvider"
+_GRAPH = "enable_cuda_graph"
 _PACKAGES = "pip uninstall onnxruntime, then pip install 'attncompile[cuda]'"
 
 
@@ -37,7 +38,8 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # a
     on the CPU instead, through the bodies of our ops and in the model's own types, with a ``RuntimeWarning``.
 
     Raises:
-        TargetError: ``path`` holds no such model, or it and its bundle do not fit.
+        TargetError: ``path`` holds no such model, or it and its bundle do not fit; or a CUDA graph is asked for of a
+            model with control flow, of which ONNX Runtime captures none.
         MissingDependency: no CUDA provider, no driver or no GPU.
     """
 
@@ -58,6 +60,8 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # a
             super().__init__(str(folder / PORTABLE), options, providers=["CPUExecutionProvider"], **more)
             return
         given = {"device_id": str(device), **exact_norms(onnxruntime.__version__), **(provider_options or {})}
+        if given.get(_GRAPH, "0").lower() in ("1", "true"):
+            check_capture(folder / MODEL)
         register(options, folder, given.get(STRICT_OPTION) == "1")
         try:
             super().__init__(str(folder / MODEL), options, providers=[(PROVIDER, given)], **more)
@@ -121,24 +125,42 @@ def check_folder(folder: Path) -> None:
 
 def calls_of(path: Path) -> Sequence[tuple[str, str]]:
     """(name, key of its call) of the nodes in a model file that are launched as kernels; weights are not read."""
-    import onnx
-
     from attncompile.runtime.layout import DOMAIN
 
-    try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError, OSError
-        raise TargetError(f"{path} cannot be read: {_first_line(error)}", "compile the model again") from None
     found: list[tuple[str, str]] = []
-    pending = [proto.graph]
+    pending = [_graph(path)]
     while pending:
-        graph = pending.pop()
-        for node in graph.node:
+        for node in pending.pop().node:
             if node.domain == DOMAIN:
                 found.append((node.name, node.op_type.rpartition("_")[2]))
-            for attribute in node.attribute:
-                pending += [attribute.g, *attribute.graphs] if attribute.type in (5, 10) else []
+            pending += _bodies(node)
     return found
+
+
+def check_capture(path: Path) -> None:
+    """Raise ``TargetError`` if the model has control flow, which no CUDA graph can hold."""
+    inside = next((node for node in _graph(path).node if _bodies(node)), None)
+    if inside is not None:
+        raise TargetError(
+            f"node '{inside.name}' of {path} is control flow ({inside.op_type}), of which no CUDA graph is captured",
+            f"leave {_GRAPH} out; or, where --keep-dense made it, compile without that and call the original in the "
+            "steps that stay dense",
+        )
+
+
+def _graph(path: Path) -> Any:
+    """The main graph of a model file, without its weights."""
+    import onnx
+
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's DecodeError, OSError
+        raise TargetError(f"{path} cannot be read: {_first_line(error)}", "compile the model again") from None
+
+
+def _bodies(node: Any) -> list[Any]:
+    """Graphs that ``node`` runs."""
+    return [body for a in node.attribute if a.type in (5, 10) for body in ((a.g,) if a.type == 5 else a.graphs)]
 
 
 def missing(device: int = 0) -> MissingDependency | None:

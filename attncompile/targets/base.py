@@ -84,6 +84,9 @@ class Target(Protocol):
     fuses_dense: bool
     """Whether it fuses dense attention itself, so that only replacements which skip keys may be faster there."""
 
+    takes_branches: bool
+    """Whether it takes a model with an If around its sites, each branch with ops of ours."""
+
     @property
     def runs_kernels(self) -> bool:
         """Whether it runs the GPU kernels of our ops. Then their cost model judges, not times on this CPU."""

@@ -81,6 +81,7 @@ class EngineTarget:
     label = ""
     install = ""
     fuses_dense = True
+    takes_branches = False
     runs_kernels = False
     least_gain = 0.0
     barrier = 0.0

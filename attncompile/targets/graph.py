@@ -32,6 +32,11 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
             yield from attribute.graphs
 
 
+def control_flow(graph: GraphProto) -> list[NodeProto]:
+    """Nodes of ``graph`` that run graphs of their own: If, Loop, Scan."""
+    return [node for node in graph.node if any(True for _ in subgraphs(node))]
+
+
 def reads(node: NodeProto) -> Iterator[str]:
     """Values that ``node`` reads, those that its subgraphs take from outside included."""
     yield from (v for v in node.input if v)

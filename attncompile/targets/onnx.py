@@ -66,6 +66,7 @@ class Onnx:
 
     name = "onnx"
     fuses_dense = False
+    takes_branches = True
     runs_kernels = False
     least_gain = 0.0
     barrier = 0.0

@@ -42,6 +42,7 @@ class OnnxRuntimeCuda:
 
     name = "onnxruntime-cuda"
     fuses_dense = False
+    takes_branches = True
     runs_kernels = True
     least_gain = 0.0
     barrier = 0.0
@@ -99,7 +100,7 @@ class OnnxRuntimeCuda:
             left_out |= failed
         self.unlaunched = lowered
         strict = half_sums(lowered)
-        self._notes = [*_notes(made, left_out, kit), *self._said(strict)]
+        self._notes = [*_notes(made, left_out, kit), *_of_branches(lowered), *self._said(strict)]
         self._seconds = time.perf_counter() - start
         return _launching(lowered, made, strict)
 
@@ -278,6 +279,19 @@ def _notes(made: Mapping[str, NodeKernel], left_out: dict[str, NodeKernel], kit:
         shown = nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
         notes.append(f"{shown} run in standard ops: {reason}")
     return notes
+
+
+def _of_branches(lowered: ModelProto) -> list[str]:
+    """What is said of control flow, and of the nodes of ours within."""
+    found = g.control_flow(lowered.graph)
+    if not found:
+        return []
+    inside = sum(n.domain == OURS for node in found for body in g.subgraphs(node)
+                 for graph in g.graphs(body) for n in graph.node)  # fmt: skip
+    kinds = ", ".join(sorted({n.op_type for n in found}))
+    named = f"{_plural(len(found), 'node')} with branches or loops ({kinds})"
+    launched = f", which hold {inside} of these" if inside else ""
+    return [f"{named}{launched}: ONNX Runtime captures no CUDA graph of them, and refuses enable_cuda_graph"]
 
 
 def _plural(count: int, what: str) -> str:

@@ -186,6 +186,14 @@ def _kept_nodes(proto: ModelProto) -> set[str]:
                 continue
             kept.add(node.name)
             pending.extend(v for v in node.input if v in floats)
+    for root in nodes:  # the edge at which a branch is taken is not rounded
+        pending = [root.input[0]] if root.op_type == "If" else []
+        while pending:
+            node = maker.get(pending.pop())
+            if node is None or node.name in kept or node.op_type == "Constant" or heavy(node):
+                continue
+            kept.add(node.name)
+            pending.extend(v for v in node.input if v)
     for node in nodes:
         if node.op_type == "Sqrt" and node.input[0] in maker and maker[node.input[0]].op_type in ("Add", "Max", "Clip"):
             kept.add(maker[node.input[0]].name)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attncompile import kernel_kit
+from attncompile import kernel_kit, pipeline
 from attncompile.console import SilentProgress
 from attncompile.core.errors import AttncompileError
 from attncompile.runtime import InferenceSession, layout
@@ -22,6 +22,7 @@ from attncompile.runtime.locate import library
 from attncompile.targets import onnxruntime_cuda
 from attncompile.targets.kernels import by_name
 from tests.runtime.conftest import TYPES, node_model
+from tests.runtime.two_sides import BELOW, EDGE, planned
 
 torch = pytest.importorskip("torch")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -312,3 +313,43 @@ def test_errors_are_clear_on_a_gpu(tmp_path: Path) -> None:
     gc.collect()
     with pytest.raises(AttncompileError, match=r"site: .*its contents are not those of the index"):
         InferenceSession(folder)
+
+
+@pytest.mark.parametrize("kind", HALF)
+@pytest.mark.parametrize("batched", [False, True])
+def test_both_sides_of_a_rule(tmp_path: Path, brief: None, kind: str, batched: bool) -> None:
+    """``--keep-dense``: one session takes both branches in turn, each against a file of the CPU that was verified: the
+    original where the rule holds, else model.onnx, which approximates.
+    """
+    given, out = planned(tmp_path, batched), tmp_path / "out"
+    made = pipeline.compile(given.model, given.options(out, {"float16": "fp16", "bfloat16": "bf16"}[kind]))
+    assert made.exit_code == 0, made.failures
+    assert any("launched as kernels: 4 nodes" in note for note in made.targets[1].notes)
+    cpu = {"providers": ["CPUExecutionProvider"]}
+    original, portable = (onnxruntime.InferenceSession(str(p), **cpu) for p in (given.model, out / "model.onnx"))
+    session = InferenceSession(out)
+    limit = 4 * HALF[kind][1]  # three layers, and everything around their attention in this type too
+    for seed, (t, kept) in enumerate([(EDGE, True), (BELOW, False), (np.float32(1), True), (np.float32(0), False)] * 3):
+        feed = given.feed(t, seed=seed)
+        wanted, approximated = (s.run(None, feed)[0] for s in (original, portable))
+        (ours,) = session.run(None, feed)
+        there, other = (
+            torch.from_numpy(x).double() for x in ((wanted, approximated) if kept else (approximated, wanted))
+        )
+        assert error(torch.from_numpy(ours), there) < limit, (t, seed)
+        if not kept:
+            assert error(torch.from_numpy(ours), other) > max(2 * limit, 0.1), (t, "the dense branch was run")
+
+
+def test_no_cuda_graph_of_a_rule(tmp_path: Path, brief: None) -> None:
+    """Refused with a reason, before ONNX Runtime refuses it too."""
+    given, out = planned(tmp_path), tmp_path / "out"
+    assert pipeline.compile(given.model, given.options(out)).exit_code == 0
+    with pytest.raises(AttncompileError, match=r"is control flow \(If\), of which no CUDA graph is captured"):
+        InferenceSession(out, provider_options={"enable_cuda_graph": "1"})
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(layout.STRICT_KEY, "1")
+    options.register_custom_ops_library(str(out / layout.LIBRARY))
+    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
+    with pytest.raises(Exception, match="control flow"):
+        onnxruntime.InferenceSession(str(out / layout.MODEL), options, providers=[provider])

@@ -5,8 +5,6 @@ Seeded noise is never evidence for an approximation: everything here is judged o
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +35,7 @@ from attncompile.search.choose import Choice, Limits, Point, SiteSpace, Unit
 from attncompile.search.confidence import share_bound
 from attncompile.search.found import CurvePoint, HeadFound, SearchReport
 from attncompile.search.slim import SlimModel
-from attncompile.search.state import State, key_of
+from attncompile.search.state import State, key_of, stamp_of
 from attncompile.verification.answers import answers
 from attncompile.verification.next_token import next_token
 
@@ -397,7 +395,8 @@ class Search:
         texts = {n: plan.offered for n, plan in self._heads.items()}
         self._progress.stage("score patterns of heads", len(groups) * len(self._read))
         scoring = [
-            (f"score-{i}-{g}", tasks.Scores(model, self._files[i], tuple(group), texts, i, provider))
+            (f"score-{stamp_of([texts[s.site] for s in group])}-{i}-{g}",
+             tasks.Scores(model, self._files[i], tuple(group), texts, i, provider))
             for i in self._read for g, group in enumerate(groups)
         ]  # fmt: skip
         totals: dict[str, list[tuple[np.ndarray, ...]]] = {}
@@ -512,6 +511,15 @@ class Search:
         decision = Decision(site, plan.mechanism.name, f"{share:.1%} of the blocks, {how}", False, given, gain)
         return Edit.of(plan.site, decision, plan.mechanism, self._opset)
 
+    def _meant(self, site: str, picks: Sequence[int]) -> list[Any]:
+        """What these candidates are, whatever their numbers among those that are offered."""
+        plan = self._heads.get(site)
+        if plan is None:
+            return list(picks)  # the replacements of a site as a whole are in the state's key
+        if self._as_a_whole(site, picks):
+            return [picks[0] - len(plan.offered[0])]
+        return [plan.chooses(picks), *(offered[k] for offered, k in zip(plan.offered, picks, strict=True))]
+
     def _as_a_whole(self, site: str, picks: Sequence[int]) -> bool:
         """Whether these candidates of a site with heads are one replacement for all of them."""
         return site in self._heads and picks[0] >= len(self._heads[site].offered[0])
@@ -525,8 +533,7 @@ class Search:
     def errors(self, choice: Choice, spaces: Sequence[SiteSpace], inputs: Sequence[int], metric: str) -> list[float]:
         """How far the whole model with ``choice`` is from the original on these inputs: see ``tasks.badness``."""
         assert self._state is not None and self._executor is not None and self._slim is not None
-        text = json.dumps([metric, sorted((s, list(p)) for s, p in choice.items())])
-        stamp = hashlib.sha256(text.encode()).hexdigest()[:16]
+        stamp = stamp_of([metric, sorted([s, self._meant(s, p)] for s, p in choice.items())])
         names = [f"error-{stamp}-{i}" for i in inputs]
         known = [self._state.arrays(n) for n in names]
         missing = [k for k, found in enumerate(known) if found is None]

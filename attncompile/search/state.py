@@ -1,12 +1,15 @@
 """What a search has found so far, on disk: an interrupted one goes on where it was.
 
 A folder beside the output's holds a file for every piece of work, each written whole or not at all. It belongs to one
-key, a hash of the model, the inputs and the options; another key empties it.
+key, a hash of the model, the inputs, the options and the code that gives candidates their meaning; another key empties
+it. What depends on the candidates has a hash of them in its name: a search that offers others does not find it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,16 +24,37 @@ from attncompile.search.arrays import load, save
 
 _KEY = "key.txt"
 
+MEANING = (
+    "attncompile.core.block_pattern", "attncompile.core.block_selection", "attncompile.search.maps",
+    "attncompile.search.tasks",
+)  # fmt: skip
+"""Modules that say what the text of a candidate means, how maps are read and how candidates are scored."""
+
 
 def key_of(model_hash: str, feeds: Sequence[Mapping[str, np.ndarray]], options: Mapping[str, Any]) -> str:
     """Of all that decides what a search finds."""
     digest = hashlib.sha256(model_hash.encode())
+    for name in MEANING:
+        digest.update(source_of(name).encode())
     digest.update(json.dumps(options, sort_keys=True, default=str).encode())
     for feed in feeds:
         for name, value in sorted(feed.items()):
             digest.update(repr((name, value.dtype.str, value.shape)).encode())
             digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
+
+
+def source_of(module: str) -> str:
+    """Its text, or nothing where it is installed without; then the version alone tells code apart."""
+    try:
+        return inspect.getsource(importlib.import_module(module))
+    except OSError:
+        return ""
+
+
+def stamp_of(value: Any) -> str:
+    """16 hexadecimal digits that name ``value``, of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 class State:

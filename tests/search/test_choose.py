@@ -284,6 +284,17 @@ def test_what_is_kept_belongs_to_one_key(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
+def test_code_without_a_source_has_a_key_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a package of compiled files."""
+    whole = key_of("m", [], {})
+
+    def none(module: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("inspect.getsource", none)
+    assert key_of("m", [], {}) not in ("", whole)
+
+
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(BadArguments, match="holds other files"):

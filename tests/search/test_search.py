@@ -18,7 +18,7 @@ from attncompile.core import plan_toml
 from attncompile.core.block_selection import rest_of
 from attncompile.core.errors import AttncompileError, MissingDependency
 from attncompile.pipeline import Options
-from attncompile.search import arrays, executors, run, split, tasks
+from attncompile.search import arrays, executors, run, split, state, tasks
 from attncompile.search.executors import Inline
 from attncompile.verification.next_token import next_token
 from tests.search import constructed, language
@@ -164,8 +164,8 @@ def test_held_out_inputs_are_touched_last_and_refuse(full, tmp_path: Path, monke
     assert (tmp_path / "none/out/model.onnx").read_bytes() == full[0].read_bytes()
 
 
-def test_an_interrupted_search_goes_on(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
+def counting(called: list[str]) -> Callable[[float], Callable[..., Any]]:
+    """``Inline.map`` that is interrupted after so many tasks, whose names go into ``called``."""
 
     def counted(limit: float) -> Callable[..., Any]:
         def call(self: Any, tasks_: Sequence[Any], done: Callable[[], None] = lambda: None) -> list[Any]:
@@ -180,6 +180,12 @@ def test_an_interrupted_search_goes_on(full, tmp_path: Path, monkeypatch: pytest
 
         return call
 
+    return counted
+
+
+def test_an_interrupted_search_goes_on(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    counted = counting(called)
     plain = compiled(full, tmp_path / "plain", max_error=0.03)
     monkeypatch.setattr(Inline, "map", counted(np.inf))
     compiled(full, tmp_path / "counted", max_error=0.03)
@@ -205,6 +211,75 @@ def test_an_interrupted_search_goes_on(full, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Inline, "map", counted(np.inf))
     compiled(full, tmp_path, max_error=0.04)
     assert called.count("Masses") == whole_run.count("Masses")
+
+
+@pytest.mark.parametrize("change", ["order", "fewer", "meaning"])
+def test_other_candidates_are_scored_anew(full, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that offers others, as many in another order or fewer, takes up the maps alone of what was found before;
+    code in which they mean something else takes up nothing.
+    """
+    called: list[str] = []
+    counted, right, source = counting(called), run.candidates, state.source_of
+    monkeypatch.setattr(Inline, "map", counted(np.inf))
+    compiled(full, tmp_path / "before", max_error=0.03)
+    before = list(called)
+    called.clear()
+    monkeypatch.setattr(Inline, "map", counted(len(before) - 1))
+    with pytest.raises(KeyboardInterrupt):
+        compiled(full, tmp_path, max_error=0.03)
+    assert called.count("Scores") and called.count("Error")
+
+    def changed(*given: Any) -> list[Any]:
+        dense, *others = right(*given)
+        return [dense, *reversed(others)] if change == "order" else [dense, *others[1:]]
+
+    if change == "meaning":
+        monkeypatch.setattr(state, "source_of", lambda name: source(name) + "# another")
+    else:
+        monkeypatch.setattr(run, "candidates", changed)
+    monkeypatch.setattr(Inline, "map", counted(np.inf))
+    called.clear()
+    wanted = compiled(full, tmp_path / "wanted", max_error=0.03)
+    whole_run = list(called)
+    called.clear()
+    found = compiled(full, tmp_path, max_error=0.03)
+    assert called.count("Scores") == whole_run.count("Scores") > 0
+    assert called.count("Masses") == (whole_run.count("Masses") if change == "meaning" else 0)
+    assert found.search is not None and wanted.search is not None
+    assert found.search.to_json() == wanted.search.to_json()
+    assert [s.decision.parameters for s in found.sites] == [s.decision.parameters for s in wanted.sites]
+
+
+def test_numbers_of_other_candidates_are_other_models(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that an interrupted search measured is not that of the same numbers in another list."""
+    called: list[str] = []
+    counted, offered, errors = counting(called), run.candidates, run.Search.errors
+    tried: list[tuple[Any, Any, Any, list[float]]] = []
+
+    def first(self: run.Search, choice: Any, spaces: Any, inputs: Any, metric: str) -> list[float]:
+        if called.count("Error") == 0 and len(tried) == 1:
+            choice, inputs, metric, _ = tried[0]
+        found = errors(self, choice, spaces, inputs, metric)
+        tried.append((choice, inputs, metric, found))
+        if len(tried) > 1:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(run.Search, "errors", first)
+    monkeypatch.setattr(Inline, "map", counted(np.inf))
+    with pytest.raises(KeyboardInterrupt):
+        compiled(full, tmp_path, max_error=0.03)
+    assert called.count("Error") and len(tried) == 2
+    monkeypatch.setattr(run, "candidates", lambda *given: [offered(*given)[0], *reversed(offered(*given)[1:])])
+    found = []
+    for out in (tmp_path, tmp_path / "fresh"):  # taken up, and without anything to take up
+        del tried[1:]
+        called.clear()
+        with pytest.raises(KeyboardInterrupt):
+            compiled(full, out, max_error=0.03)
+        found.append(tried[1][3])
+    assert tried[0][0], "a choice of nothing is the same in any list"
+    assert found[0] == found[1] != tried[0][3]
 
 
 def test_any_number_of_workers_finds_the_same(full, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from attncompile import fit, outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
 from attncompile.core.errors import BadArguments, MissingDependency, Unsupported
-from attncompile.core.keep_dense import KeepDense
+from attncompile.core.keep_dense import KeepDense, steps_of
 from attncompile.core.mechanism import Candidate, Mechanism, kernel_parameters, understood
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
@@ -172,8 +172,10 @@ def plan(found: Inspection, options: Options) -> Plan:
     """One decision a site, by the policy; nothing is measured."""
     target = base.get(options.target or "onnx")
     made = _plan(found, options, mechanisms(), target, Worlds(found.index))
-    keep_dense(found, options, made)
-    return made
+    rule = keep_dense(found, options, made)
+    if rule is None:
+        return made
+    return replace(made, notes=(*made.notes, f"nothing is approximated in calls with {rule.text}"))
 
 
 def compile(path: Path, options: Options, progress: Progress | None = None) -> Report:  # noqa: A001
@@ -319,6 +321,11 @@ def _plan(
         raise BadArguments(f"--keep-dense: policy {policy.name} approximates nothing", "give --policy sparse")
     if rule := options.keep_dense or policy.keep_dense:
         settings["keep_dense"] = rule
+    elif policy.approximate and target.takes_branches and len(steps := steps_of(found.model.proto, found.feeds)) == 1:
+        notes.append(
+            f"input '{steps[0]}' is another number from call to call: if some calls bear less error, as the first "
+            f"steps of a sampler may, --keep-dense '{steps[0]} >= NUMBER' keeps those dense"
+        )
     return Plan(found.model.hash, policy.name, decisions, settings if policy.approximate else {}, tuple(notes))
 
 

@@ -7,7 +7,7 @@ a sigma). Of a batch of them one entry is enough, so that no entry gets less tha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -37,6 +37,23 @@ _INTEGERS = frozenset(
 )  # fmt: skip
 _FORM = re.compile(r"\s*(?P<input>[^\s<>](?:[^<>]*[^\s<>])?)\s*(?P<relation><=|>=|<|>)\s*(?P<number>[^\s<>=]+)\s*")
 _HINT = "write INPUT RELATION NUMBER with one of < <= > >=, such as 'time >= 0.7'"
+
+
+def steps_of(proto: ModelProto, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
+    """Float inputs that are one number for each call or batch entry, and another one from call to call in ``feeds``, as
+    the steps of a diffusion sampler are. None where all inputs are such numbers.
+    """
+    stored = {t.name for t in proto.graph.initializer}
+    inputs = [v for v in proto.graph.input if v.name not in stored]
+    numbers = [
+        v.name for v in inputs
+        if v.type.tensor_type.elem_type in _FLOATS and v.type.tensor_type.HasField("shape")
+        and len(v.type.tensor_type.shape.dim) < 2
+    ]  # fmt: skip
+    if len(numbers) == len(inputs):
+        return []
+    seen = {name: {float(x) for feed in feeds if name in feed for x in feed[name].flat[:1]} for name in numbers}
+    return [name for name in numbers if len(seen[name]) > 1]
 
 
 @dataclass(frozen=True, slots=True)

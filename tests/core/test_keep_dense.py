@@ -7,7 +7,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from attncompile.core.errors import BadArguments
-from attncompile.core.keep_dense import KeepDense
+from attncompile.core.keep_dense import KeepDense, steps_of
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,24 @@ def model(elem_type: int, shape: list[int | str] | None, stored: bool = False) -
     inputs = [helper.make_tensor_value_info("t", elem_type, shape)]
     held = [numpy_helper.from_array(np.zeros((), np.float32), "t")] if stored else []
     return helper.make_model(helper.make_graph([], "g", inputs, [], held))
+
+
+def test_inputs_that_look_like_steps() -> None:
+    """Numbers that change, beside an input that is none."""
+    beside = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 5])
+
+    def steps(made: ModelProto, *values: float) -> list[str]:
+        return steps_of(made, [{"t": np.array(v, np.float32), "x": np.ones((1, 5), np.float32)} for v in values])
+
+    for shape in ([], ["batch"]):
+        made = model(TensorProto.FLOAT, shape)
+        assert steps(made, 0.1, 0.2) == [], "no samples beside it"
+        made.graph.input.append(beside)
+        assert steps(made, 0.1, 0.2) == ["t"]
+        assert steps(made, 0.1, 0.1) == steps(made) == []
+    for other in (model(TensorProto.INT64, []), model(TensorProto.FLOAT, [2, 2]), model(TensorProto.FLOAT, None)):
+        other.graph.input.append(beside)
+        assert steps(other, 0.1, 0.2) == []
 
 
 def test_inputs_that_can_be_asked() -> None:

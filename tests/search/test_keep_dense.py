@@ -232,3 +232,28 @@ def test_a_rule_in_a_policy_is_looked_at_before_anything_is_run(full, tmp_path: 
         for verb in (["plan"], []):
             assert main([*verb, str(full[0]), "--policy", str(policy), "--out", str(tmp_path / "o")]) == 2
             assert said in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_the_rule_is_offered_and_said(full, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where an input is another number from call to call; and by ``plan`` where a policy has a rule."""
+    text = (Path(pipeline.__file__).with_name("policies") / "sparse.toml").read_text()
+    policy = tmp_path / "mine.toml"
+    policy.write_text(text.replace("[approximate]\n", '[approximate]\nkeep_dense = "t < 0.25"\n'))
+    hint, said = "--keep-dense 't >= NUMBER' keeps those dense", "nothing is approximated in calls with t < 0.25"
+    for name, more, shown in (
+        ("sparse", ["--target", "onnx"], {hint}), ("sparse", ["--target", "tensorrt-rtx"], set()),
+        ("exact", [], set()), (str(policy), ["--target", "onnx"], {said}),
+    ):  # fmt: skip
+        arguments = [
+            "plan",
+            str(full[0]),
+            "--policy",
+            name,
+            "--inputs",
+            str(full[1]),
+            "--out",
+            str(tmp_path / "p.toml"),
+        ]
+        assert main([*arguments, *more]) == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert {text for text in (hint, said) if text in told} == shown, (name, more)

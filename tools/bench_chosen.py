@@ -4,7 +4,8 @@
 Each line is the attention of two heads of 64 alone, in ONNX Runtime, float32, on one thread: the body of
 `BlockSparseAttention` with the choice of its blocks, against product, mask, softmax, product. Times are those of the
 processor, medians of paired rounds. Random operands say nothing of accuracy: `xattention` keeps as few as it may, and
-`anchor` what is above its first and own blocks by chance, a third.
+`anchor` what is above its first and own blocks by chance, a third. Below them stand windows that are fixed, and what means
+of the rest add.
 
 In the second table heads have a window of one block to each side, of tokens as they stand, and of tokens in another
 order of the grid's axes, gathers included. `row` is what they add, in score elements of dense attention for two rows
@@ -37,7 +38,17 @@ SIZES = ((1024, 64, False), (2048, 64, True), (4096, 128, True))
 """Tokens, edge of the blocks, whether causal."""
 GRIDS = (((24, 43), 64), ((7, 16, 18), 64), ((13, 16, 20), 128))
 """Of the second table: the grid, and the edge of the blocks."""
-CHOICES = ("pooled 0.1", "pooled 0.25", "pooled 0.5", "xattention 0.01", "anchor 0")
+CHOICES = (
+    "pooled 0.1",
+    "pooled 0.25",
+    "pooled 0.5",
+    "xattention 0.01",
+    "anchor 0",
+    "pooled 0.25 rest 64",
+    "sinks 0 window 1",
+    "sinks 0 window 4",
+    "sinks 0 window 1 rest 16",
+)
 
 
 def dense(tokens: int, causal: bool) -> ModelProto:

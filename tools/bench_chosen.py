@@ -4,8 +4,8 @@
 Each line is the attention of two heads of 64 alone, in ONNX Runtime, float32, on one thread: the body of
 `BlockSparseAttention` with the choice of its blocks, against product, mask, softmax, product. Times are those of the
 processor, medians of paired rounds. Random operands say nothing of accuracy: `xattention` keeps as few as it may, and
-`anchor` what is above its first and own blocks by chance, a third. Below them stand windows that are fixed, and what means
-of the rest add.
+`anchor` what is above its first and own blocks by chance, a third. Below them stand windows that are fixed, and what
+means of the rest add.
 
 In the second table heads have a window of one block to each side, of tokens as they stand, and of tokens in another
 order of the grid's axes, gathers included. `row` is what they add, in score elements of dense attention for two rows

@@ -72,7 +72,7 @@ def sections(found: SearchReport) -> Iterable[str]:
         yield (
             f"<p>{_key('mass')}where the weight lies, the mean over the calibration inputs: queries go down, keys to "
             f"the right, tokens as they stand or in the order that a pattern names.{_key('seen')}blocks that are "
-            "computed.</p>"
+            "computed; a pattern with a rest meets the others by means of keys and values.</p>"
         )
     for site, heads in found.sites.items():
         figures = "".join(head_figure(number, head) for number, head in enumerate(heads))
@@ -121,7 +121,7 @@ def head_figure(number: int, head: HeadFound) -> str:
     over = ""
     if seen.any():
         over = f'<path class="seen" d="{_squares(seen)}"></path><path class="edge" d="{_outline(seen)}"></path>'
-    text = re.sub(r"blocks \S+$", "blocks", head.pattern)
+    text = re.sub(r"blocks \S+", "blocks", head.pattern)
     lines = [f"head {number}: {text}", f"{head.density:.0%} of the blocks, {head.kept:.1%} of the weight"]
     title = f"head {number}: {head.kind}"
     return (

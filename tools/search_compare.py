@@ -117,9 +117,9 @@ def pick(unit: Unit, kept: np.ndarray, kind: str, strength: float | str) -> int:
 
 
 def _beside_means(unit: Unit) -> int:
-    """The first mode of fixed patterns with means of what they leave out."""
+    """The first mode of fixed patterns with means of what they leave out; 0 where there is none."""
     texts = enumerate(unit.labels)
-    return next(int(unit.of_modes[k]) for k, t in texts if not is_selection(t) and BlockPattern(t).rest)
+    return next((int(unit.of_modes[k]) for k, t in texts if not is_selection(t) and BlockPattern(t).rest), 0)
 
 
 def families(spaces: Sequence[SiteSpace]) -> dict[str, list[float | str]]:

@@ -126,10 +126,8 @@ class BlockPattern:
         if kind in _OF_GRID and match and "x" in match[1]:
             raise Unsupported("pattern", f"'{self.text[:60]}': tiles have no neighborhood", "leave the order out")
         if tail and (kind in ORDERLESS or not rest):
-            why = f"{kind} leaves no rest" if rest else "a mean of no keys"
-            raise Unsupported(
-                "pattern", f"'{self.text[:60]}': {why}", "write PATTERN rest 16 behind what leaves blocks out"
-            )
+            why = f"{kind} has no blocks to go with a rest" if rest else "a mean of no keys"
+            raise Unsupported("pattern", f"'{self.text[:60]}': {why}", "write for example sinks 0 window 0 rest 16")
         for name, value in (("order", order), ("kind", kind), ("rest", rest), ("listed", listed)):
             object.__setattr__(self, name, value)
 
@@ -192,12 +190,16 @@ class BlockPattern:
         grid, axes = geometry.grid, len(self.order)
         said = " ".join(self.listed.split(" ")[:2])
         tiles = "x" in said
-        if grid is None or grid.tokens != geometry.tokens or (tiles and len(grid.shape) != axes):
-            raise Unsupported("grid", f"'{said}' needs a token grid of {axes} axes", "give it with --grid")
         if geometry.causal:
             raise Unsupported("pattern", f"'{said}' on a causal site: what is causal is not in another order",
                               "leave the order out")  # fmt: skip
+        if grid is None or grid.tokens != geometry.tokens or (tiles and len(grid.shape) != axes):
+            raise Unsupported("grid", f"'{said}' needs a token grid of {axes} axes", "give it with --grid")
         if tiles:
+            if (np.diff(grid.ordered(self.order)) > 0).all():
+                shape = "x".join(map(str, grid.shape))
+                raise Unsupported("grid", f"'{said}' is no other order of the tokens of the grid {shape}",
+                                  "leave the order out")  # fmt: skip
             return replace(geometry, grid=None)
         usual = tuple(range(len(grid.shape)))
         if tuple(sorted(self.order)) != usual or self.order == usual:

@@ -171,6 +171,12 @@ class Chooser:
     @staticmethod
     def of(texts: Sequence[str]) -> Chooser:
         """Raises ``Unsupported`` where the heads do not go together."""
+        fixed = next((text for text in texts if text != "dense" and not is_selection(text)), None)
+        if fixed is not None:
+            raise Unsupported(
+                "pattern", f"'{fixed[:60]}' beside heads of the same site that choose their blocks when the model runs",
+                "let all of them choose, in one way, or none; heads may be dense",
+            )  # fmt: skip
         made = [None if text == "dense" else BlockSelection(text) for text in texts]
         families = {(*m.family, m.rest) for m in made if m is not None}
         if len(families) != 1:

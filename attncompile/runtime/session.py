@@ -60,7 +60,7 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # a
             super().__init__(str(folder / PORTABLE), options, providers=["CPUExecutionProvider"], **more)
             return
         given = {"device_id": str(device), **exact_norms(onnxruntime.__version__), **(provider_options or {})}
-        if given.get(_GRAPH, "0").lower() in ("1", "true"):
+        if str(given.get(_GRAPH, "0")).lower() in ("1", "true"):
             check_capture(folder / MODEL)
         register(options, folder, given.get(STRICT_OPTION) == "1")
         try:

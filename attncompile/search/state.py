@@ -25,10 +25,15 @@ from attncompile.search.arrays import load, save
 _KEY = "key.txt"
 
 MEANING = (
-    "attncompile.core.block_pattern", "attncompile.core.block_selection", "attncompile.search.maps",
-    "attncompile.search.tasks",
+    "attncompile.core.block_pattern", "attncompile.core.block_selection", "attncompile.core.grid",
+    "attncompile.core.grid_pattern", "attncompile.core.pattern", "attncompile.search.maps", "attncompile.search.tasks",
+    *(f"attncompile.plugins.block_sparse.{name}" for name in (
+        "chosen", "chosen_body", "head_body", "head_lists", "head_orders", "per_head", "rest")),
+    "attncompile.plugins.block_select.function",
 )  # fmt: skip
-"""Modules that say what the text of a candidate means, how maps are read and how candidates are scored."""
+"""Modules that say what the text of a candidate means, how maps are read, how candidates are scored, and what models
+with them compute.
+"""
 
 
 def key_of(model_hash: str, feeds: Sequence[Mapping[str, np.ndarray]], options: Mapping[str, Any]) -> str:

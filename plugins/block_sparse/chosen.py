@@ -19,6 +19,7 @@ from attncompile.plugins.block_select import function as select
 from attncompile.plugins.block_select.op import LISTS, SCORES, SELECT, masks
 from attncompile.plugins.block_select.op import register as register_selection
 from attncompile.plugins.block_sparse import chosen_body
+from attncompile.plugins.block_sparse.head_lists import LARGEST_MASKS
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
 from attncompile.plugins.block_sparse.per_head import JOIN, LONG
 from attncompile.plugins.block_sparse.rest import in_front, listed, rest_of
@@ -73,8 +74,20 @@ def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
             raise Unsupported("pattern", f"'rest {chooser.rest}' does not divide a block of {edge} keys",
                               f"write a divisor of {edge}")  # fmt: skip
         if _length(site) < edge:
-            raise Unsupported("size", f"{_length(site)} tokens are no whole block, which alone has means")
+            raise Unsupported("size", f"{_length(site)} tokens are no whole block, which alone has means",
+                              "leave the rest out")  # fmt: skip
+        _check_size(site, edge, chooser.rest)
     return edge, chooser
+
+
+def _check_size(site: AttentionSite, edge: int, rest: int) -> None:
+    """Raises ``Unsupported`` where the masks of the means, which are made when the model runs, would be large."""
+    known = rest_of(rest, BlockGeometry(_length(site), edge, causal(site)))
+    batch = site.batch if isinstance(site.batch, int) else 1
+    rows = batch * site.heads * -(-_length(site) // edge)
+    if known is not None and rows * known.tiles * edge * edge // 8 > LARGEST_MASKS:
+        raise Unsupported("size", f"masks of the means of {_length(site)} tokens in {site.heads} heads take too much",
+                          "leave the rest out, or use means of more keys")  # fmt: skip
 
 
 def _length(site: AttentionSite) -> int:
@@ -138,6 +151,7 @@ def cost_of(site: AttentionSite, shape: Shape, edge: int, family: Family, blocks
     elements = PADDING * OVERHEAD * blocks * edge**2
     extra = OVERHEAD * COPY * PADDING * blocks * edge + fixed_elements(site, shape, edge, family)
     if rest:
+        _check_size(site, edge, rest)
         extra += JOIN * shape.batch * site.kv_heads * shape.query_length * (1 + 1 / rest) + LISTED
     keys = blocks * edge / (shape.batch * site.heads * -(-shape.query_length // edge))
     return Cost(of_element * (elements + extra), keys, elements)

@@ -124,11 +124,13 @@ class _Writer:
         entry = self.op("Add", first, self.body.constant(np.arange(rest.tiles)))  # [n, tiles]
         kinds = self.op("Cast", self.op("Gather", "kinds", entry), to=TensorProto.INT64)
         words = self.op("Gather", self.op("Gather", "masks", self.body.scalar(0), axis=1), kinds)  # [n, tiles, e / 32]
-        place = self.body.constant((1 << np.arange(32, dtype=np.int64)).astype(np.int32))
-        hidden = self.op(
-            "Equal", self.op("BitwiseAnd", self.op("Unsqueeze", words, self.ints(-1)), place),
-            self.body.constant(np.array(0, np.int32)),
-        )  # fmt: skip
+        # Taken apart by division: TensorRT-RTX has no bits. A word with its highest bit is negative.
+        words = self.op("Cast", words, to=TensorProto.INT64)
+        words = self.op("Where", self.op("Less", words, self.body.scalar(0)),
+                        self.op("Add", words, self.body.scalar(1 << 32)), words)  # fmt: skip
+        shifted = self.op("Div", self.op("Unsqueeze", words, self.ints(-1)), self.body.constant(1 << np.arange(32)))
+        twice = self.op("Mul", self.op("Div", shifted, self.body.scalar(2)), self.body.scalar(2))
+        hidden = self.op("Equal", self.op("Sub", shifted, twice), self.body.scalar(0))
         hidden = self.op("Reshape", hidden, self.ints(-1, 1, rest.keys))
         if rest.keys > rest.means:
             hidden = self.op("Slice", hidden, self.ints(0), self.ints(rest.means), self.ints(2))

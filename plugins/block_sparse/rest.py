@@ -123,9 +123,14 @@ def listed(body: Body, rest: Rest, geometry: BlockGeometry) -> dict[str, str]:
     bits = op("Reshape", op("Expand", bits, ints(1, 1, rest.of_block)), ints(-1, rest.means))
     if rest.keys > rest.means:
         bits = op("Pad", bits, ints(0, 0, 0, rest.keys - rest.means))
-    bits = op("Reshape", bits, ints(-1, rest.edge // _WORD, _WORD))
-    place = body.constant((1 << np.arange(_WORD, dtype=np.int64)).astype(np.int32))
-    words = op("ReduceSum", op("Mul", bits, place), ints(2), keepdims=0)  # [n * tiles, e / 32]
+    # Two halves of 16 bits, the upper one with a sign: a runtime that adds up integers in float32, as ONNX Runtime's
+    # CUDA provider does, has them exactly, and 32 bits it has not.
+    half = 1 << np.arange(_WORD // 2)
+    place = body.constant(np.stack([half, np.where(half == half[-1], -half, half)]).astype(np.int32))
+    bits = op("Reshape", bits, ints(-1, rest.edge // _WORD, 2, _WORD // 2))
+    halves = op("ReduceSum", op("Mul", bits, place), ints(3), keepdims=0)
+    low, high = (op("Gather", halves, body.scalar(i), axis=2) for i in range(2))
+    words = op("Add", low, op("Mul", high, body.constant(np.array(1 << 16, np.int32))))  # [n * tiles, e / 32]
     words = op("Expand", op("Unsqueeze", words, ints(1)), ints(1, rest.edge, 1))
     rows = op("Shape", op("Squeeze", first, ints(1)))  # [1]
     number = op("Range", body.scalar(0), op("Squeeze", rows), body.scalar(1))

@@ -167,7 +167,7 @@ def test_what_is_counted(case) -> None:
         (["sinks 0 window 0 rest 16", "sinks 0 window 0 rest 32"], "means of 16 and 32 keys"),
         (["sinks 0 window 0 rest 48", "dense"], "does not divide a block of 64"),
         (["sinks 0 window 0 rest 16", "mean"], "averages all values beside heads with means"),
-        (["dense rest 16", "dense"], "dense leaves no rest"),
+        (["dense rest 16", "dense"], "dense has no blocks to go with a rest"),
         (["sinks 0 window 0 rest 0", "dense"], "a mean of no keys"),
         (["rest 16", "dense"], "no pattern of a head"),
     ],

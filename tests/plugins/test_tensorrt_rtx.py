@@ -133,8 +133,11 @@ def built(at, model: onnx.ModelProto) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("text", ["pooled 0.25", "xattention 0.8", "anchor 4"])
+@pytest.mark.parametrize(
+    ("text", "static"),
+    [*((t, static) for t in ("pooled 0.25", "xattention 0.8", "anchor 4") for static in (False, True)),
+     ("pooled 0.25 rest 64", True), ("sinks 0 window 1 rest 16", True)],
+)  # fmt: skip
 def test_blocks_that_are_chosen_build(text, static, case) -> None:
     """Scores, sorting and lists of any length in standard ops, at a dynamic length too."""
     at = case(queries=512, static=static, heads=2, head_dim=64, value_dim=64, causal=True, dtype="float16")

@@ -12,7 +12,7 @@ import pytest
 
 from attncompile import html_parts, report_html, report_search
 from attncompile import report as reports
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern, bitmap
 from attncompile.measure import Timing
 from attncompile.report import ShapeTiming
 from attncompile.search import CurvePoint, HeadFound, SearchReport
@@ -69,6 +69,14 @@ def test_a_map_shows_the_pattern() -> None:
     # The first column holds most of the weight, so it is the darkest.
     dark = re.findall(r'fill-opacity="1.0" d="([^"]*)"', text)
     assert len(dark) == 1 and all(x == "0" for x, _ in re.findall(r"M(\d+) (\d+)h1", dark[0]))
+
+
+def test_a_bitmap_is_not_spelled_out() -> None:
+    pattern = bitmap(GEOMETRY.all).text
+    for text in (pattern, f"{pattern} rest 16", f"order 8x8 {pattern}"):
+        one = dataclasses.replace(head("dense"), pattern=text)
+        caption = report_search.head_figure(0, one)
+        assert pattern.split()[1] not in caption and ("rest 16" in caption) == ("rest" in text)
 
 
 def test_the_curve_has_every_point_that_is_finite() -> None:

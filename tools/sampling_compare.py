@@ -59,8 +59,11 @@ def row_of(out: Path, times: list[float]) -> dict[str, Any]:
     """What the search of ``out`` says, for one step and over a sampling."""
     told = json.loads((out / "report.json").read_text(encoding="utf-8"))
     found = told["search"]
-    if found is None or found["density"] is None:
+    if found is None or not found["points"]:
         raise SystemExit(f"{out}: nothing was approximated by a search")
+    if found["density"] is None:
+        raise SystemExit(f"{out}: a site was undone later, so what the search measured is not of this model: build it "
+                         "again on an idle machine, or with --keep-slower")  # fmt: skip
     (point,) = [p for p in found["points"] if p["chosen"]]
     rule = KeepDense.parse(found["keep_dense"]) if found.get("keep_dense") else None  # older reports say nothing
     kept, aside = share_kept(rule, times), found.get("set_aside", 0)

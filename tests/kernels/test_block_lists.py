@@ -57,7 +57,8 @@ def model(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def replaced(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     path = model(tmp_path_factory.mktemp("dilated"))
-    return kernel_bundle._with_our_ops(path, pipeline.Options(), SilentProgress())
+    (made,) = kernel_bundle._with_our_ops(path, pipeline.Options(), SilentProgress())
+    return made
 
 
 def test_layers_share_their_lists(replaced: onnx.ModelProto) -> None:

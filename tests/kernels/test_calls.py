@@ -25,7 +25,8 @@ HOUSE = "attncompile"
 def compiled(path: Path, policy: str = "exact") -> list[NodeCall]:
     """The calls of what a plan makes of a file."""
     options = pipeline.Options(policy=policy)
-    return calls.find(kernel_bundle._with_our_ops(path, options, SilentProgress()), kernels())
+    (model,) = kernel_bundle._with_our_ops(path, options, SilentProgress())
+    return calls.find(model, kernels())
 
 
 def one(
@@ -178,7 +179,7 @@ def test_bodies_and_functions() -> None:
 def test_a_mechanism_without_a_kernel_is_listed(tmp_path: Path) -> None:
     spec = Spec(batch=1, heads=2, kv_heads=2, length=512, head_dim=16, mask="window", left=15, right=0)
     path = save(graph_of(spec), tmp_path, "windowed.onnx")
-    model = kernel_bundle._with_our_ops(path, pipeline.Options(), SilentProgress())
+    (model,) = kernel_bundle._with_our_ops(path, pipeline.Options(), SilentProgress())
     for node in model.graph.node:
         if node.domain == HOUSE:
             node.op_type = "PooledAttention"

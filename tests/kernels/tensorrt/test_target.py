@@ -52,7 +52,7 @@ def tensorrt_11(opened: Any, packages: dict[str, str], tmp_path: Path, monkeypat
 def windowed(tmp_path: Path) -> Model:
     """One site with a causal window, as the compiler replaces it, in float32."""
     path = save(graph_of(SPEC), tmp_path, "windowed.onnx")
-    proto = kernel_bundle._with_our_ops(path, pipeline.Options(), SilentProgress())
+    (proto,) = kernel_bundle._with_our_ops(path, pipeline.Options(), SilentProgress())
     path.write_bytes(proto.SerializeToString())
     return Model(path, proto, "sha256:0", 18)
 

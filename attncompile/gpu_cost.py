@@ -89,7 +89,8 @@ class GpuCost:
         beside = [n.op_type for n in lowering.nodes if n.op_type in BESIDE and not n.domain]
         if beside:
             raise Unsupported("no-kernel", f"{beside[0]} in front of the ops is not in the cost model")
-        if any("/rest/" in n.name for n in lowering.nodes):
+        joined = {n.output[0] for n in lowering.nodes if n.op_type == "Concat" and not n.domain}
+        if any(joined.intersection(n.input[1:3]) for n in lowering.nodes if n.domain):  # keys and values
             raise Unsupported("cost", "means beside blocks were not measured on a GPU")
         model = extract_site(self.world_at(binding), site, lowering).replaced
         nodes = calls.find(model, self.kernels, self._dtype(site))

@@ -99,6 +99,12 @@ class BlockGeometry:
         out[:, self.tokens // self.edge :] = False
         return np.tril(out, -1) if self.causal else out
 
+    def check_mean(self, size: int) -> None:
+        """Raises ``Unsupported`` where blocks cannot be cut into means of ``size`` keys."""
+        if self.edge % size:
+            raise Unsupported("pattern", f"'rest {size}' does not divide a block of {self.edge} keys",
+                              f"write a divisor of {self.edge}")  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPattern:
@@ -137,11 +143,7 @@ class BlockPattern:
         """
         if not self.rest:
             return np.zeros((geometry.count, geometry.count), bool)
-        if geometry.edge % self.rest:
-            raise Unsupported(
-                "pattern", f"'rest {self.rest}' does not divide a block of {geometry.edge} keys",
-                f"write a divisor of {geometry.edge}",
-            )  # fmt: skip
+        geometry.check_mean(self.rest)
         return np.asarray(geometry.averaged & ~self.blocks(geometry))
 
     def computed(self, geometry: BlockGeometry) -> float:

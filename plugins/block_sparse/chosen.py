@@ -22,7 +22,7 @@ from attncompile.plugins.block_sparse import chosen_body
 from attncompile.plugins.block_sparse.head_lists import LARGEST_MASKS
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
 from attncompile.plugins.block_sparse.per_head import JOIN, LONG
-from attncompile.plugins.block_sparse.rest import in_front, listed, rest_of
+from attncompile.plugins.block_sparse.rest import Rest, in_front, listed
 from attncompile.plugins.body import Body, in_graph
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import check_bias, check_plain
@@ -70,9 +70,6 @@ def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
         raise Unsupported("parameters", f"masked_rows {given['masked_rows']!r}", "every query sees its own block: zero")
     chooser = Chooser.of([str(t) for t in texts])
     if chooser.rest:
-        if edge % chooser.rest:
-            raise Unsupported("pattern", f"'rest {chooser.rest}' does not divide a block of {edge} keys",
-                              f"write a divisor of {edge}")  # fmt: skip
         if _length(site) < edge:
             raise Unsupported("size", f"{_length(site)} tokens are no whole block, which alone has means",
                               "leave the rest out")  # fmt: skip
@@ -82,10 +79,10 @@ def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
 
 def _check_size(site: AttentionSite, edge: int, rest: int) -> None:
     """Raises ``Unsupported`` where the masks of the means, which are made when the model runs, would be large."""
-    known = rest_of(rest, BlockGeometry(_length(site), edge, causal(site)))
+    known = Rest.of(rest, BlockGeometry(_length(site), edge, causal(site)))
     batch = site.batch if isinstance(site.batch, int) else 1
     rows = batch * site.heads * -(-_length(site) // edge)
-    if known is not None and rows * known.tiles * edge * edge // 8 > LARGEST_MASKS:
+    if rows * known.tiles * edge * edge // 8 > LARGEST_MASKS:
         raise Unsupported("size", f"masks of the means of {_length(site)} tokens in {site.heads} heads take too much",
                           "leave the rest out, or use means of more keys")  # fmt: skip
 
@@ -197,8 +194,7 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
     rest, between = None, list[NodeProto]()
     if chooser.rest:
         blocks = BlockGeometry(_length(site), edge, late)
-        rest = rest_of(chooser.rest, blocks)
-        assert rest is not None
+        rest = Rest.of(chooser.rest, blocks)
         between, site = in_front(site, rest, opset)
         body = Body(opset)
         made = listed(body, rest, blocks)

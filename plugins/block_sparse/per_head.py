@@ -18,7 +18,7 @@ from attncompile.plugins.block_sparse.head_orders import Arrangement, arranged
 from attncompile.plugins.block_sparse.head_orders import around as around_orders
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
 from attncompile.plugins.block_sparse.plan import LAUNCH
-from attncompile.plugins.block_sparse.rest import in_front, rest_of, size_of
+from attncompile.plugins.block_sparse.rest import Rest, in_front, size_of
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import check_bias, check_padding, check_plain
 from attncompile.plugins.neighborhood.tiles import COPY
@@ -132,7 +132,8 @@ def _averaged(texts: tuple[str, ...], geometry: BlockGeometry) -> np.ndarray | N
 
 @lru_cache(maxsize=64)
 def _plan(texts: tuple[str, ...], geometry: BlockGeometry) -> HeadPlan:
-    rest = rest_of(size_of(texts, geometry, False), geometry)
+    size = size_of(texts, geometry, False)
+    rest = Rest.of(size, geometry) if size else None
     return plan_of(_seen(texts, geometry), geometry, _averaged(texts, geometry), rest)
 
 

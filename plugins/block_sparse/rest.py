@@ -31,6 +31,12 @@ class Rest:
     blocks: int
     edge: int
 
+    @staticmethod
+    def of(size: int, geometry: BlockGeometry) -> Rest:
+        """Of all whole blocks. Raises ``Unsupported`` for a size that does not divide them."""
+        geometry.check_mean(size)
+        return Rest(size, geometry.tokens // geometry.edge, geometry.edge)
+
     @property
     def of_block(self) -> int:
         """Means of one block."""
@@ -57,11 +63,6 @@ class Rest:
         return out.reshape(*bits.shape[:-1], self.tiles, self.edge)
 
 
-def rest_of(size: int, geometry: BlockGeometry) -> Rest | None:
-    """None for a ``size`` of 0."""
-    return Rest(size, geometry.tokens // geometry.edge, geometry.edge) if size else None
-
-
 def size_of(texts: Sequence[str], geometry: BlockGeometry, padded: bool) -> int:
     """Of how many keys the heads of one site have means, 0 where none has any.
 
@@ -81,8 +82,7 @@ def size_of(texts: Sequence[str], geometry: BlockGeometry, padded: bool) -> int:
         raise Unsupported("pattern", "a head that averages all values beside heads with means of the rest",
                           "write sinks 0 window 0 rest SIZE in place of mean")  # fmt: skip
     (size,) = sizes
-    for pattern in patterns:
-        pattern.averaged(geometry)  # whether the size divides a block
+    geometry.check_mean(size)
     return size
 
 
@@ -99,13 +99,9 @@ def in_front(site: AttentionSite, rest: Rest, opset: int) -> tuple[list[NodeProt
     return nodes, replace(site, key=made["key"], value=made["value"])
 
 
-LISTS = ("rows", "columns", "kinds", "masks", "counts")
-"""What ``listed`` gives, by the names of the op's inputs."""
-
-
 def listed(body: Body, rest: Rest, geometry: BlockGeometry) -> dict[str, str]:
-    """``rows``, ``columns``, ``kinds`` and ``masks`` as ``BlockSelect`` gives them, of keys without means -> those of
-    ``LISTS`` for keys with the means in front: every row begins with its ``tiles`` blocks of means.
+    """``rows``, ``columns``, ``kinds`` and ``masks`` as ``BlockSelect`` gives them, of keys without means -> these and
+    ``counts`` for keys with the means in front: every row begins with its ``tiles`` blocks of means.
     """
     op, ints, count, tiles = body.op, body.ints, geometry.count, rest.tiles
     spans = op("Cast", op("Reshape", "rows", ints(-1, 3)), to=TensorProto.INT64)  # [n, 3], n rows of all heads

@@ -20,7 +20,7 @@ from attncompile.plugins import mechanism
 from attncompile.plugins.block_sparse import head_lists
 from attncompile.plugins.block_sparse.op import Lists
 from attncompile.plugins.block_sparse.reference import counts_of, reference
-from attncompile.plugins.block_sparse.rest import Rest, rest_of
+from attncompile.plugins.block_sparse.rest import Rest
 from tests.plugins.conftest import relative_error
 
 SUBJECT = mechanism("BlockSparseAttention")
@@ -87,8 +87,7 @@ def test_the_body_is_the_definition(case_, case, tolerance) -> None:
     (made,) = [n for n in model.graph.node if n.op_type == "BlockSparseAttention"]
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     arrays = {n: stored[made.input[3 + i]] for i, n in enumerate(("rows", "columns", "kinds", "masks"))}
-    rest = rest_of(size, geometry)
-    assert rest is not None
+    rest = Rest.of(size, geometry)
     said = counts_of((tokens, rest.keys + tokens), 64, **arrays, counts=stored[made.input[-1]])[0]
     assert not said[..., rest.means : rest.keys].any()  # what fills a block of means up
     said = np.delete(said, np.s_[rest.means : rest.keys], axis=2)
@@ -194,7 +193,7 @@ def test_large_masks_are_refused(monkeypatch) -> None:
     seen[:, range(24), range(24)] = True
     averaged = geometry.averaged & ~seen
     with pytest.raises(Unsupported, match="masks of means"):
-        head_lists.lists_of(seen, geometry, averaged, rest_of(16, geometry))
+        head_lists.lists_of(seen, geometry, averaged, Rest.of(16, geometry))
 
 
 @pytest.mark.parametrize("wrong", ["counts", "masks", "columns"])

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from attncompile import gate, pipeline, report, whole
 from attncompile.core import plan_toml
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
-from attncompile.core.errors import AttncompileError
+from attncompile.core.errors import AttncompileError, Unsupported
 from attncompile.core.grid import TokenGrid
 from attncompile.core.plan import Decision, Plan
 from attncompile.gpu_cost import MOVING, gpu_cost
@@ -326,3 +326,6 @@ def test_the_time_of_moving_heads_on_both_machines(tmp_path: Path) -> None:
         for text in ("sinks 0 window 1", "order 1,0 sinks 0 window 1")
     )
     assert turned - plain == pytest.approx(milliseconds(2 * GQA.length * 64 * (4 + 2 + 2 + 4)))
+    with_means = {"masked_rows": "zero", "edge": 64, "heads": ["sinks 0 window 1 rest 16"] * 4}
+    with pytest.raises(Unsupported, match="means beside blocks were not measured"):
+        gpu.milliseconds(found, subject.lower(found, with_means, 18), {})

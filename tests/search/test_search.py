@@ -50,9 +50,9 @@ def compiled(made: tuple[Path, Path], folder: Path, **more: Any) -> report.Repor
 
 def test_heads_with_known_patterns(tmp_path: Path) -> None:
     full = constructed.write(tmp_path, constructed.build(TOKENS, causal=False), constructed.feeds(12, TOKENS))
-    found = compiled(full, tmp_path, max_error=0.04)
+    found = compiled(full, tmp_path, max_error=0.03)
     assert found.outcome == "replaced" and found.approximate, found.warnings
-    assert found.parity is not None and found.parity.passed and 0 < found.parity.value <= 0.04
+    assert found.parity is not None and found.parity.passed and 0 < found.parity.value <= 0.03
     assert found.search is not None and set(found.search.sites) == {"site0", "site1"}
     column = (TOKENS // 2 + 40) // 64
     for heads in found.search.sites.values():
@@ -70,7 +70,7 @@ def test_heads_with_known_patterns(tmp_path: Path) -> None:
     jsonschema.validate(found.to_json(), report.schema())
     assert "sinks 1 window 0" in (tmp_path / "out" / "report.html").read_text()
     # The plan alone makes the same model.
-    again = compiled(full, tmp_path / "again", plan=tmp_path / "out" / "plan.toml", max_error=0.04)
+    again = compiled(full, tmp_path / "again", plan=tmp_path / "out" / "plan.toml", max_error=0.03)
     assert again.outcome == "replaced"
     assert (tmp_path / "again/out/model.onnx").read_bytes() == (tmp_path / "out/model.onnx").read_bytes()
 
@@ -82,7 +82,7 @@ def test_causal_heads(tmp_path: Path) -> None:
     assert found.outcome == "replaced" and found.search is not None, found.warnings
     near, first, stripe, even = found.search.sites["site0"]
     assert near.density < 0.3 and first.pattern == "sinks 1 window 0" and stripe.density < 0.6
-    assert even.density > 0.6 or rest_of(even.pattern), "everything, or means of what is far"
+    assert even.density > 0.6 or rest_of(even.pattern) == 16, "everything, or means of what is far"
     assert all(np.array_equal(h.seen, np.tril(h.seen)) for h in found.search.sites["site0"])
     assert found.sites[0].decision.mechanism == "BlockSparseAttention"
 

@@ -29,8 +29,8 @@ LONG = 4096
 
 OVERHEAD = 1.0
 """Time of a score element in blocks of a row, relative to one of dense attention: smaller products and masks, and
-scores that stay in the cache. 0.87 to 0.91 with ONNX Runtime 1.32 on one and on two idle cores at 1,024 and 4,096
-tokens, more where others use the memory too (`tools/bench_chosen.py`)."""
+scores that stay in the cache. Fitted, and rounded up, to gains of windows as `tools/bench_chosen.py` prints them, with
+ONNX Runtime 1.32 on idle cores at 1,024 and 4,096 tokens; it is more where others use the memory too."""
 
 MOVE: Mapping[str, float] = {"BHND": 11.0, "BNHD": 5.0}
 """Cost of bringing one row of a head to its order or back, in score elements, by the operand's layout: what the body

@@ -9,7 +9,7 @@ have to keep. The fastest of them is then met by the search at no more than the 
 on the calibration inputs ("at equal error").
 
 With --limit SECONDS no further single mechanism is begun after so much time; "at equal error" is then against the best
-of those that were tried. They come in the order of FIRST.
+of those that were tried. They come in the order of FIRST. --only NAME, once or more, tries these alone.
 
 With --density there is no budget: all are made to keep so many blocks, and their errors are measured.
 
@@ -173,14 +173,15 @@ def uniform(
 
 
 class Comparison:
-    """Judges choices of one search. ``noted`` is called with every row that is found: long runs leave something.
+    """Judges choices of one search. ``single``: the mechanisms to try in all heads alike, with their strengths.
+    ``noted`` is called with every row that is found: long runs leave something.
     ``late``: whether no further single mechanism is to be begun; ``skipped`` are those that were not, ``refused``
     those that no strength of keeps the budget with a gain.
     """
 
     def __init__(
-        self, search: Search, spaces: list[SiteSpace], metric: str, limits: Limits, noted: Callable[[Row], None],
-        late: Callable[[], bool] = lambda: False,
+        self, search: Search, spaces: list[SiteSpace], single: Mapping[str, list[float | str]], metric: str,
+        limits: Limits, noted: Callable[[Row], None], late: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.search = search
         self.spaces = spaces
@@ -188,6 +189,7 @@ class Comparison:
         self.limits = limits
         self._noted = noted
         self._late = late
+        self.single = single
         self.skipped: list[str] = []
         self.refused: list[str] = []
         self.known, self.held = split(len(search.feeds))
@@ -205,7 +207,7 @@ class Comparison:
             if best is not None:
                 found.append(self._noting(self._judged(best.choice, EACH, f"{refused} refused" if refused else "")))
         alike: list[Row] = []
-        for name, strengths in families(self.spaces).items():
+        for name, strengths in self.single.items():
             if self._late():
                 self.skipped.append(name)
                 continue
@@ -230,7 +232,7 @@ class Comparison:
         found = [self._noting(self._judged({}, EXACT, ""))]
         choice = choose.within_density(spaces, density, search.density)
         found.append(self._noting(self._judged(choice, EACH, "")))
-        for name, strengths in families(spaces).items():
+        for name, strengths in self.single.items():
             if self._late():
                 self.skipped.append(name)
                 continue
@@ -341,6 +343,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of all jobs together")
     parser.add_argument("--provider", default="cpu", choices=("cpu", "cuda"), help="where the search runs the model")
     parser.add_argument("--limit", type=float, help="seconds after which no further single mechanism is begun")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a single mechanism to try, of all")
     parser.add_argument("--time", action="store_true", help="time the chosen models in ONNX Runtime, in paired rounds")
     parser.add_argument("--state", type=Path, help="folder of what is found; a run that was interrupted goes on there")
     parser.add_argument("--write", type=Path, help="folder for the chosen models, one subfolder a row")
@@ -391,7 +394,7 @@ def main() -> None:
                 "keep_dense": rule.text if rule else None, "set_aside": len(found.feeds) - len(feeds),
                 "also": also.said if also is not None else None,
                 "warnings": list(search.warnings), "seconds": round(time.perf_counter() - start),
-                "not_tried": compared.skipped, "did_not_keep_it": compared.refused,
+                "only": given.only, "not_tried": compared.skipped, "did_not_keep_it": compared.refused,
                 "rows": [r.to_json() for r in rows],
             }, indent=1) + "\n", encoding="utf-8")  # fmt: skip
 
@@ -413,12 +416,18 @@ def main() -> None:
         )  # fmt: skip
         try:
             spaces = [s for s in search.spaces(sites) if search.kept(s.site)]  # others have no heads to choose for
+            single = families(spaces)
+            if unknown := [name for name in given.only if name not in single]:
+                parser.error(f"--only {unknown[0]}: not offered here; there are {', '.join(single)}")
+            if given.only:
+                single = {name: strengths for name, strengths in single.items() if name in given.only}
             limits = search.limits()
+            if given.density is not None:
+                limits = replace(limits, budget=math.inf)
+            compared = Comparison(search, spaces, single, given.metric, limits, noted, late)
             if given.density is None:
-                compared = Comparison(search, spaces, given.metric, limits, noted, late)
                 compared.rows()
             else:
-                compared = Comparison(search, spaces, given.metric, replace(limits, budget=math.inf), noted, late)
                 compared.rows_at(given.density)
             for i, row in enumerate(rows if given.time else ()):
                 path = written(row, i, folder / "timed")

@@ -79,6 +79,17 @@ def test_late_nothing_more_is_begun(
     assert sum(n.op_type == "BlockSparseAttention" for n in nodes) == len(texts)
 
 
+def test_only_what_is_named_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compared(tmp_path, monkeypatch, "--only", "slash")
+    assert [r["name"] for r in found["rows"]] == [compare.EXACT, compare.EACH, "slash", compare.EQUAL]
+    assert found["only"] == ["slash"] and found["not_tried"] == found["did_not_keep_it"] == []
+    with pytest.raises(SystemExit):
+        compared(tmp_path, monkeypatch, "--only", "slashes")
+    assert "--only slashes: not offered here; there are blocks, slash," in capsys.readouterr().err
+
+
 def test_at_one_density_errors_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = compared(tmp_path, monkeypatch, "--density", "0.4", "--also", "onnxruntime-cuda")
     rows = {r["name"]: r for r in found["rows"]}

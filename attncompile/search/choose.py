@@ -31,6 +31,13 @@ site by site."""
 _LADDER = 10
 """Halvings of a price down to which sites are looked at for what is left of a damage."""
 
+_PART = 2
+"""Inputs after which it is looked whether a choice has lost the budget already."""
+
+_GROWTH = 4
+"""Of hundreds of inputs a quarter of those that were run already is run at once, so that workers rarely wait for each
+other: a choice that loses late costs at most so much more."""
+
 _REACH = 8.0
 """A bound is taken for no more than this many times the largest error where it says how far to step: that of the two
 inputs that showed a budget to be lost knows next to nothing of the spread."""
@@ -230,6 +237,23 @@ class Limits:
     def judged(self, errors: Sequence[float]) -> float:
         """What the budget is for, of inputs that were measured."""
         return float(np.mean(errors)) if self.together else max(errors)
+
+
+def until_lost(
+    inputs: Sequence[int], limits: Limits, errors: Callable[[Sequence[int]], Sequence[float]], jobs: int = 1
+) -> list[float]:
+    """``errors`` of these inputs, or of the first of them that show the budget to be lost; how many those are does not
+    depend on the number of workers, ``jobs``.
+    """
+    found: list[float] = []
+    seen = 0
+    while len(found) < len(inputs):
+        found += errors(inputs[len(found) :][: max(jobs, _PART, len(found) // _GROWTH)])
+        while seen < (step := min(seen + _PART, len(inputs))) <= len(found):
+            seen = step
+            if limits.lost(found[:seen], len(inputs)):
+                return found[:seen]
+    return found
 
 
 def tune(

@@ -54,9 +54,6 @@ SEQUENCES = 64
 """Of so many sequences of the calibration inputs maps are read and patterns scored: of more the mean says no more.
 Whole models are run on all inputs."""
 
-_PART = 2
-"""Calibration inputs after which it is looked whether a choice has lost the budget already."""
-
 PROBE_DAMAGE = 0.02
 """Squared change of a site's output that it is probed with, or the nearest that its candidates offer."""
 
@@ -554,19 +551,11 @@ class Search:
         return [float(found["error"]) for found in known if found is not None]
 
     def measured(self, choice: Choice, spaces: Sequence[SiteSpace], limits: Limits) -> list[float]:
-        """Errors on the calibration inputs, or on the first of them that show the budget to be lost. How many that are
-        does not depend on the workers.
-        """
-        found: list[float] = []
-        seen = 0
-        while len(found) < len(self._known):
-            part = self._known[len(found) : len(found) + max(self._settings.jobs, _PART)]
-            found += self.errors(choice, spaces, part, self._settings.metric)
-            while seen < (step := min(seen + _PART, len(self._known))) <= len(found):
-                seen = step
-                if limits.lost(found[:seen], len(self._known)):
-                    return found[:seen]
-        return found
+        """Errors on the calibration inputs, or on the first of them that show the budget to be lost."""
+        return choose.until_lost(
+            self._known, limits, lambda part: self.errors(choice, spaces, part, self._settings.metric),
+            self._settings.jobs,
+        )  # fmt: skip
 
     def _outputs(self, number: int) -> Path:
         return self._scratch / f"outputs-{number}.npz"

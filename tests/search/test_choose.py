@@ -19,6 +19,7 @@ from attncompile.search.choose import (
     damage_of,
     time_of,
     tune,
+    until_lost,
     within_damage,
     within_density,
 )
@@ -244,6 +245,26 @@ def test_when_a_budget_is_lost() -> None:
     assert each.lost([0.05, 0.11], 4) and not each.lost([0.1, 0.1], 4)
     assert mean.lost([0.4, 0.3], 4) and not mean.lost([0.4, 0.1], 4), "0.5 of 4 inputs is 0.125 each: others may gain"
     assert each.judged([0.1, 0.3]) == 0.3 and mean.judged([0.1, 0.3]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 16, 1000])
+def test_inputs_are_run_until_the_budget_is_lost(jobs: int) -> None:
+    """Whatever the number of workers; of hundreds of inputs many at once, a quarter more than were needed at most."""
+    limits, inputs = Limits(0.1, 4, 0.9), list(range(1000, 1301))
+    parts: list[list[int]] = []
+
+    def errors(of: list[int], bad: int) -> list[float]:
+        parts.append(list(of))
+        return [0.2 if k == bad else 0.05 for k in of]
+
+    found = until_lost(inputs, limits, lambda p: errors(p, bad=1200), jobs)
+    assert found == [0.05] * 200 + [0.2, 0.05], "looked at in twos"
+    asked = [k for p in parts for k in p]
+    assert asked == inputs[: len(asked)] and len(asked) <= min(1.25 * 202 + jobs, 301)
+    assert len(parts) < 25, "a barrier between parts of two would be 101 of them"
+    parts.clear()
+    assert until_lost(inputs, limits, lambda p: errors(p, bad=-1), jobs) == [0.05] * 301
+    assert [k for p in parts for k in p] == inputs
 
 
 def test_the_first_step_that_gains_is_found() -> None:

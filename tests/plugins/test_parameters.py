@@ -23,8 +23,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "BlockSparseAttention": {"edge": 64, "heads": ["dense"] * 4, "masked_rows": "zero"},
 }  # fmt: skip
 VALUES: list[Any] = [
-    "x", "", "1", "-inf", "false", -1, 2**40, 2**70, 1.5, float("nan"), float("inf"), True, [], [1], [2**70], [1.5], ["a"],
-    [[1]], [1, 2], {"a": 1},
+    "x", "", "1", "-inf", "false", -1, 2**40, 2**70, 1.5, float("nan"), float("inf"), True, [], [1], [2**70], [1.5],
+    ["a"], [[1]], [1, 2], {"a": 1},
 ]  # fmt: skip
 
 

@@ -174,7 +174,11 @@ def providers(name: Provider) -> list[str]:
 
 
 def run_session(session: Session, feed: Feed, names: Sequence[str] | None = None) -> list[np.ndarray]:
-    """One inference; AttncompileError with the first line of the runtime's message if it fails."""
+    """One inference; AttncompileError with the first line of the runtime's message if it fails. ``names`` None: of all
+    outputs.
+    """
+    if names is not None and not names:  # ONNX Runtime gives all for an empty list too
+        return []
     try:
         return [np.asarray(x) for x in session.run(names, dict(feed))]
     except Exception as error:

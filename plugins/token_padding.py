@@ -20,7 +20,8 @@ def around(site: AttentionSite, lower: Callable[[AttentionSite], Lowering]) -> L
     part = next((p for p in site.mask.parts if p.tokens), None)
     if part is None or part.source is None:
         return lower(site)
-    name = f"{site.output.value}/tokens"
+    # By the site's id: constants lie in the main graph, and sites in bodies beside one another may call values alike.
+    name = f"tokens/{site.id or site.output.value}"
     visible = f"{name}/keys"
     parts = tuple(replace(p, source=visible, tokens=False) if p is part else p for p in site.mask.parts)
     output = Operand(f"{name}/attended", site.output.layout) if site.mask.zeroed else site.output

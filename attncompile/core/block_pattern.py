@@ -41,7 +41,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import ceil
+from math import ceil, prod
 from typing import Literal
 
 import numpy as np
@@ -51,23 +51,25 @@ from attncompile.core.grid import TokenGrid
 from attncompile.core.grid_pattern import Radial
 from attncompile.core.pattern import GridWindow
 
-_INT = r"-?\d+"
-_LIST = rf"{_INT}(?:,{_INT})*"
+_COUNT = r"[0-9]{1,9}"
+"""A number of a text: no site has more of anything, and whole numbers of Python and NumPy hold it."""
+_LIST = rf"-?{_COUNT}(?:,-?{_COUNT})*"
 _FORMS = {
-    "streaming": re.compile(r"sinks (\d+) window (\d+)"),
+    "streaming": re.compile(rf"sinks ({_COUNT}) window ({_COUNT})"),
     "slash": re.compile(rf"(?:columns ({_LIST}))? ?(?:diagonals ({_LIST}))?"),
-    "grid": re.compile(r"grid (\d+(?:x\d+){0,2})"),
-    "ball": re.compile(r"ball (\d+(?:x\d+){0,2})"),
-    "radial": re.compile(r"radial(?: (\d+(?:\.\d+)?))?"),
+    "grid": re.compile(rf"grid ({_COUNT}(?:x{_COUNT}){{0,2}})"),
+    "ball": re.compile(rf"ball ({_COUNT}(?:x{_COUNT}){{0,2}})"),
+    "radial": re.compile(rf"radial(?: ({_COUNT}(?:\.[0-9]+)?))?"),
     "blocks": re.compile(r"blocks ([A-Za-z0-9+/=]+)"),
 }
 EMPTY = frozenset({"mean", "skip"})
 """Kinds that meet no block."""
 ORDERLESS = EMPTY | {"dense"}
 """Kinds that are the same in every order of the tokens."""
-_ORDER = re.compile(r"order (\d+(?:,\d+)*|[1-9]\d*(?:x[1-9]\d*)+) (.*)")
+_SIDE = r"[1-9][0-9]{0,8}"
+_ORDER = re.compile(rf"order ({_COUNT}(?:,{_COUNT})*|{_SIDE}(?:x{_SIDE})+) (.*)")
 _OF_GRID = frozenset({"grid", "ball", "radial"})
-_REST = re.compile(r"(.*) rest (\d+)")
+_REST = re.compile(rf"(.*) rest ({_COUNT})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,20 +264,24 @@ class BlockPattern:
                 "grid", f"'{self.text}' needs a token grid of frames, height and width", "give it with --grid"
             )
         assert match is not None
-        width = round(float(match[1] or 1) * grid.shape[1] * grid.shape[2])
+        # From as many tokens as the grid has on, everything is seen: 32 bits hold what ``Radial`` compares.
+        width = min(round(float(match[1] or 1) * grid.shape[1] * grid.shape[2]), prod(grid.shape))
         if width < 1:
             raise Unsupported("pattern", f"'{self.text}': no token of a frame is left", "use a larger share")
         return _radial_blocks(geometry, width).copy()
 
     def _bitmap(self, geometry: BlockGeometry) -> np.ndarray:
         count = geometry.count
-        try:
-            data = zlib.decompress(base64.b64decode(self.text.removeprefix("blocks "), validate=True))
+        size, stream = -(-(count**2) // 8), zlib.decompressobj()
+        try:  # of a bitmap that is larger no more is unpacked than shows it
+            data = stream.decompress(base64.b64decode(self.text.removeprefix("blocks "), validate=True), size + 1)
         except (binascii.Error, zlib.error):
-            raise Unsupported("pattern", "a bitmap of blocks that cannot be read", "write another pattern") from None
-        bits = np.unpackbits(np.frombuffer(data, np.uint8))
-        if not count * count <= len(bits) < count * count + 8:
+            data = b""
+        if not data or (len(data) <= size and not stream.eof):
+            raise Unsupported("pattern", "a bitmap of blocks that cannot be read", "write another pattern")
+        if len(data) != size:
             raise Unsupported("pattern", f"a bitmap for other sizes than {count}x{count} blocks", "plan it anew")
+        bits = np.unpackbits(np.frombuffer(data, np.uint8))
         return np.asarray(bits[: count * count].reshape(count, count) > 0)
 
 

@@ -30,12 +30,13 @@ import numpy as np
 from attncompile.core.block_pattern import BlockGeometry, BlockPattern
 from attncompile.core.errors import Unsupported
 
+_AMOUNT = r"[0-9]{1,9}(?:\.[0-9]+)?"
 _FORMS = {
-    "pooled": re.compile(r"pooled (\d+(?:\.\d+)?)"),
-    "xattention": re.compile(r"xattention (\d+(?:\.\d+)?)(?: stride (\d+))?"),
-    "anchor": re.compile(r"anchor (\d+(?:\.\d+)?)"),
+    "pooled": re.compile(rf"pooled ({_AMOUNT})"),
+    "xattention": re.compile(rf"xattention ({_AMOUNT})(?: stride ([0-9]{{1,9}}))?"),
+    "anchor": re.compile(rf"anchor ({_AMOUNT})"),
 }
-_REST = re.compile(r"(.*) rest ([1-9]\d*)")
+_REST = re.compile(r"(.*) rest ([1-9][0-9]{0,8})")
 STRIDE = 16
 """Edge of the tiles of ``xattention`` where the text names none."""
 
@@ -87,7 +88,7 @@ class BlockSelection:
             if way == "xattention":
                 stride = int(match[2] or STRIDE)
             there = 0 <= amount <= FURTHEST if way == "anchor" else 0 < amount <= 1
-            if not there or (stride and stride not in STRIDES):
+            if not there or (way == "xattention" and stride not in STRIDES):
                 break
             for name, value in (("way", way), ("amount", amount), ("stride", stride), ("rest", rest)):
                 object.__setattr__(self, name, value)

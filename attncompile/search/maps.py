@@ -192,8 +192,8 @@ def score(
         weight = taken @ mass.T  # [K, queries]
         out = (taken @ parts.reshape(blocks, -1)).reshape(count, queries, dim)
         kept += (weight / safe).sum(axis=1)
-        for size, (coarse_mass, coarse_parts) in row.coarse.items():
-            left = np.where((of == size)[:, None], allowed[r, :blocks] & ~choices[:, r, :blocks], False)
+        for keys, (coarse_mass, coarse_parts) in row.coarse.items():
+            left = np.where((of == keys)[:, None], allowed[r, :blocks] & ~choices[:, r, :blocks], False)
             left = left.astype(np.float32)
             weight = weight + left @ coarse_mass.T
             out += (left @ coarse_parts.reshape(blocks, -1)).reshape(count, queries, dim)

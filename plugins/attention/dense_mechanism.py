@@ -21,6 +21,7 @@ from attncompile.plugins.attention.op import OP_TYPE, Dense, node, register
 from attncompile.plugins.attention.reference import reference
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.head_scale import scaled_query
+from attncompile.plugins.parameters import flag, number, whole
 
 CHUNK = 128
 """Fewest queries in a chunk of a causal site: smaller products run slower than the saved scores are worth."""
@@ -182,9 +183,10 @@ def _vectors(
 
 
 def _form(parameters: Parameters) -> Dense:
-    chunks, rows = int(parameters.get("chunks", 1)), str(parameters.get("masked_rows", "zero"))
-    left, right = int(parameters.get("left", -1)), int(parameters.get("right", -1))
-    softcap = float(parameters.get("softcap", 0.0))
+    chunks, left, right = (
+        whole("DenseAttention", parameters, *x) for x in (("chunks", 1), ("left", -1), ("right", -1))
+    )
+    rows, softcap = str(parameters.get("masked_rows", "zero")), number("DenseAttention", parameters, "softcap", 0.0)
     unknown = sorted(set(parameters) - {"left", "right", "softcap", "masked_rows", "chunks", "guard"})
     if unknown:
         hint = "causal is right = 0" if "causal" in unknown else "left, right, softcap, masked_rows, chunks, guard"
@@ -195,4 +197,4 @@ def _form(parameters: Parameters) -> Dense:
     if min(left, right) < -1 or softcap < 0:
         raise Unsupported("parameters", f"left {left}, right {right}, softcap {softcap}",
                           "left and right are -1 or a number of keys, softcap is 0 or positive")  # fmt: skip
-    return Dense(left, right, softcap, rows, chunks, bool(parameters.get("guard", False)))
+    return Dense(left, right, softcap, rows, chunks, flag("DenseAttention", parameters, "guard"))

@@ -13,6 +13,7 @@ from attncompile.core.site import AttentionSite, Need
 from attncompile.core.verdict import Verdict
 from attncompile.plugins.attention.reference import reference
 from attncompile.plugins.attention.standard import FIRST_OPSET, OP_TYPE, nodes
+from attncompile.plugins.parameters import check_names, flag
 
 WINDOW = (
     "a window: opset 25 has it, but ONNX Runtime 1.32 runs it slower than the mask written out, and TensorRT-RTX 1.7 "
@@ -88,12 +89,14 @@ class Attention:
                 "export at 23 or later",
             )
         _check(site, parameters)
-        made, initializers = nodes(site, bool(parameters.get("causal")))
+        made, initializers = nodes(site, flag(self.name, parameters, "causal"))
         return Lowering(tuple(made), (), tuple(initializers))
 
 
 def _check(site: AttentionSite, parameters: Parameters) -> None:
-    """Raise ``Unsupported`` for a site that the op cannot express."""
+    """Raise ``Unsupported`` for a site that the op cannot express, or wrong parameters."""
+    check_names("Attention", parameters, ("causal",))
+    causal = flag("Attention", parameters, "causal")
     if site.kind != "softmax":
         raise Unsupported("kind", f"a {site.kind} attention site")
     if site.softcap:
@@ -111,7 +114,7 @@ def _check(site: AttentionSite, parameters: Parameters) -> None:
             raise Unsupported(
                 "mask", f"a mask of kind {part.kind}{' (additive)' if part.additive else ''} stays as it is"
             )
-    if parameters.get("causal"):
+    if causal:
         if site.query_length != site.key_length:
             raise Unsupported("lengths", "is_causal is aligned at the first key: it needs as many queries as keys")
         if site.mask.part("padding") is not None:

@@ -21,12 +21,13 @@ from attncompile.plugins.block_select.op import register as register_selection
 from attncompile.plugins.block_sparse import chosen_body
 from attncompile.plugins.block_sparse.head_lists import LARGEST_MASKS
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
-from attncompile.plugins.block_sparse.per_head import JOIN, LONG
+from attncompile.plugins.block_sparse.per_head import JOIN, LONG, NAMES
 from attncompile.plugins.block_sparse.rest import Rest, in_front, listed
 from attncompile.plugins.body import Body, in_graph
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import check_bias, check_plain
 from attncompile.plugins.neighborhood.tiles import COPY
+from attncompile.plugins.parameters import check_names
 
 OVERHEAD = 1.1
 """Time of a score element in listed blocks, relative to one of dense attention, by the body: see ``START``."""
@@ -60,6 +61,7 @@ def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
         Unsupported: it is not softmax self-attention without a mask beyond causal, or the parameters are wrong.
     """
     check_site(site)
+    check_names(OP_TYPE, given, NAMES)
     edge, texts = given.get("edge", 0) or edge_of(site), given.get("heads", ())
     named = isinstance(texts, list | tuple) and all(isinstance(t, str) for t in texts)
     if not isinstance(edge, int) or edge not in BLOCKS or not named:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from attncompile.core.block_pattern import BlockGeometry, BlockPattern
+from attncompile.core.block_pattern import BlockGeometry, BlockPattern, density
 from attncompile.core.block_selection import Family
 from attncompile.core.errors import Unsupported
 from attncompile.core.grid import TokenGrid
@@ -38,6 +38,7 @@ from attncompile.plugins.neighborhood.facts import (
     visible,
 )
 from attncompile.plugins.neighborhood.tiles import COPY
+from attncompile.plugins.parameters import check_names
 from attncompile.plugins.token_padding import around
 
 MINIMUM_GAIN = 1.15
@@ -133,8 +134,9 @@ class BlockSparseAttention:
                 edge, chooser = chosen.check(site, parameters)
                 return Verdict.yes(f"blocks of {edge} that {chooser.way} chooses for each input")
             if "heads" in parameters:
-                geometry, seen = per_head.seen_of(site, parameters)
-                return Verdict.yes(f"{seen.sum() / (site.heads * geometry.all.sum()):.1%} of the blocks")
+                geometry, _ = per_head.seen_of(site, parameters)
+                left = density([BlockPattern(text) for text in parameters["heads"]], geometry)
+                return Verdict.yes(f"{left:.1%} of the blocks")
             mask = self._check(site, parameters)
             made = _plan(site)
         except Unsupported as error:
@@ -205,6 +207,7 @@ class BlockSparseAttention:
     def _check(self, site: AttentionSite, parameters: Parameters) -> _Mask:
         """The site's mask. Raises ``Unsupported`` for a site that this op cannot express with these parameters."""
         check_plain(site)
+        check_names(OP_TYPE, parameters, ("masked_rows", "mask"))
         _rows(parameters)
         check_padding(site.mask)
         check_bias(site)

@@ -22,6 +22,7 @@ from attncompile.plugins.block_sparse.rest import Rest, in_front, size_of
 from attncompile.plugins.neighborhood.call import Call
 from attncompile.plugins.neighborhood.facts import check_bias, check_padding, check_plain
 from attncompile.plugins.neighborhood.tiles import COPY
+from attncompile.plugins.parameters import check_names
 from attncompile.plugins.token_padding import around
 
 LONG = 4096
@@ -82,14 +83,24 @@ def parameters(geometry: BlockGeometry, patterns: Sequence[BlockPattern]) -> Par
     """What plan.toml holds. A query without a key gets the mean of all values where a head is ``mean``, and zero where
     one is ``skip``.
     """
-    rule = "uniform" if any(p.kind == "mean" for p in patterns) else "zero"
-    return {"masked_rows": rule, "edge": geometry.edge, "heads": [p.text for p in patterns]}
+    texts = [p.text for p in patterns]
+    return {"masked_rows": _rule(texts), "edge": geometry.edge, "heads": texts}
+
+
+def _rule(texts: Sequence[str]) -> str:
+    """What a query without a key gives."""
+    return "uniform" if "mean" in texts else "zero"
+
+
+NAMES = ("masked_rows", "edge", "heads")
+"""Parameters of a site whose heads have patterns."""
 
 
 def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.ndarray]:
     """The site's geometry and bool [H, R, R], of each head in its order of the tokens. Raises ``Unsupported`` as
     ``geometry_of``, or for wrong parameters.
     """
+    check_names(OP_TYPE, given, NAMES)
     edge, texts = given.get("edge", 0), given.get("heads", ())
     if not isinstance(edge, int) or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise Unsupported("parameters", "edge is a number and heads a list of patterns")
@@ -106,6 +117,9 @@ def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.n
         raise Unsupported("pattern", "a head in another order beside padding, which is said for tokens as they stand",
                           "leave the order out")  # fmt: skip
     size_of(texts, geometry, site.mask.part("padding") is not None)
+    if (rows := given.get("masked_rows", _rule(texts))) != _rule(texts):
+        raise Unsupported("parameters", f"masked_rows {rows!r} beside these heads",
+                          f"write {_rule(texts)}: it is uniform where a head is mean, else zero")  # fmt: skip
     return geometry, seen
 
 
@@ -166,9 +180,7 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
     register()
     geometry, _ = seen_of(site, given)
     texts = tuple(given["heads"])
-    rule = str(given.get("masked_rows", "zero"))
-    if rule != ("uniform" if "mean" in texts else "zero"):
-        raise Unsupported("parameters", f"masked_rows {rule!r}", "it is uniform where a head is mean, else zero")
+    rule = _rule(texts)
     moved = _arranged(texts, site.heads // site.kv_heads, geometry)
     if moved is not None:
         return around_orders(site, moved, lambda inner: _attended(inner, geometry, moved.texts, rule, opset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from math import ceil, prod
 from typing import Any
@@ -36,6 +37,7 @@ from attncompile.plugins.neighborhood.reference import reference
 from attncompile.plugins.neighborhood.ring_sites import check_ring, ring, ring_is_exact, ring_parameters
 from attncompile.plugins.neighborhood.rings import rings
 from attncompile.plugins.neighborhood.tiles import COPY, tiling
+from attncompile.plugins.parameters import check_names, whole
 from attncompile.plugins.token_padding import around
 
 MINIMUM_GAIN = 1.15
@@ -325,8 +327,12 @@ def _has_empty_rows(hood: Neighborhood) -> bool:
     return any(c and s > k for c, s, k in zip(hood.causal, hood.stride, hood.kernel_size, strict=True))
 
 
+_NAMES = (*(f.name for f in fields(Neighborhood)), "block", "dense_below")
+
+
 def _block(parameters: Mapping[str, Any]) -> tuple[int, int]:
-    block, dense_below = int(parameters.get("block", BLOCK)), int(parameters.get("dense_below", 0))
+    check_names(OP_TYPE, parameters, _NAMES)
+    block, dense_below = (whole(OP_TYPE, parameters, *x) for x in (("block", BLOCK), ("dense_below", 0)))
     if block < 1 or dense_below < 0:
         raise Unsupported("parameters", f"block {block}, dense_below {dense_below}", "block >= 1, dense_below >= 0")
     return block, dense_below

@@ -20,6 +20,7 @@ from onnx.defs import OpSchema
 from attncompile.core.errors import Unsupported
 from attncompile.plugins import schemas
 from attncompile.plugins.body import DOMAIN, LAYOUTS
+from attncompile.plugins.parameters import number, whole, wholes
 
 OP_TYPE = "NeighborhoodAttention"
 VERSION = 1
@@ -95,24 +96,25 @@ class Neighborhood:
     @staticmethod
     def of(parameters: Mapping[str, Any]) -> Neighborhood:
         """Fill in the defaults and check. Raises ``Unsupported`` for what has no meaning."""
-        kernel = _ints(parameters, "kernel_size", None)
+        kernel = wholes(OP_TYPE, parameters, "kernel_size", None)
         rank = len(kernel)
-        causal = _ints(parameters, "causal", (0,) * rank)
+        causal = wholes(OP_TYPE, parameters, "causal", (0,) * rank)
         default_left = tuple(k - 1 if c else k // 2 for k, c in zip(kernel, causal, strict=False))
         out = Neighborhood(
             kernel_size=kernel,
-            left=_ints(parameters, "left", default_left),
-            dilation=_ints(parameters, "dilation", (1,) * rank),
-            stride=_ints(parameters, "stride", (1,) * rank),
+            left=wholes(OP_TYPE, parameters, "left", default_left),
+            dilation=wholes(OP_TYPE, parameters, "dilation", (1,) * rank),
+            stride=wholes(OP_TYPE, parameters, "stride", (1,) * rank),
             causal=causal,
             border=str(parameters.get("border", "truncate")),
             shape=str(parameters.get("shape", "box")),
-            grid=_ints(parameters, "grid", (-1,) * rank),
-            prefix=int(parameters.get("prefix", 0)),
-            suffix=int(parameters.get("suffix", 0)),
+            grid=wholes(OP_TYPE, parameters, "grid", (-1,) * rank),
+            prefix=whole(OP_TYPE, parameters, "prefix", 0),
+            suffix=whole(OP_TYPE, parameters, "suffix", 0),
             masked_rows=str(parameters.get("masked_rows", "zero")),
-            shift=_ints(parameters, "shift", (0,) * rank),
-            seam=float(parameters.get("seam", 0.0)),
+            shift=wholes(OP_TYPE, parameters, "shift", (0,) * rank),
+            # JSON has no infinity: plans and reports have it as a text.
+            seam=-inf if parameters.get("seam") == "-inf" else number(OP_TYPE, parameters, "seam", 0.0),
         )
         out._check()
         return out
@@ -167,15 +169,6 @@ class Neighborhood:
             raise _bad(f"shift {list(self.shift)}", "0 <= shift < kernel_size")
         if not (isfinite(self.seam) or self.seam == -inf):
             raise _bad(f"seam {self.seam}", "a number, or -inf")
-
-
-def _ints(parameters: Mapping[str, Any], name: str, default: tuple[int, ...] | None) -> tuple[int, ...]:
-    value = parameters.get(name, default)
-    if value is None:
-        raise _bad(f"{name} is missing", "")
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, int) for v in value):
-        raise _bad(f"{name} = {value!r}", f"{name} is a list of integers")
-    return tuple(int(v) for v in value)
 
 
 def _bad(reason: str, hint: str) -> Unsupported:

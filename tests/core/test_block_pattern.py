@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -140,6 +142,39 @@ def test_balls_of_a_grid() -> None:
 def test_what_is_no_pattern(text) -> None:
     with pytest.raises(Unsupported, match="is no pattern"):
         BlockPattern(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sinks {} window 0", "sinks 0 window {}", "columns {}", "diagonals 1,-{}", "grid {}x3", "ball {}", "radial {}",
+     "order {},0 columns 1", "order {}x2 columns 1", "sinks 0 window 0 rest {}"],
+)  # fmt: skip
+def test_numbers_without_end_are_no_pattern(text) -> None:
+    """Longer ones than Python turns into a number, or NumPy holds, and digits of other scripts."""
+    for number in ("9" * 5000, "1" + "0" * 10, "\u0661"):
+        with pytest.raises(Unsupported, match="is no pattern"):
+            BlockPattern(text.format(number)).blocks(PLAIN)
+
+
+def test_more_than_there_is_means_all_of_it() -> None:
+    grid = TokenGrid((6, 5, 10))
+    geometry = BlockGeometry(grid.tokens, 64, False, grid)
+    for text in ("radial 999999999", "radial 6", "sinks 999999999 window 0", "sinks 0 window 999999999",
+                 "ball 999999999x999999999x999999999"):  # fmt: skip
+        assert BlockPattern(text).blocks(geometry).all(), text
+
+
+def test_bitmaps_that_are_damaged_or_of_other_sizes() -> None:
+    """A short text may stand for gigabytes: no more of it is unpacked than shows that."""
+    whole = zlib.compress(np.packbits(np.ones((7, 7), bool)).tobytes())
+    assert BlockPattern("blocks " + base64.b64encode(whole).decode()).blocks(PLAIN).all()
+    for data, told in (
+        (whole[:-5], "cannot be read"), (whole[:-1], "cannot be read"), (b"", "cannot be read"),
+        (whole[:-1] + b"?", "cannot be read"), (zlib.compress(bytes(6)), "other sizes"),
+        (zlib.compress(bytes(8)), "other sizes"), (zlib.compress(bytes(10**7)), "other sizes"),
+    ):  # fmt: skip
+        with pytest.raises(Unsupported, match=told if data else "no pattern|cannot be read"):
+            BlockPattern("blocks " + base64.b64encode(data).decode()).blocks(PLAIN)
 
 
 def test_patterns_that_do_not_fit() -> None:

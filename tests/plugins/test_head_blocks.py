@@ -191,6 +191,8 @@ def test_parameters_that_are_refused(case) -> None:
         (site, {"heads": ["none"] * 4}), (site, {"heads": ["mean", "skip", "mean", "mean"], "masked_rows": "uniform"}),
         (site, {"heads": ["mean", "skip", "dense", "dense"]}),
         (masked, {"heads": ["mean"] * 4, "masked_rows": "uniform"}),
+        (site, {"masked_rows": "uniform"}), (site, {"masked_rows": "nan"}), (site, {"masked_rows": 0}),
+        (site, {"heads": ["mean", *["dense"] * 3]}), (site, {"edges": 128}), (site, {"mask": "0123456789abcdef"}),
     ):  # fmt: skip
         assert not SUBJECT.supports(at, {**good, **changes}).ok, changes
     for heads in (["dense"] * 4, ["skip", *["dense"] * 3]):
@@ -198,6 +200,15 @@ def test_parameters_that_are_refused(case) -> None:
             SUBJECT.lower(site, {**good, "heads": heads, "masked_rows": "uniform"}, 18)
     with pytest.raises(Unsupported, match="masked_rows"):
         SUBJECT.lower(site, {**good, "heads": ["mean", *["dense"] * 3]}, 18)
+
+
+def test_what_a_plan_leaves_out_follows_from_its_heads(case) -> None:
+    """Queries of a head that is a mean average all values, whether the plan says so or not."""
+    at = case(queries=200, static=True)
+    for heads, rule in ((["mean", "dense", "sinks 0 window 1", "mean"], "uniform"), (["skip", *["dense"] * 3], "zero")):
+        said, silent = ({"edge": 64, "heads": heads, **more} for more in ({"masked_rows": rule}, {}))
+        assert SUBJECT.supports(at.site(), silent).ok
+        np.testing.assert_array_equal(at.run(SUBJECT, silent), at.run(SUBJECT, said))
 
 
 def test_radial_heads_on_a_video(case) -> None:

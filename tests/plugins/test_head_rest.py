@@ -153,6 +153,8 @@ def test_what_is_counted(case) -> None:
     pattern = BlockPattern("sinks 0 window 0 rest 16")
     assert pattern.computed(geometry) == 8 + 8 * 8 / 16 and density([pattern], geometry) == 12 / 64
     at = case(queries=geometry.tokens, static=True)
+    said = SUBJECT.supports(at.site(), SUBJECT.head_parameters(geometry, [pattern, BlockPattern("dense")] * 2))
+    assert said.ok and said.reason == "59.4% of the blocks", "a mean of 18.75% and 100%"
     plain, with_rest = (
         SUBJECT.cost(at.site(), SUBJECT.head_parameters(geometry, [BlockPattern(t)] * 4), Shape(1, 512, 512))
         for t in ("sinks 0 window 0", pattern.text)

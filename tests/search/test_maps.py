@@ -192,6 +192,7 @@ def test_scores_of_means_of_what_is_left_out(made) -> None:
         plain = maps.score(operands, geometry, head, choices, range(geometry.count))
         np.testing.assert_array_equal(got.kept, plain.kept)
         np.testing.assert_allclose(got.error[[0, 4]], plain.error[[0, 4]])
+        assert got.size == pytest.approx(np.square(dense).sum(), rel=1e-5), "what errors are relative to is the same"
         for k in (1, 2, 3):
             out, held = with_means(operands, geometry, head, choices[k], patterns[k].rest)
             assert got.error[k] == pytest.approx(np.square(out - dense).sum(), rel=1e-4)

@@ -123,6 +123,16 @@ def test_scores_in_another_order(operands: maps.Operands) -> None:
         assert part.error[k] / part.size == pytest.approx(error[k] / output[rows].sum(), rel=1e-4, abs=1e-9)
 
 
+def test_means_beside_other_orders_change_no_score(operands: maps.Operands) -> None:
+    """Means are offered for tokens as they stand: what heads in another order lose is told as without them."""
+    plain, blocks = tasks._scored(operands, BLOCKS, 2, TEXTS, range(BLOCKS.count))
+    more = [*TEXTS, "sinks 0 window 0 rest 8", "columns 1 rest 4"]
+    found, met = tasks._scored(operands, BLOCKS, 2, more, range(BLOCKS.count))
+    assert found.size == pytest.approx(plain.size) and plain.size > 0
+    np.testing.assert_allclose(found.error[: len(TEXTS)], plain.error, rtol=1e-6)
+    np.testing.assert_array_equal(met[: len(TEXTS)], blocks)
+
+
 @pytest.mark.parametrize("wrong", ["keys", "queries"])
 def test_a_planted_bug_in_scores_is_seen(wrong, operands: maps.Operands, monkeypatch: pytest.MonkeyPatch) -> None:
     right = maps.Operands.ordered

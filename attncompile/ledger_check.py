@@ -50,6 +50,15 @@ class LedgerCheck:
                     found.setdefault(text, []).append(site.id)
         return tuple(Broken(text, tuple(ids)) for text, ids in found.items())
 
+    def not_finite(self, sites: Sequence[AttentionSite]) -> tuple[Broken, ...]:
+        """What every replacement of ``sites`` assumes of their inputs, whatever it will be: that they are finite."""
+        found: dict[str, list[str]] = {}
+        for number in range(len(self._feeds)):
+            for site in sites:
+                for text in self._finite(number, self._ledger.float_inputs(site)):
+                    found.setdefault(text, []).append(site.id)
+        return tuple(Broken(text, tuple(ids)) for text, ids in found.items())
+
     def _of_site(self, number: int, site: AttentionSite, decision: Decision) -> list[str]:
         kinds = {a.kind for a in decision.assumptions if a.checked}
         texts = []

@@ -135,7 +135,7 @@ def block_time(
         few, many = site.heads * geometry.count, site.heads * of_head
         least, most = (gpu.lists(site, shape, geometry.edge, n) for n in (few, many))
         slope = (most - least) / max(many - few, 1)
-        return BlockTime(least - slope * few, slope, slope * of_head, gpu.before(site, shape))
+        return BlockTime(_fixed(least - slope * few, slope), slope, slope * of_head, gpu.before(site, shape))
     dense = dense_cost(site, shape).elements
     windows = [streaming(0, n) for n in (0, max(geometry.count - 2, 1))]
     windows = [with_rest(w, rest) for w in windows] if rest else windows
@@ -144,7 +144,12 @@ def block_time(
     slope = (most - least) / max(most_blocks - fewest, 1)
     # Heads that see everything are done as they are in the source, but for a causal half.
     head = slope * of_head if geometry.causal else dense / site.heads
-    return BlockTime(max(least - slope * fewest, 0.0), slope, head, dense)
+    return BlockTime(_fixed(least - slope * fewest, slope), slope, head, dense)
+
+
+def _fixed(time: float, block: float) -> float:
+    """``time`` beside the blocks, but no less than a ``block``'s: a site that computes none still writes its output."""
+    return max(time, block)
 
 
 def _relative(
@@ -205,4 +210,4 @@ def choice_time(
         costs = (mechanism.choice_cost(site, geometry.edge, family, n * shape.batch, shape, rest) for n in (few, many))
         least, most = (dense / predicted_gain(site, cost, shape) for cost in costs)
     slope = (most - least) / max(many - few, 1)
-    return BlockTime(max(least - slope * few, 0.0), slope, slope * of_head, dense)
+    return BlockTime(_fixed(least - slope * few, slope), slope, slope * of_head, dense)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from attncompile.pipeline import Options
 
 
+_KEYS = ("max_error", "density", "metric", "keep_dense")
+
+
 def of_plan(options: Options, chosen: Plan, policy: Policy) -> tuple[Options, Plan]:
     """Both with the metric and the budget in force: what ``options`` give, else what the plan file has among its own,
     else ``policy``'s. A plan that was made for a density has no budget.
@@ -23,6 +26,12 @@ def of_plan(options: Options, chosen: Plan, policy: Policy) -> tuple[Options, Pl
     if options.density is not None:
         raise BadArguments("--density is for a search, and --plan says what each site becomes", "leave one of them out")
     said = chosen.options
+    unknown = [key for key in said if key not in _KEYS]
+    if unknown:
+        raise BadArguments(f"the plan's options have no '{unknown[0]}'", f"there are {', '.join(_KEYS)}")
+    for key in ("max_error", "density"):
+        if key in said and (isinstance(said[key], bool) or not isinstance(said[key], int | float)):
+            raise BadArguments(f"the plan's {key} is not a number: {said[key]!r}", "correct its table [options]")
     metric = options.metric or said.get("metric", policy.metric)
     if metric not in METRICS:
         raise BadArguments(f"the plan's metric is {metric!r}", f"there are {', '.join(METRICS)}")
@@ -34,13 +43,10 @@ def of_plan(options: Options, chosen: Plan, policy: Policy) -> tuple[Options, Pl
         if metric != policy.metric:
             raise BadArguments(f"metric {metric} has no default budget", "give one with --max-error")
         budget = policy.max_error
-    for key, value in (("max_error", budget), ("density", density)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise BadArguments(f"the plan's {key} is not a number: {value!r}", "correct its table [options]")
     if budget is not None:
         check_budget(budget, metric, "--max-error" if options.max_error is not None else "the plan's max_error")
         density = None
-    given = {"metric": metric, **({"max_error": budget} if budget is not None else {"density": density})}
+    given = {**({"max_error": budget} if budget is not None else {"density": density}), "metric": metric}
     kept = {key: value for key, value in said.items() if key not in ("metric", "max_error", "density")}
     return replace(options, metric=metric, max_error=budget, density=density), replace(
         chosen, options={**given, **kept}

@@ -1,7 +1,7 @@
 """The ``attncompile`` command. stdout carries data only; progress, messages and errors go to stderr.
 
-Exit codes: 0 done; 1 a gate failed; 2 could not run; 130 interrupted, 143 terminated. Heavy modules are imported inside the verbs:
-``attncompile --help`` loads neither onnx nor a framework.
+Exit codes: 0 done; 1 a gate failed; 2 could not run; 130 interrupted, 143 terminated. Heavy modules are imported inside
+the verbs: ``attncompile --help`` loads neither onnx nor a framework.
 """
 
 from __future__ import annotations
@@ -340,6 +340,8 @@ def _bench(
     With --device cuda either may be a folder that --target onnxruntime-cuda wrote; inputs and outputs stay on the GPU.
     """
     device = opt.choice(device, opt.PROVIDERS, "--device")
+    if not 0 < seconds < float("inf"):
+        raise BadArguments(f"--seconds {seconds} is no time to take", "give a number above 0, such as 10")
     options = _options(inputs=inputs, profile=profile, seed=seed, threads=threads)
     as_json = _as_json(format)
 
@@ -547,8 +549,8 @@ class _Ended(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """What a scheduler or a closed terminal sends ends the work as Ctrl-C does: workers stop, no half-made folder stays.
-    A signal that is ignored (``nohup``) stays ignored.
+    """What a scheduler or a closed terminal sends ends the work as Ctrl-C does: workers stop, no half-made folder is
+    left. A signal that is ignored (``nohup``) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -21,7 +21,7 @@ from attncompile.plugins.block_select.op import register as register_selection
 from attncompile.plugins.block_sparse import chosen_body
 from attncompile.plugins.block_sparse.head_lists import LARGEST_MASKS
 from attncompile.plugins.block_sparse.op import BLOCKS, OP_TYPE, Form, node, register
-from attncompile.plugins.block_sparse.per_head import JOIN, LONG
+from attncompile.plugins.block_sparse.per_head import JOIN, LONG, check_names
 from attncompile.plugins.block_sparse.rest import Rest, in_front, listed
 from attncompile.plugins.body import Body, in_graph
 from attncompile.plugins.neighborhood.call import Call
@@ -67,7 +67,9 @@ def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
     if len(texts) != site.heads:
         raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")
     if given.get("masked_rows", "zero") != "zero":
-        raise Unsupported("parameters", f"masked_rows {given['masked_rows']!r}", "every query sees its own block: zero")
+        said = f"masked_rows {given['masked_rows']!r}, though every query sees its own block"
+        raise Unsupported("parameters", said, "delete that line")
+    check_names(given)
     chooser = Chooser.of([str(t) for t in texts])
     if chooser.rest:
         if _length(site) < edge:

@@ -82,8 +82,8 @@ def parameters(geometry: BlockGeometry, patterns: Sequence[BlockPattern]) -> Par
     """What plan.toml holds. A query without a key gets the mean of all values where a head is ``mean``, and zero where
     one is ``skip``.
     """
-    rule = "uniform" if any(p.kind == "mean" for p in patterns) else "zero"
-    return {"masked_rows": rule, "edge": geometry.edge, "heads": [p.text for p in patterns]}
+    texts = [p.text for p in patterns]
+    return {"masked_rows": _rule(texts), "edge": geometry.edge, "heads": texts}
 
 
 def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.ndarray]:
@@ -93,6 +93,7 @@ def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.n
     edge, texts = given.get("edge", 0), given.get("heads", ())
     if not isinstance(edge, int) or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
         raise Unsupported("parameters", "edge is a number and heads a list of patterns")
+    check_names(given)
     geometry = geometry_of(site, edge)
     if len(texts) != site.heads:
         raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")
@@ -106,7 +107,21 @@ def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.n
         raise Unsupported("pattern", "a head in another order beside padding, which is said for tokens as they stand",
                           "leave the order out")  # fmt: skip
     size_of(texts, geometry, site.mask.part("padding") is not None)
+    rule, said = _rule(texts), given.get("masked_rows")
+    if said not in (None, rule):
+        raise Unsupported("parameters", f"masked_rows {said!r}, where it is {rule} by these heads", "delete that line")
     return geometry, seen
+
+
+def check_names(given: Parameters) -> None:
+    """Raises ``Unsupported`` for a parameter that sites with a pattern for each head do not have."""
+    unknown = sorted(given.keys() - {"masked_rows", "edge", "heads"})
+    if unknown:
+        raise Unsupported("parameters", f"unknown parameter '{unknown[0]}'", "there are edge, heads and masked_rows")
+
+
+def _rule(texts: Sequence[str]) -> str:
+    return "uniform" if "mean" in texts else "zero"
 
 
 @lru_cache(maxsize=8)
@@ -166,9 +181,7 @@ def lower(site: AttentionSite, given: Parameters, opset: int) -> Lowering:
     register()
     geometry, _ = seen_of(site, given)
     texts = tuple(given["heads"])
-    rule = str(given.get("masked_rows", "zero"))
-    if rule != ("uniform" if "mean" in texts else "zero"):
-        raise Unsupported("parameters", f"masked_rows {rule!r}", "it is uniform where a head is mean, else zero")
+    rule = _rule(texts)
     moved = _arranged(texts, site.heads // site.kv_heads, geometry)
     if moved is not None:
         return around_orders(site, moved, lambda inner: _attended(inner, geometry, moved.texts, rule, opset))

@@ -217,6 +217,6 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path: Path, mo
             write_file(tmp_path / name, b"abc")
         assert "--out" in error.value.hint
     monkeypatch.setattr(np, "savez", begun)
-    with pytest.raises(TargetError, match="no space left to write maps.npz"):
+    with pytest.raises(TargetError, match=r"no space left to write maps\.npz"):
         arrays.save(tmp_path / "maps.npz", {"x": np.ones(2)})
     assert _names(tmp_path) == ["old"]

@@ -211,7 +211,7 @@ def test_what_is_refused(case) -> None:
     for changes in ({"edge": 32}, {"edge": 64.0}, {"heads": ["pooled 0.2"] * 3},
                     {"heads": ["pooled 0.2", "xattention 0.2"] * 2},
                     {"heads": ["pooled 2"] * 4}, {"heads": ["anchor 4", "anchor 2", "dense", "pooled 0.2"]},
-                    {"heads": ["anchor -4"] * 4}, {"masked_rows": "uniform"},
+                    {"heads": ["anchor -4"] * 4}, {"masked_rows": "uniform"}, {"egde": 64},
                     {"heads": ["pooled 0.2"] * 3 + ["mean"]}):  # fmt: skip
         assert not SUBJECT.supports(site, {**good, **changes}).ok, changes
     assert chosen.edge_of(site) == 128, "of a length that is not known"

@@ -41,8 +41,10 @@ def fit(
     worlds = Worlds(found.index)
     if options.inputs is not None:
         check = LedgerCheck(found.ledger, found.feeds, lambda feed: worlds(binding_of(found, feed)), options.inputs)
-        for broken in check.not_finite(chosen):
-            raise BadArguments(f"nothing can be fitted: {broken.text}", "give inputs of finite numbers")
+        for broken in check.of_any(chosen):
+            raise BadArguments(
+                f"nothing can be fitted: {broken.text}", "give inputs of finite numbers, of the sizes in --profile"
+            )
     settings = fits.Settings(
         kinds, steps, width, options.seed, options.metric or "relative_l2", options.jobs or measure.default_threads(),
         options.threads, options.executor, options.provider,

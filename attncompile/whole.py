@@ -113,7 +113,7 @@ class Run:
         """Approximates if the policy and inputs allow it, then gates the whole model and writes ``model.onnx``."""
         failures: tuple[str, ...] = ()
         if self._may_approximate():
-            failures = self._not_finite()  # before hours of search
+            failures = self._unfit()  # before hours of search
             if not failures:
                 plan = self._approximate(plan)
         if not self._feeds:  # only a plan file can ask for this
@@ -194,12 +194,12 @@ class Run:
         check = self._ledger_check(self._options.inputs)
         return self._refused_for(check.broken([(e.site, e.decision) for e in self._edits]))
 
-    def _not_finite(self) -> tuple[str, ...]:
+    def _unfit(self) -> tuple[str, ...]:
         """The user's inputs that nothing can be approximated on; then nothing stays replaced, and the run fails."""
         if self._options.inputs is None:
             return ()
         sites = [*self._open_sites(), *(e.site for e in self._edits)]
-        return self._refused_for(self._ledger_check(self._options.inputs).not_finite(sites))
+        return self._refused_for(self._ledger_check(self._options.inputs).of_any(sites))
 
     def _ledger_check(self, source: Path) -> LedgerCheck:
         return LedgerCheck(

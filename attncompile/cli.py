@@ -1,7 +1,7 @@
 """The ``attncompile`` command. stdout carries data only; progress, messages and errors go to stderr.
 
-Exit codes: 0 done; 1 a gate failed; 2 could not run; 130 interrupted. Heavy modules are imported inside the verbs:
-``attncompile --help`` loads neither onnx nor a framework.
+Exit codes: 0 done; 1 a gate failed; 2 could not run; 130 interrupted, 143 terminated. Heavy modules are imported inside
+the verbs: ``attncompile --help`` loads neither onnx nor a framework.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import dataclasses
 import difflib
 import errno
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,7 @@ from typer.main import get_command
 from attncompile import __version__, cli_fit, cli_kernels
 from attncompile import cli_options as opt
 from attncompile.core.errors import AttncompileError, BadArguments, GateFailed
+from attncompile.core.policy import METRICS, check_budget
 
 if TYPE_CHECKING:
     from attncompile.compare import Feeds
@@ -337,6 +340,8 @@ def _bench(
     With --device cuda either may be a folder that --target onnxruntime-cuda wrote; inputs and outputs stay on the GPU.
     """
     device = opt.choice(device, opt.PROVIDERS, "--device")
+    if not 0 < seconds < float("inf"):
+        raise BadArguments(f"--seconds {seconds} is no time to take", "give a number above 0, such as 10")
     options = _options(inputs=inputs, profile=profile, seed=seed, threads=threads)
     as_json = _as_json(format)
 
@@ -423,9 +428,9 @@ def _options(**given: Any) -> Options:
     if known.get("target") is not None:
         opt.choice(known["target"], opt.TARGETS, "--target")
     if known.get("metric") is not None:
-        opt.choice(known["metric"], opt.METRICS, "--metric")
-    if known.get("max_error") is not None and not known["max_error"] >= 0:
-        raise BadArguments(f"--max-error {known['max_error']} is not an error", "give a number of 0 or more")
+        opt.choice(known["metric"], METRICS, "--metric")
+    if known.get("max_error") is not None:
+        check_budget(known["max_error"], known.get("metric"), "--max-error")
     if known.get("keep_dense") is not None:
         from attncompile.core.keep_dense import KeepDense
 
@@ -490,6 +495,7 @@ def _feeds(model: Path, options: Options, seed: int) -> Sequence[Feeds]:
 def _write_plan(model: Path, options: Options, out: Path | None, as_json: bool, quiet: bool) -> int:
     from attncompile import console, pipeline, report_text
     from attncompile.core import plan_toml
+    from attncompile.core.folder import write_file
 
     path = _plan_path(model, out)
     with console.progress(quiet) as progress, console.stdout_to_stderr():
@@ -497,10 +503,7 @@ def _write_plan(model: Path, options: Options, out: Path | None, as_json: bool, 
         found = pipeline.inspect(model, options)
         plan = pipeline.plan(found, options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole: an edited plan is never half-overwritten.
-    part = path.with_name(path.name + ".part")
-    part.write_text(plan_toml.dumps(plan), encoding="utf-8")
-    part.replace(path)
+    write_file(path, plan_toml.dumps(plan).encode())  # an edited plan is never half-overwritten
     if as_json:
         _print_json(plan_toml.to_json(plan))
     else:
@@ -536,17 +539,51 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+class _Ended(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """What a scheduler or a closed terminal sends ends the work as Ctrl-C does: workers stop, no half-made folder is
+    left. A signal that is ignored (``nohup``) stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        raise _Ended(number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [getattr(signal, n) for n in names if signal.getsignal(getattr(signal, n)) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. Bad input of any kind ends in two lines on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("ATTNCOMPILE_DEBUG", "") not in ("", "0")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ended_by_signals():
             if not debug:  # NaN and infinity are looked at where they matter; NumPy's remarks about them are chatter
                 warnings.simplefilter("ignore", RuntimeWarning)
             code = _run(arguments)
         sys.stdout.flush()
         return code
+    except _Ended as ended:
+        _say("terminated")
+        return 128 + ended.number
     except KeyboardInterrupt:
         _say("interrupted")
         return 130

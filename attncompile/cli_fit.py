@@ -10,6 +10,7 @@ import typer
 
 from attncompile import cli_options as opt
 from attncompile.core.errors import BadArguments
+from attncompile.core.policy import METRICS
 
 if TYPE_CHECKING:
     from attncompile.fit import FitReport
@@ -64,7 +65,7 @@ def run(
         raise BadArguments(f"{model} does not exist", "check the path")
     opt.existing(inputs, "--inputs")
     if metric is not None:
-        opt.choice(metric, opt.METRICS, "--metric")
+        opt.choice(metric, METRICS, "--metric")
     opt.choice(executor, opt.EXECUTORS, "--executor")
     opt.choice(provider, opt.PROVIDERS, "--provider")
     where = out or Path(f"{model.stem}.fitted.npz")

@@ -204,7 +204,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 TARGETS = ("onnx", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt")
 EXECUTORS = ("local", "ray")
 PROVIDERS = ("cpu", "cuda")
-METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement", "perplexity")
 
 _GRID = re.compile(r"[1-9]\d*(x[1-9]\d*){0,2}(\+\d+){0,2}")
 

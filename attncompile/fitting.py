@@ -10,6 +10,7 @@ from attncompile import fit as fits
 from attncompile import measure, verify
 from attncompile.core.errors import BadArguments, Unsupported
 from attncompile.core.feature_map import Kind
+from attncompile.ledger_check import LedgerCheck
 from attncompile.pipeline import Options, Worlds, inspect
 from attncompile.shaped import binding_of
 
@@ -36,7 +37,14 @@ def fit(
     unknown = [s for s in options.sites if s not in {site.id for site in sites}]
     if unknown:
         raise BadArguments(f"--site: the model has no site '{unknown[0]}'", "list its sites: attncompile inspect MODEL")
+    chosen = [s for s in sites if s.id in (options.sites or {s.id})]
     worlds = Worlds(found.index)
+    if options.inputs is not None:
+        check = LedgerCheck(found.ledger, found.feeds, lambda feed: worlds(binding_of(found, feed)), options.inputs)
+        for broken in check.of_any(chosen):
+            raise BadArguments(
+                f"nothing can be fitted: {broken.text}", "give inputs of finite numbers, of the sizes in --profile"
+            )
     settings = fits.Settings(
         kinds, steps, width, options.seed, options.metric or "relative_l2", options.jobs or measure.default_threads(),
         options.threads, options.executor, options.provider,
@@ -44,4 +52,4 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch:
         work = fits.Fit(found, found.feeds, [worlds(binding_of(found, feed)) for feed in found.feeds], Path(scratch),
                         settings, progress)  # fmt: skip
-        return work.run([s for s in sites if s.id in (options.sites or {s.id})])
+        return work.run(chosen)

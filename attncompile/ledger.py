@@ -52,6 +52,11 @@ class Ledger:
         reached = {i for v in values if v for i in self.index.data_inputs(v)}
         return tuple(name for name in self.index.inputs if name in reached)
 
+    def float_inputs(self, site: AttentionSite) -> tuple[str, ...]:
+        """Those of numbers with a fraction whose data reaches what ``site`` reads: the ones that may not be finite."""
+        names = self.data_inputs(site.query.value, site.key.value, site.value.value)
+        return tuple(n for n in names if self.index.inputs[n].type.tensor_type.elem_type in _FLOATS)
+
     def symbols(self, site: AttentionSite) -> tuple[str, ...]:
         """The dynamic dimensions that the site's batch and lengths are made of."""
         text = " ".join(str(x) for x in (site.batch, site.query_length, site.key_length))
@@ -152,8 +157,7 @@ class Ledger:
         return name if info is not None and info.type.tensor_type.elem_type in _FLOATS else ""
 
     def _finite(self, site: AttentionSite, mechanism: Mechanism) -> Assumption:
-        names = self.data_inputs(site.query.value, site.key.value, site.value.value)
-        floats = tuple(n for n in names if self.index.inputs[n].type.tensor_type.elem_type in _FLOATS)
+        floats = self.float_inputs(site)
         what = "".join(f"'{n}', " for n in floats)
         statement = f"{what}{'and ' if what else ''}the site's operands are finite".replace(", and", " and")
         how = "not shown" + ("; inputs are looked at" if floats else "")

@@ -50,6 +50,17 @@ class LedgerCheck:
                     found.setdefault(text, []).append(site.id)
         return tuple(Broken(text, tuple(ids)) for text, ids in found.items())
 
+    def of_any(self, sites: Sequence[AttentionSite]) -> tuple[Broken, ...]:
+        """What breaks every replacement of ``sites``, whatever it will be: inputs that are not finite, or of sizes that
+        the profile does not have.
+        """
+        found: dict[str, list[str]] = {}
+        for number in range(len(self._feeds)):
+            for site in sites:
+                for text in self._sizes(number, site) + self._finite(number, self._ledger.float_inputs(site)):
+                    found.setdefault(text, []).append(site.id)
+        return tuple(Broken(text, tuple(ids)) for text, ids in found.items())
+
     def _of_site(self, number: int, site: AttentionSite, decision: Decision) -> list[str]:
         kinds = {a.kind for a in decision.assumptions if a.checked}
         texts = []

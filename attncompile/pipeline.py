@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attncompile import fit, outputs, verify, whole
+from attncompile import budget, fit, outputs, verify, whole
 from attncompile.console import Progress, SilentProgress
 from attncompile.core import plan_toml
 from attncompile.core.errors import BadArguments, MissingDependency, Unsupported
@@ -18,7 +18,7 @@ from attncompile.core.keep_dense import KeepDense, steps_of
 from attncompile.core.mechanism import Candidate, Mechanism, kernel_parameters, understood
 from attncompile.core.model import Model
 from attncompile.core.plan import Decision, Plan
-from attncompile.core.policy import Policy
+from attncompile.core.policy import Policy, check_budget
 from attncompile.core.profile import Range, ShapeProfile
 from attncompile.core.site import AttentionSite, Detection
 from attncompile.core.verdict import Verdict
@@ -206,6 +206,8 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     clock.lap("plan")
 
     edits = _edits(found, chosen, registry)
+    if options.plan and not all(e.decision.exact for e in edits):
+        options, chosen = budget.of_plan(options, chosen, load_policy(options.policy, registry))
     exact_sides = _exact_sides(found, chosen, registry) if rule is not None else []
     in_force = {e.site.id: e.decision for e in edits}  # exactness and assumptions are never a plan file's to say
     chosen = replace(chosen, decisions=tuple(in_force.get(d.site, d) for d in chosen.decisions))
@@ -289,6 +291,8 @@ def _plan(
     found: Inspection, options: Options, registry: Sequence[Mechanism], target: Target, worlds: Worlds
 ) -> Plan:  # fmt: skip
     policy = load_policy(options.policy, registry)
+    if options.density is not None and not policy.approximate:
+        raise BadArguments(f"--density: policy {policy.name} approximates nothing", "give --policy sparse")
     if options.density is not None and policy.approximate == (fit.NAME,):
         raise BadArguments(f"--density counts blocks, and policy {policy.name} leaves none out", "give --max-error")
     if options.density is None and options.max_error is None and options.metric not in (None, policy.metric):
@@ -310,12 +314,15 @@ def _plan(
             f"{n}={r.minimum}:{r.usual}:{r.maximum}" for n, r in found.profile.ranges.items() if r.assumed
         )
         notes.append(f"assumed sizes of dynamic dimensions: {ranges} (set them with --profile)")
+    if options.max_error and not policy.approximate:
+        notes.append(f"--max-error is not used: policy {policy.name} approximates nothing")
     if policy.approximate and options.inputs is None:
         notes.append(f"policy {policy.name}: exact replacements only, because no --inputs were given")
     if policy.approximate and options.inputs is not None and (options.metric or policy.metric) == "perplexity":
         verify.next_token(found.model.proto)  # what cannot be measured is refused before hours of search
-    budget = policy.max_error if options.max_error is None else options.max_error
-    asked = {"max_error": budget} if options.density is None else {"density": options.density}
+    largest = policy.max_error if options.max_error is None else options.max_error
+    check_budget(largest, options.metric or policy.metric, "--max-error")
+    asked = {"max_error": largest} if options.density is None else {"density": options.density}
     settings: dict[str, object] = {**asked, "metric": options.metric or policy.metric}
     if options.keep_dense and not policy.approximate:
         raise BadArguments(f"--keep-dense: policy {policy.name} approximates nothing", "give --policy sparse")

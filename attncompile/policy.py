@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -12,7 +13,7 @@ from typing import Any
 from attncompile.core.errors import BadArguments, Unsupported
 from attncompile.core.mechanism import Candidate, Mechanism, exact_candidates
 from attncompile.core.plan import Decision, Refusal
-from attncompile.core.policy import Policy
+from attncompile.core.policy import DEFAULT_METRIC, METRICS, Policy, check_budget
 from attncompile.core.site import AttentionSite
 from attncompile.core.verdict import Verdict
 
@@ -31,6 +32,10 @@ _KEYS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_TYPES = {str: "a text", list: "a list", float: "a number", int: "a whole number"}
+_EXAMPLE = 'docs/sparse.md shows a policy file under "A policy\'s fields"'
+
+
 def names() -> list[str]:
     """The policies that come with the package."""
     folder = importlib.resources.files("attncompile") / "policies"
@@ -47,7 +52,10 @@ def load_policy(name: str, mechanisms: Sequence[Mechanism]) -> Policy:
         path = Path(name)
         if not path.is_file():
             raise BadArguments(f"policy file {name} does not exist", f"built-in policies: {', '.join(names())}")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BadArguments(f"policy {name} is not a text file", _EXAMPLE) from None
         title = path.stem
     else:
         if name not in names():
@@ -57,7 +65,7 @@ def load_policy(name: str, mechanisms: Sequence[Mechanism]) -> Policy:
     try:
         return _parse(title, tomllib.loads(text), {m.name for m in mechanisms})
     except tomllib.TOMLDecodeError as error:
-        raise BadArguments(f"policy {name} is not TOML: {error}", "see attncompile/policies/sparse.toml") from None
+        raise BadArguments(f"policy {name} is not TOML: {error}", _EXAMPLE) from None
 
 
 def _parse(name: str, data: Mapping[str, Any], known: set[str]) -> Policy:
@@ -71,14 +79,16 @@ def _parse(name: str, data: Mapping[str, Any], known: set[str]) -> Policy:
                 continue
             expected = _KEYS[table].get(key)
             if expected is None:
+                where = f"in [{table}]" if table else "above the tables"
                 raise BadArguments(
-                    f"policy {name}: unknown key '{key}' in [{table}]", f"keys: {', '.join(_KEYS[table])}"
+                    f"policy {name}: unknown key '{key}' {where}",
+                    f"write a table [{key}]" if key in _KEYS else f"keys there: {', '.join(_KEYS[table])}",
                 )
             allowed: Any = (int, float) if expected is float else expected
             if not isinstance(value, allowed) or isinstance(value, bool):
-                raise BadArguments(f"policy {name}: '{key}' must be a {expected.__name__}", "")
+                raise BadArguments(f"policy {name}: '{key}' must be {_TYPES[expected]}, not {value!r}", _EXAMPLE)
             if key == "mechanisms":
-                unknown = [m for m in value if m not in known]
+                unknown = [m for m in value if not isinstance(m, str) or m not in known]
                 if unknown:
                     raise BadArguments(
                         f"policy {name}: no mechanism '{unknown[0]}'", f"there are {', '.join(sorted(known))}"
@@ -86,7 +96,26 @@ def _parse(name: str, data: Mapping[str, Any], known: set[str]) -> Policy:
                 values[table] = tuple(value)
             elif key in {f.name for f in fields(Policy)}:
                 values[key] = value
-    return Policy(name=name, **values)
+    made = Policy(name=name, **values)
+    _check(made, "max_error" in values)
+    return made
+
+
+def _check(policy: Policy, has_budget: bool) -> None:
+    """Numbers that mean nothing would otherwise be found out after hours of search, or never."""
+    said = f"policy {policy.name}:"
+    if policy.metric not in METRICS:
+        raise BadArguments(f"{said} no metric '{policy.metric}'", f"there are {', '.join(METRICS)}")
+    if policy.metric != DEFAULT_METRIC and not has_budget:
+        raise BadArguments(f"{said} metric {policy.metric} has no default budget", "write its max_error")
+    check_budget(policy.max_error, policy.metric, f"{said} max_error")
+    if not 0 < policy.confidence < 1:
+        raise BadArguments(f"{said} confidence {policy.confidence} is none", "write a number between 0 and 1")
+    if not 0 <= policy.min_gain < math.inf:
+        raise BadArguments(f"{said} min_gain {policy.min_gain} is no gain", "write a number such as 1.15")
+    for key, count in (("keep_first", policy.keep_first), ("keep_last", policy.keep_last)):
+        if count < 0:
+            raise BadArguments(f"{said} {key} {count} is negative", "write how many sites stay dense, 0 or more")
 
 
 def candidates(

@@ -23,7 +23,6 @@ from attncompile.verification.retype import TO_TWIN, convert_feed, retype, uses_
 from attncompile.verification.runners import Baseline, RewrittenFailed
 from attncompile.verification.site import MEMORY_CAP, SiteCheck, check_site
 from attncompile.verification.whole import (
-    METRICS,
     ModelComparison,
     OutputComparison,
     compare_models,
@@ -33,7 +32,6 @@ from attncompile.verification.whole import (
 __all__ = [
     "FACTS_FORMS",
     "MEMORY_CAP",
-    "METRICS",
     "TO_TWIN",
     "Baseline",
     "Case",

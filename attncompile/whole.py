@@ -20,7 +20,7 @@ from attncompile.core.plan import Dense, Plan
 from attncompile.culprits import find_culprits
 from attncompile.gate import Edit, SiteGate, SiteResult
 from attncompile.gpu_cost import GpuCost
-from attncompile.ledger_check import LedgerCheck
+from attncompile.ledger_check import Broken, LedgerCheck
 from attncompile.passes.fold_back import Folds
 from attncompile.passes.load import graphs
 from attncompile.passes.replace import apply
@@ -111,11 +111,14 @@ class Run:
 
     def finish(self, plan: Plan) -> Outcome:
         """Approximates if the policy and inputs allow it, then gates the whole model and writes ``model.onnx``."""
+        failures: tuple[str, ...] = ()
         if self._may_approximate():
-            plan = self._approximate(plan)
+            failures = self._unfit()  # before hours of search
+            if not failures:
+                plan = self._approximate(plan)
         if not self._feeds:  # only a plan file can ask for this
             self._undo([e for e in self._edits if not e.decision.exact], "an approximation needs --inputs")
-        failures = self._broken_assumptions()
+        failures = failures or self._broken_assumptions()
         self._undo_what_is_not_joined()
         foreign = _not_of_onnx_runtime(self._found.model.proto)
         if foreign and self._edits:
@@ -188,16 +191,30 @@ class Run:
         """What the user's inputs break; then nothing stays replaced, and the run fails."""
         if not self._feeds or not self._edits or self._options.inputs is None:
             return ()
-        check = LedgerCheck(
-            self._found.ledger,
-            self._feeds,
-            lambda feed: self._worlds(binding_of(self._found, feed)),
-            self._options.inputs,
+        check = self._ledger_check(self._options.inputs)
+        return self._refused_for(check.broken([(e.site, e.decision) for e in self._edits]))
+
+    def _unfit(self) -> tuple[str, ...]:
+        """The user's inputs that nothing can be approximated on; then nothing stays replaced, and the run fails."""
+        if self._options.inputs is None:
+            return ()
+        sites = [*self._open_sites(), *(e.site for e in self._edits)]
+        return self._refused_for(self._ledger_check(self._options.inputs).of_any(sites))
+
+    def _ledger_check(self, source: Path) -> LedgerCheck:
+        return LedgerCheck(
+            self._found.ledger, self._feeds, lambda feed: self._worlds(binding_of(self._found, feed)), source
         )
-        broken = check.broken([(e.site, e.decision) for e in self._edits])
+
+    def _refused_for(self, broken: Sequence[Broken]) -> tuple[str, ...]:
         if broken:
             self._undo(list(self._edits), f"your inputs break an assumption: {broken[0].text}")
         return tuple(f"assumption of {_ids(b.sites)}: {b.text}" for b in broken)
+
+    def _open_sites(self) -> list[AttentionSite]:
+        return search.open_sites(
+            self._found.detection.sites, self._policy, self._registry, self._edits, self._options.sites
+        )
 
     def _in_force(self) -> search.SearchReport | None:
         sites = {e.site.id for e in (*self._edits, *self._on_gpu)}
@@ -263,9 +280,7 @@ class Run:
     def _approximate(self, plan: Plan) -> Plan:
         """Searches among sites that are not made sparse exactly, and checks what was chosen alone."""
         options = self._options
-        chosen = search.open_sites(
-            self._found.detection.sites, self._policy, self._registry, self._edits, options.sites
-        )  # fmt: skip
+        chosen = self._open_sites()
         settings = search.Settings(
             self._metric(), self._limit(), options.density, self._policy.confidence,
             options.jobs or measure.default_threads(), options.executor, options.threads, options.provider,

@@ -249,6 +249,8 @@ def test_interrupt_exits_130(fake: Fake, capfd: pytest.CaptureFixture[str]) -> N
         (["m.onnx", "--max-error", "much"], "Invalid value for '--max-error'", "--help"),
         (["m.onnx", "--max-error", "-1"], "--max-error -1.0", "0 or more"),
         (["m.onnx", "--max-error", "nan"], "--max-error nan", "0 or more"),
+        (["m.onnx", "--max-error", "inf"], "--max-error inf", "finite"),
+        (["m.onnx", "--max-error", "1.5", "--metric", "cosine"], "no model has a cosine above 1", "0 to 1"),
         (["m.onnx", "--require-sites", "-1"], "--require-sites", "must be found"),
         (["m.onnx", "--profile", "seq"], "--profile 'seq' has no '='", "seq=1:512:4096"),
         (["m.onnx", "--profile", "seq=1:2"], "'seq=1:2' is not one size, nor three", "seq=1:512:4096"),
@@ -549,15 +551,23 @@ def test_stdout_closed_early(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_ctrl_c_is_clean(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code_of", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminated")],
+)
+def test_signals_end_cleanly(tmp_path: Path, sent: signal.Signals, code_of: int, said: str) -> None:
+    """As an exception does: folders that were begun are removed on the way out."""
     code = (
         "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background ignores it
         "import attncompile\n"
         "fake = types.ModuleType('attncompile.pipeline')\n"
         "fake.Options = lambda **k: k\n"
         "def compile(path, options, progress):\n"
-        "    progress.stage('long', 3); print('ready', file=sys.stderr, flush=True); time.sleep(60)\n"
+        "    progress.stage('long', 3); print('ready', file=sys.stderr, flush=True)\n"
+        "    try: time.sleep(60)\n"
+        "    finally: print('tidied', file=sys.stderr, flush=True)\n"
         "fake.compile = compile\n"
         "sys.modules['attncompile.pipeline'] = attncompile.pipeline = fake\n"
         "from attncompile.cli import main\n"
@@ -570,11 +580,11 @@ def test_ctrl_c_is_clean(tmp_path: Path) -> None:
     assert process.stderr is not None
     while "ready" not in process.stderr.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code_of
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted"
+    assert err.splitlines()[-2:] == ["tidied", said]
     assert "Traceback" not in err
 
 

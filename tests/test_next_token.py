@@ -54,6 +54,17 @@ def test_positions_of_the_same_shape_are_told_apart_by_the_table_that_they_index
         next_token(model("a", "b", tied=""))
 
 
+def test_tokens_that_are_reshaped_before_they_are_looked_up() -> None:
+    """GPT-2 of transformers does, whatever their shape was."""
+    proto = model("position_ids", "input_ids")
+    graph = proto.graph
+    graph.initializer.append(numpy_helper.from_array(np.array([-1, TOKENS]), "view"))
+    cast = next(n for n in graph.node if n.output[0] == "input_ids_64")
+    cast.output[0] = "flat"
+    graph.node.insert(3, helper.make_node("Reshape", ["flat", "view"], ["input_ids_64"]))
+    assert next_token(proto) == NextToken("input_ids", "logits")
+
+
 def test_what_looks_up_no_table_of_the_vocabularys_size_is_no_token() -> None:
     """The mask beside embedded inputs; the tokens where outputs are labels of them."""
     with pytest.raises(BadArguments, match="not clear which of the inputs attention_mask"):

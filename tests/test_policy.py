@@ -15,6 +15,7 @@ from attncompile.core.site import AttentionSite, Operand
 from attncompile.core.verdict import Verdict
 from attncompile.plugins import mechanisms
 from attncompile.policy import decide, load_policy, names
+from attncompile.search import open_sites
 
 SITE = AttentionSite(
     id="s", form="test", query=Operand("q", "BHND"), key=Operand("k", "BHND"), value=Operand("v", "BHND"),
@@ -92,13 +93,28 @@ def test_built_in_policies_load() -> None:
         ("[exact]\nmin_gain = 'much'", "min_gain"),
         ("[exact]\nmin_gain = true", "min_gain"),
         ("[other]\nx = 1", "other"),
+        ("exact = 3", "'exact' above the tables"),
+        ("[exact]\nmechanisms = [['a']]", "no mechanism"),
+        ("[exact]\nmin_gain = nan", "min_gain nan"),
+        ("[approximate]\nmetric = 'foo'\nmax_error = 1", "no metric 'foo'"),
+        ("[approximate]\nmetric = 'psnr'", "psnr has no default budget"),
+        ("[approximate]\nmax_error = -1", "max_error -1"),
+        ("[approximate]\nmax_error = nan", "max_error nan"),
+        ("[approximate]\nmax_error = inf", "max_error inf"),
+        ("[approximate]\nmetric = 'cosine'\nmax_error = 2", "cosine above 1"),
+        ("[approximate]\nconfidence = 1.0", "confidence 1.0"),
+        ("[approximate]\nconfidence = 0", "confidence 0"),
+        ("[approximate]\nkeep_first = -1", "keep_first -1"),
+        ("[approximate]\nkeep_last = 'two'", "'keep_last' must be a whole number"),
+        ("\udcff", "not a text file"),
     ],
 )
 def test_bad_policy_files(tmp_path: Path, text: str, word: str) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(text)
-    with pytest.raises(BadArguments, match=word):
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(BadArguments, match=word) as error:
         load_policy(str(path), mechanisms())
+    assert error.value.hint
 
 
 def test_unknown_policies() -> None:
@@ -107,3 +123,9 @@ def test_unknown_policies() -> None:
     assert "auto, exact, linear, neighborhood, sparse" in error.value.hint
     with pytest.raises(BadArguments, match="does not exist"):
         load_policy("./none.toml", mechanisms())
+
+
+@pytest.mark.parametrize(("first", "last", "left"), [(0, 0, 3), (1, 1, 1), (2, 5, 0), (5, 0, 0), (0, 4, 0), (0, 3, 0)])
+def test_sites_at_the_ends_stay_dense_however_many_are_asked_for(first: int, last: int, left: int) -> None:
+    sites = [replace(SITE, id=f"site{i}") for i in range(3)]
+    assert len(open_sites(sites, Policy("p", keep_first=first, keep_last=last), (), ())) == left

@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +41,8 @@ def check_replaceable(out: Path) -> None:
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A new folder beside ``out``, which takes its place when the block ends without an exception.
 
-    Until then ``out`` is as it was; after an exception nothing of the new folder is left.
+    Until then ``out`` is as it was; after an exception nothing of the new folder is left. What a run that was killed
+    left of its own is removed.
 
     Raises:
         BadArguments: ``out`` may not be replaced (see ``check_replaceable``), or its parent cannot be written.
@@ -47,9 +50,12 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link in place of the folder
     check_replaceable(out)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    held: int | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
+        held = hold(temporary)
+        _remove_abandoned(out)
     except OSError as error:
         raise BadArguments(
             f"cannot write beside {out}: {error.strerror}", "name a folder that can be written with --out"
@@ -58,7 +64,45 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         yield temporary
         _put_in_place(temporary, out)
     finally:
+        if held is not None:
+            os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_AGE = 60.0
+"""Seconds that an abandoned folder has lain untouched: one that was made this moment may not be held yet."""
+
+
+def hold(folder: Path) -> int | None:
+    """Locks ``folder`` for as long as the descriptor is open, at most as long as this process lives. None where the
+    system has no locks for it. Raises ``BlockingIOError`` where somebody else holds it, ``OSError`` where it is none.
+    """
+    try:
+        import fcntl
+    except ImportError:  # another system
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(held)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return held
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Folders that runs for ``out`` worked in when they were killed."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.tmp")
+    for path in out.parent.iterdir():
+        if not name.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError):  # another run may be quicker
+            if time.time() - path.stat().st_mtime < _AGE or (held := hold(path)) is None:
+                continue
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(held)
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:
@@ -96,7 +140,7 @@ def copy_file(source: Path, target: Path) -> str:
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         temporary.replace(target)
     except OSError as error:
-        raise _explained(error, source, target) from None
+        raise cannot_write(error, target, source.stat().st_size) from None
     finally:
         temporary.unlink(missing_ok=True)
     return how
@@ -109,17 +153,16 @@ def write_file(target: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(target)
     except OSError as error:
-        raise _explained(error, target, target) from None
+        raise cannot_write(error, target, len(data)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _explained(error: OSError, source: Path, target: Path) -> AttncompileError:
+def cannot_write(error: OSError, target: Path, size: int | None = None) -> AttncompileError:
+    """What to tell the user when writing ``target``, of ``size`` bytes if that is known, ended with ``error``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TargetError(
-            f"no space left to write {target.name} ({source.stat().st_size} bytes)",
-            "free disk space, or use --out elsewhere",
-        )
+        needs = "" if size is None else f" ({size} bytes)"
+        return TargetError(f"no space left to write {target.name}{needs}", "free disk space, or use --out elsewhere")
     return TargetError(f"cannot write {target}: {error.strerror or error}", "check the folder's permissions")
 
 

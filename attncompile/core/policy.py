@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from attncompile.core.errors import BadArguments
+
 DEFAULT_MAX_ERROR = 0.01
+DEFAULT_METRIC = "relative_l2"
+METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement", "perplexity")
+_AT_MOST_ONE = ("cosine", "top1_agreement")
+
+
+def check_budget(max_error: float, metric: str | None, said: str) -> None:
+    """Raise ``BadArguments``, which begins with ``said``, unless ``max_error`` is a budget that ``metric`` can keep
+    (None: whichever that is).
+    """
+    if not max_error >= 0:
+        raise BadArguments(f"{said} {max_error} is not an error", "give a number of 0 or more")
+    if math.isinf(max_error):
+        raise BadArguments(f"{said} {max_error} bounds nothing", "give a finite number of 0 or more")
+    if metric in _AT_MOST_ONE and max_error > 1:
+        raise BadArguments(
+            f"{said} {max_error}: no model has a {metric} above 1", "give the least that the outputs may have, 0 to 1"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +42,7 @@ class Policy:
     approximate: tuple[str, ...] = ()
     min_gain: float = 1.15
     max_error: float = DEFAULT_MAX_ERROR
-    metric: str = "relative_l2"
+    metric: str = DEFAULT_METRIC
     keep_first: int = 0
     keep_last: int = 0
     keep_dense: str = ""

@@ -79,6 +79,10 @@ class Processes:
                 if isinstance(answer, BaseException):
                     raise answer
                 found[number] = each(answer)
+        except KeyboardInterrupt:  # who asked this process to end does not wait for what the others are doing
+            for process in self._running:
+                process.kill()
+            raise
         finally:
             stop.set()
             for thread in threads:
@@ -114,6 +118,9 @@ class _Process:
             self._log.seek(0)
             said = " ".join(self._log.read().decode(errors="replace").split())[-500:]
             raise ProcessDied(request, code, said) from None
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -11,13 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from attncompile.core.folder import cannot_write
+
 
 def save(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes ``path`` (.npz)."""
+    """Writes ``path`` (.npz). Raises ``TargetError`` where that is not possible."""
     names = np.frombuffer(json.dumps(list(arrays)).encode(), np.uint8)
     temporary = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(temporary, names, *(np.asarray(a) for a in arrays.values()))
-    temporary.replace(path)
+    try:
+        np.savez(temporary, names, *(np.asarray(a) for a in arrays.values()))
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(error, path) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, wanted: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -204,7 +204,7 @@ def open_sites(
     """
     skip = {m.name for m in registry if m.skips_keys}
     sparse = {e.site.id for e in exact if e.decision.mechanism in skip}
-    allowed = sites[policy.keep_first : len(sites) - policy.keep_last]
+    allowed = sites[policy.keep_first : max(len(sites) - policy.keep_last, 0)]
     return [s for s in allowed if s.id not in sparse and s.id in (only or {s.id})]
 
 
@@ -266,9 +266,11 @@ class Search:
         return self._warnings
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, and lets go of what was found."""
         if self._executor is not None:
             self._executor.close()
+        if self._state is not None:
+            self._state.release()
 
     def spaces(self, sites: Sequence[AttentionSite]) -> list[SiteSpace]:
         """All that ``sites`` can become, scored on the calibration inputs. ``close`` ends what is started for it."""

@@ -7,10 +7,12 @@ it. What depends on the candidates has a hash of them in its name: a search that
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from attncompile.core.errors import BadArguments
-from attncompile.core.folder import write_file
+from attncompile.core.folder import hold, write_file
 from attncompile.search.arrays import load, save
 
 _KEY = "key.txt"
@@ -63,8 +65,9 @@ def stamp_of(value: Any) -> str:
 
 
 class State:
-    """``folder`` is made when it is needed. ``resumed`` counts the pieces that were there already. Raises
-    ``BadArguments`` where the folder holds something else.
+    """``folder`` is made when it is needed, and this search's alone until ``release``. ``resumed`` counts the pieces
+    that were there already. Raises ``BadArguments`` where the folder holds something else, or another search is using
+    it.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -73,9 +76,18 @@ class State:
         known = folder / _KEY
         if folder.is_dir() and any(folder.iterdir()) and not known.is_file():
             raise BadArguments(f"{folder} is not a search's: it holds other files", "move them, or name another folder")
-        if not known.is_file() or known.read_text(encoding="ascii") != key:
-            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._held = hold(folder)
+        except BlockingIOError:
+            raise BadArguments(
+                f"{folder} is in use: another search for the same output is running",
+                "wait until it has ended, or name another folder with --out",
+            ) from None
+        if not known.is_file() or known.read_text(encoding="utf-8", errors="replace") != key:
+            # Not the folder, which is what is held; the key last: a folder without one is taken for somebody else's.
+            for path in sorted(folder.iterdir(), key=lambda p: p == known):
+                path.unlink()
         write_file(known, key.encode("ascii"))
 
     def arrays(self, name: str) -> dict[str, np.ndarray] | None:
@@ -89,6 +101,16 @@ class State:
     def store(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         save(self.folder / f"{name}.npz", arrays)
 
+    def release(self) -> None:
+        """Others may use the folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
     def remove(self) -> None:
-        """The search is over."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """The search is over; what another one has begun there since ``release`` stays."""
+        with contextlib.suppress(OSError):
+            held = hold(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if held is not None:
+                os.close(held)

@@ -229,7 +229,8 @@ def load_inputs(path: Path, proto: ModelProto | None = None) -> list[dict[str, n
     Raises BadArguments for a file that cannot be read, holds no feed, or does not fit the model.
     """
     if not path.is_file():
-        raise BadArguments(f"{path} does not exist", "give an .npz, a Polygraphy .json or a .py with load_data()")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise BadArguments(f"{path} {what}", "give an .npz, a Polygraphy .json or a .py with load_data()")
     readers = {".npz": _npz, ".json": _json, ".py": _script}
     if path.suffix not in readers:
         raise BadArguments(f"{path}: unknown kind of input file", "give an .npz, a Polygraphy .json or a .py script")
@@ -240,8 +241,7 @@ def load_inputs(path: Path, proto: ModelProto | None = None) -> list[dict[str, n
     except (Exception, SystemExit) as error:  # the content is the user's: whatever is wrong with it is a bad argument
         text = str(error).strip().splitlines()
         raise BadArguments(
-            f"{path}: cannot read inputs: {type(error).__name__}: {text[0][:200] if text else ''}",
-            "an .npz holds one array per input; JSON comes from `polygraphy run --save-inputs`",
+            f"{path}: cannot read inputs: {type(error).__name__}: {text[0][:200] if text else ''}", _HINTS[path.suffix]
         ) from error
     if not feeds:
         raise BadArguments(f"{path} holds no inputs", "give at least one set of inputs")
@@ -250,9 +250,16 @@ def load_inputs(path: Path, proto: ModelProto | None = None) -> list[dict[str, n
     return feeds
 
 
+_HINTS = {
+    ".npz": "an .npz holds one array per input: np.savez(FILE, NAME=ARRAY, ...)",
+    ".json": "such a file comes from `polygraphy run --save-inputs`, or polygraphy.json.save_json of a list of dicts",
+    ".py": "load_data() in it returns or yields dicts of name -> array",
+}
+
+
 def _as_feed(item: Any, path: Path) -> dict[str, np.ndarray]:
     if not isinstance(item, Mapping) or not item or not all(isinstance(k, str) for k in item):
-        raise BadArguments(f"{path}: every set of inputs is a dict of name -> array", "see `polygraphy run --help`")
+        raise BadArguments(f"{path}: every set of inputs is a dict of name -> array", _HINTS[path.suffix])
     return {k: np.asarray(v) for k, v in item.items()}
 
 

@@ -14,6 +14,7 @@ from attncompile.core.errors import BadArguments
 _INTEGERS = (TensorProto.INT64, TensorProto.INT32)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _KEEPS = frozenset({"Cast", "Identity"})
+_SAME_TOKENS = _KEEPS | {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 _TABLES = _KEEPS | {"DequantizeLinear"}
 
 
@@ -82,7 +83,7 @@ def _lookups(proto: ModelProto, names: set[str]) -> Iterator[tuple[str, int]]:
     sizes = {t.name: t.dims[0] for t in proto.graph.initializer if t.dims}
     origin = {n: n for n in names}
     for node in proto.graph.node:
-        if node.op_type in _KEEPS and node.input[0] in origin:
+        if node.op_type in _SAME_TOKENS and node.input[0] in origin:
             origin[node.output[0]] = origin[node.input[0]]
         elif node.op_type in _TABLES and node.input[0] in sizes:
             sizes[node.output[0]] = sizes[node.input[0]]

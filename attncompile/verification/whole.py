@@ -13,6 +13,7 @@ import onnx
 from onnx import ModelProto, TensorProto
 
 from attncompile.core.errors import BadArguments, BadModel
+from attncompile.core.policy import METRICS
 from attncompile.core.verdict import Verdict
 from attncompile.metrics import Metrics, compute
 from attncompile.verification.answers import answers
@@ -97,7 +98,6 @@ class ModelComparison:
 
 
 HIGHER_IS_BETTER = {"cosine", "psnr", "top1_agreement"}
-METRICS = ("relative_l2", "max_abs", "cosine", "psnr", "kl", "top1_agreement", "perplexity")
 
 
 def exact_budget(proto: ModelProto) -> float:

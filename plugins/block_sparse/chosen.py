@@ -69,7 +69,8 @@ def check(site: AttentionSite, given: Parameters) -> tuple[int, Chooser]:
     if len(texts) != site.heads:
         raise Unsupported("parameters", f"{len(texts)} patterns for {site.heads} heads")
     if given.get("masked_rows", "zero") != "zero":
-        raise Unsupported("parameters", f"masked_rows {given['masked_rows']!r}", "every query sees its own block: zero")
+        said = f"masked_rows {given['masked_rows']!r}, though every query sees its own block"
+        raise Unsupported("parameters", said, "delete that line")
     chooser = Chooser.of([str(t) for t in texts])
     if chooser.rest:
         if _length(site) < edge:

@@ -87,11 +87,6 @@ def parameters(geometry: BlockGeometry, patterns: Sequence[BlockPattern]) -> Par
     return {"masked_rows": _rule(texts), "edge": geometry.edge, "heads": texts}
 
 
-def _rule(texts: Sequence[str]) -> str:
-    """What a query without a key gives."""
-    return "uniform" if "mean" in texts else "zero"
-
-
 NAMES = ("masked_rows", "edge", "heads")
 """Parameters of a site whose heads have patterns."""
 
@@ -117,10 +112,14 @@ def seen_of(site: AttentionSite, given: Parameters) -> tuple[BlockGeometry, np.n
         raise Unsupported("pattern", "a head in another order beside padding, which is said for tokens as they stand",
                           "leave the order out")  # fmt: skip
     size_of(texts, geometry, site.mask.part("padding") is not None)
-    if (rows := given.get("masked_rows", _rule(texts))) != _rule(texts):
-        raise Unsupported("parameters", f"masked_rows {rows!r} beside these heads",
-                          f"write {_rule(texts)}: it is uniform where a head is mean, else zero")  # fmt: skip
+    rule, said = _rule(texts), given.get("masked_rows")
+    if said not in (None, rule):
+        raise Unsupported("parameters", f"masked_rows {said!r}, where it is {rule} by these heads", "delete that line")
     return geometry, seen
+
+
+def _rule(texts: Sequence[str]) -> str:
+    return "uniform" if "mean" in texts else "zero"
 
 
 @lru_cache(maxsize=8)

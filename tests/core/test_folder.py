@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attncompile.core import folder
-from attncompile.core.errors import BadArguments
-from attncompile.core.folder import atomic_folder, copy_file
+from attncompile.core.errors import BadArguments, TargetError
+from attncompile.core.folder import atomic_folder, copy_file, write_file
+from attncompile.search import arrays
 
 GIB = 1 << 30
 
@@ -60,6 +63,36 @@ def test_our_old_folder_survives_an_exception(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert (out / "plan.toml").read_text() == "old"
     assert _names(tmp_path) == ["out"]
+
+
+def test_what_killed_runs_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """By a run for the same output, once it is old; not what another run works in, nor what has another name."""
+    code = "import sys, os\nfrom attncompile.core.folder import atomic_folder\n"
+    code += "with atomic_folder(__import__('pathlib').Path(sys.argv[1])) as f:\n    print(f.name, flush=True)\n"
+    code += "    sys.stdin.read() or os.kill(os.getpid(), 9)"
+    root = str(Path(__file__).parents[2])
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, text=True,
+                         stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root})
+        for _ in range(2)
+    ]  # fmt: skip
+    names = []
+    for process in started:
+        assert process.stdout is not None
+        names.append(process.stdout.readline().strip())
+    others = [".out.12345678.old", ".out.x.tmp", ".outer.12345678.tmp", ".out.1234567g.tmp"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    started[0].communicate()
+    assert started[0].returncode == -9 and set(names) <= set(_names(tmp_path))
+    for name in _names(tmp_path):
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".out.00000000.tmp").mkdir()  # made this moment: a run that has not locked it yet
+    with atomic_folder(tmp_path / "out") as inside:
+        (inside / "report.json").write_text("{}")
+    assert _names(tmp_path) == sorted([names[1], ".out.00000000.tmp", "out", *others])
+    started[1].communicate("go on")
+    assert started[1].returncode == 0 and names[1] not in _names(tmp_path)
 
 
 def test_foreign_folder_file_and_link_are_refused(tmp_path: Path) -> None:
@@ -165,3 +198,25 @@ def test_thirteen_gigabytes_in_little_memory(tmp_path: Path) -> None:
     with target.open("rb") as file:
         file.seek(12 * GIB + 4_999_999)
         assert file.read(2) == b"w\0"
+
+
+def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that is new, one that was there, and arrays."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def begun(path: Path, *_: object) -> None:
+        path.touch()
+        full()
+
+    (tmp_path / "old").write_bytes(b"x")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for name in ("new", "old"):
+        with pytest.raises(TargetError, match=rf"no space left to write {name} \(3 bytes\)") as error:
+            write_file(tmp_path / name, b"abc")
+        assert "--out" in error.value.hint
+    monkeypatch.setattr(np, "savez", begun)
+    with pytest.raises(TargetError, match=r"no space left to write maps\.npz"):
+        arrays.save(tmp_path / "maps.npz", {"x": np.ones(2)})
+    assert _names(tmp_path) == ["old"]

@@ -195,6 +195,11 @@ def test_parameters_that_are_refused(case) -> None:
         (site, {"heads": ["mean", *["dense"] * 3]}), (site, {"edges": 128}), (site, {"mask": "0123456789abcdef"}),
     ):  # fmt: skip
         assert not SUBJECT.supports(at, {**good, **changes}).ok, changes
+    # What a query without a key gets follows from the heads: a line that says otherwise is refused, one less is fine.
+    for heads, rule in ((["dense"] * 4, "uniform"), (["skip", *["dense"] * 3], "uniform"), (["mean"] * 4, "zero")):
+        verdict = SUBJECT.supports(site, {"heads": heads, "masked_rows": rule})
+        assert (verdict.ok, verdict.hint) == (False, "delete that line") and "masked_rows" in verdict.reason
+        assert SUBJECT.supports(site, {"heads": heads}).ok and SUBJECT.lower(site, {"heads": heads}, 18).nodes
     for heads in (["dense"] * 4, ["skip", *["dense"] * 3]):
         with pytest.raises(Unsupported, match="masked_rows"):
             SUBJECT.lower(site, {**good, "heads": heads, "masked_rows": "uniform"}, 18)

@@ -296,12 +296,34 @@ def test_what_is_kept_belongs_to_one_key(tmp_path: Path) -> None:
     assert len(others) == 4 and key not in others
     state = State(tmp_path / "s", key)
     state.store("a-1", feeds[0])
+    state.release()
     again = State(tmp_path / "s", key)
     found = again.arrays("a-1")
     assert found is not None and again.resumed == 1 and again.arrays("b") is None
     assert {n: v.tolist() for n, v in found.items()} == {"x": [0, 1, 2], "file": 1}
-    assert State(tmp_path / "s", "another").arrays("a-1") is None
+    again.release()
+    other = State(tmp_path / "s", "another")
+    assert other.arrays("a-1") is None
+    other.release()
     again.remove()
+    assert not (tmp_path / "s").exists()
+
+
+def test_two_searches_for_one_output_do_not_share_what_they_find(tmp_path: Path) -> None:
+    """Each would take the other's files away: the second is refused, whatever it looks for, until the first ends."""
+    first = State(tmp_path / "s", "key")
+    first.store("a", {"x": np.ones(2)})
+    for key in ("key", "another"):
+        with pytest.raises(BadArguments, match="another search for the same output is running") as refused:
+            State(tmp_path / "s", key)
+        assert "--out" in refused.value.hint
+    assert first.arrays("a") is not None
+    first.release()
+    second = State(tmp_path / "s", "key")
+    first.remove()  # its output is whole, but the second is at work
+    assert second.arrays("a") is not None
+    second.release()
+    second.remove()
     assert not (tmp_path / "s").exists()
 
 

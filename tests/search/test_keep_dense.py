@@ -226,7 +226,7 @@ def test_what_cannot_be_joined_is_undone(full, tmp_path: Path, monkeypatch: pyte
 
 def test_a_rule_in_a_policy_is_looked_at_before_anything_is_run(full, tmp_path: Path, capsys) -> None:
     text = (Path(pipeline.__file__).with_name("policies") / "sparse.toml").read_text()
-    for rule, said in (('"s < 1"', "no input 's'"), ('"t == 1"', "not a rule"), ("1", "'keep_dense' must be a str")):
+    for rule, said in (('"s < 1"', "no input 's'"), ('"t == 1"', "not a rule"), ("1", "'keep_dense' must be a text")):
         policy = tmp_path / "mine.toml"
         policy.write_text(text.replace("[approximate]\n", f"[approximate]\nkeep_dense = {rule}\n"))
         for verb in (["plan"], []):

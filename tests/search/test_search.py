@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import pytest
 from attncompile import gate, pipeline, report, whole
 from attncompile.core import plan_toml
 from attncompile.core.block_selection import rest_of
-from attncompile.core.errors import AttncompileError, MissingDependency
+from attncompile.core.errors import AttncompileError, BadArguments, MissingDependency
 from attncompile.pipeline import Options
 from attncompile.search import arrays, executors, run, split, state, tasks
 from attncompile.search.executors import Inline
@@ -543,3 +544,64 @@ def test_a_head_that_does_not_matter_is_skipped(tmp_path: Path) -> None:
     assert [h.pattern == "skip" for h in heads] == [False, False, False, True]
     assert heads[3].density == heads[3].kept == 0 and not heads[3].seen.any() and heads[3].damage < 1e-5
     assert found.parity is not None and 0 < found.parity.value <= 0.02
+
+
+def test_a_plan_is_judged_by_its_own_budget(full, tmp_path: Path) -> None:
+    """Not by that of the policy that the command line happens to have."""
+    found = compiled(full, tmp_path, metric="psnr", max_error=20.0)
+    assert found.approximate and found.parity is not None, found.warnings
+    plan = tmp_path / "out" / "plan.toml"
+    bare = {"policy": "exact", "plan": plan}
+    again = compiled(full, tmp_path / "again", **bare)
+    assert again.parity is not None and (again.parity.metric, again.parity.budget) == ("psnr", 20.0)
+    assert list(again.options.items()) == list(found.options.items()) == [("max_error", 20.0), ("metric", "psnr")]
+    assert (tmp_path / "again/out/model.onnx").read_bytes() == (tmp_path / "out/model.onnx").read_bytes()
+
+    tight = compiled(full, tmp_path / "tight", **bare, max_error=1000.0)
+    assert tight.outcome == "rolled_back" and tight.options["max_error"] == 1000.0
+    other = compiled(full, tmp_path / "other", **bare, metric="relative_l2", max_error=1e-9)
+    assert other.outcome == "rolled_back" and other.options == {"metric": "relative_l2", "max_error": 1e-9}
+
+    text = plan.read_text()
+    free = tmp_path / "free.toml"
+    free.write_text(text.replace("max_error = 20.0", "density = 0.5"))
+    loose = compiled(full, tmp_path / "loose", policy="exact", plan=free)
+    assert loose.outcome == "replaced" and loose.options == {"metric": "psnr", "density": 0.5}
+    assert loose.parity is not None and loose.parity.budget == -math.inf, "the psnr may be any"
+    wrong = {
+        "": "psnr has no default budget", "max_error = 'much'": "not a number", "max_error = nan": "not an error",
+        "max_error = true": "not a number", "density = 'some'": "not a number", "max_eror = 3": "have no 'max_eror'",
+    }  # fmt: skip
+    for line, said in wrong.items():
+        free.write_text(text.replace("max_error = 20.0", line))
+        with pytest.raises(BadArguments, match=said):
+            compiled(full, tmp_path / "wrong", policy="exact", plan=free)
+    free.write_text(text.replace('metric = "psnr"', 'metric = "speed"'))
+    with pytest.raises(BadArguments, match="the plan's metric is 'speed'"):
+        compiled(full, tmp_path / "wrong", policy="exact", plan=free)
+    with pytest.raises(BadArguments, match="--density is for a search"):
+        compiled(full, tmp_path / "wrong", plan=plan, density=0.5)
+
+
+def test_inputs_that_are_not_finite_fail_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing replaced exactly too, where nothing else would tell."""
+    feeds = constructed.feeds(4, TOKENS)
+    feeds[2] = {name: value.copy() for name, value in feeds[2].items()}
+    (name,) = feeds[2]
+    feeds[2][name].flat[7] = np.nan
+    made = constructed.write(tmp_path, constructed.build(TOKENS, 1, causal=False), feeds)
+    monkeypatch.setattr(run.Search, "run", lambda *_: pytest.fail("hours of it"))
+    found = compiled(made, tmp_path, max_error=0.03)
+    assert found.exit_code == 1 and found.outcome == "unchanged"
+    (failure,) = found.failures
+    assert f"'{name}'" in failure and "set 2: 1 of" in failure and "NaN" in failure
+    assert (tmp_path / "out/model.onnx").read_bytes() == made[0].read_bytes()
+
+
+def test_a_budget_for_which_nothing_need_be_computed(tmp_path: Path) -> None:
+    """Every head of a causal site may be skipped: no time is predicted to be nothing."""
+    made = constructed.write(tmp_path, constructed.build(1000, layers=1), constructed.feeds(4, 1000))
+    found = compiled(made, tmp_path, max_error=1e6)
+    (site,) = found.sites
+    assert set(site.decision.parameters["heads"]) == {"skip"}, found.warnings
+    assert 1 < site.decision.predicted_gain < 1000

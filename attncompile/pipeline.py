@@ -228,7 +228,7 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     with outputs.staged(out) as folder:
         gpu = gpu_of(options, target, worlds)
         run = whole.Run(found, options, found.feeds, kept, results, registry, worlds, checker, progress, folder,
-                        out.with_name(f".{out.name}.search"), gpu, rule, sides)  # fmt: skip
+                        out.with_name(f".{out.name}.search"), gpu, rule, sides, clock.lap)  # fmt: skip
         outcome = run.finish(chosen)
         clock.lap("verify the model")
         target = outputs.configured(target, options, outcome.plan)

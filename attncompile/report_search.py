@@ -42,7 +42,7 @@ figure { margin: 0; } figcaption { font-size: .8rem; line-height: 1.4; margin-to
 SIDE = 32
 """Squares a side of a map; more blocks than that are averaged."""
 
-POINT_COLUMNS = ("speed of all attention", "mean error", "others stay below", "")
+POINT_COLUMNS = ("speed of all attention, over exact", "mean error", "others stay below", "")
 
 SHADES = (0.15, 0.35, 0.6, 1.0)
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 280, 76, 40, 14
@@ -165,7 +165,7 @@ def _runs(row: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def curve(points: Sequence[CurvePoint], budget: float | None, metric: str) -> str:
-    """Errors (logarithmic) against the speed of all attention relative to the sites as they are."""
+    """Errors (logarithmic) against the speed of all attention relative to its exact form, as it is or replaced."""
     shown = [p for p in points if math.isfinite(p.mean) and p.mean > 0 and p.time > 0]
     if not shown:
         return "<p>No model that was measured gave a finite error.</p>"
@@ -203,7 +203,7 @@ def curve(points: Sequence[CurvePoint], budget: float | None, metric: str) -> st
             parts.append(f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="8"></circle>')
     told = {"cosine": "1 - cosine", "top1_agreement": "1 - top-1 agreement", "psnr": "noise relative to the peak",
             "perplexity": "logarithm of its rise"}  # fmt: skip
-    up, right = escape(told.get(metric, metric)), "speed of all attention, predicted"
+    up, right = escape(told.get(metric, metric)), "speed of all attention over its exact form, predicted"
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 2}" text-anchor="middle">{right}</text>')
     middle = _TOP + (_HEIGHT - _TOP - _BOTTOM) / 2
     turned = f'x="12" y="{middle}" transform="rotate(-90 12 {middle})"'

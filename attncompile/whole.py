@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -73,11 +73,11 @@ class Run:
         self, found: Inspection, options: Options, feeds: Sequence[Feed], edits: Sequence[Edit],
         results: dict[str, SiteResult], registry: Sequence[Mechanism], worlds: Worlds, checker: SiteGate,
         progress: Progress, folder: Path, state: Path, gpu: GpuCost | None = None, rule: KeepDense | None = None,
-        dense: Sequence[tuple[Edit, SiteResult]] = (),
+        dense: Sequence[tuple[Edit, SiteResult]] = (), lap: Callable[[str], None] = lambda name: None,
     ) -> None:  # fmt: skip
         """``state``: where a search keeps what it has found until it is over. ``gpu``: what the target's GPU takes.
         ``rule``: of calls in which approximated sites are as they were, or replaced by the exact edits ``dense``, of
-        which the gates found these results.
+        which the gates found these results. ``lap`` is told the name of a stage that is over.
         """
         self._found = found
         self._options = options
@@ -95,6 +95,7 @@ class Run:
         self._rule = rule
         self._dense = {e.site.id: e for e, _ in dense}
         self._dense_on_gpu: dict[str, Edit] = {}
+        self._lap = lap
         self._slow_dense = {e.site.id for e, result in dense if result.slower}
         self._shown: list[Shaped] = []
         self._search: search.Search | None = None
@@ -116,6 +117,7 @@ class Run:
             failures = self._unfit()  # before hours of search
             if not failures:
                 plan = self._approximate(plan)
+            self._lap("approximate")
         if not self._feeds:  # only a plan file can ask for this
             self._undo([e for e in self._edits if not e.decision.exact], "an approximation needs --inputs")
         failures = failures or self._broken_assumptions()

@@ -65,6 +65,17 @@ def test_ratio_is_ours_over_original() -> None:
     assert t.faster and not t.slower and t.conclusive
 
 
+def test_times_are_of_the_round_that_has_the_ratio() -> None:
+    """Medians of each side alone, 200 and 300 s, would say the contrary of the pairs; of even rounds two are in the
+    middle.
+    """
+    of, by = ([100, 100, 200, 900], [100, 300, 100, 800])  # the first is the warm-up
+    t, _ = time_fakes(lambda i: of[i], lambda i: by[i], rounds=3)
+    assert (t.original, t.ours, t.ratio) == (900, 800, pytest.approx(8 / 9))
+    t, _ = time_fakes(lambda i: [*of, 400][i], lambda i: [*by, 100][i], rounds=4)
+    assert (t.original, t.ours, t.ratio) == (550, 450, pytest.approx((1 / 2 + 8 / 9) / 2))
+
+
 def test_one_percent_slower_is_not_slower() -> None:
     t, _ = time_fakes(lambda _: 0.1, lambda _: 0.101, rounds=10)
     assert t.ratio == pytest.approx(1.01) and not t.slower and not t.faster

@@ -28,7 +28,7 @@ from attncompile.report import Report, TargetFile, TargetReport
 from attncompile.targets import base
 from attncompile.targets import onnx as onnx_target
 from attncompile.targets.base import BuildResult, Target
-from attncompile.targets.engine import METADATA, EngineTarget
+from attncompile.targets.engine import METADATA, EngineOptions, EngineTarget
 from attncompile.targets.kernels import Launching
 from attncompile.targets.onnxruntime_cuda import OnnxRuntimeCuda
 from attncompile.targets.ort_fusions import BIASES, ROUNDING
@@ -45,11 +45,11 @@ FP16_BUDGET = 1e-2
 """Relative L2 at the outputs that a conversion to fp16 may cost: ten times fp16's rounding unit."""
 
 
-def target(name: str | None, precision: str | None) -> Target:
+def target(name: str | None, precision: str | None, engine: EngineOptions | None = None) -> Target:
     """The target that was asked for, or the default one.
 
     Raises:
-        BadArguments: no such target, or a precision for a target without engines.
+        BadArguments: no such target, or a precision or options of an ``engine`` for a target that has none.
         MissingDependency: it cannot be built here, and nothing is gained by writing the portable outputs alone.
     """
     chosen = name or default_target()
@@ -65,6 +65,10 @@ def target(name: str | None, precision: str | None) -> Target:
     if precision is not None and chosen == "onnx":
         raise BadArguments(f"--{precision} is for other targets; onnx keeps the model's own types",
                            "add --target tensorrt-rtx or onnxruntime-cuda")  # fmt: skip
+    if engine not in (None, EngineOptions()) and not isinstance(found, EngineTarget):
+        raise BadArguments(f"target {chosen} builds no engine, and --workspace, --timing-cache, --weight-streaming, "
+                           "--refit, --engine-level and --engine-profile are of one",
+                           "leave them out, or add --target tensorrt-rtx or tensorrt")  # fmt: skip
     return found
 
 

@@ -187,7 +187,7 @@ def compile(path: Path, options: Options, progress: Progress | None = None) -> R
     progress = progress or SilentProgress()
     clock = _Clock()
     out = options.out or Path(f"{path.stem}.attncompile")
-    target = outputs.target(options.target, options.precision)
+    target = outputs.target(options.target, options.precision, options.engine)
     outputs.check(out, path)
 
     progress.stage("detect")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto, helper
 
-from attncompile import engine_options
+from attncompile import engine_options, outputs
 from attncompile.core.errors import BadArguments
 from attncompile.core.profile import Range
 from attncompile.targets.engine import EngineOptions
@@ -47,6 +47,17 @@ def test_ours() -> None:
     made = engine_options.parse("1G", Path("t"), True, False, 3, ["seq=1:1:1,past=1:8:9", "seq=2:5:9"])
     profiles = ({"seq": Range(1, 1, 1), "past": Range(1, 8, 9)}, {"seq": Range(2, 5, 9)})
     assert made == EngineOptions(1 << 30, Path("t"), True, False, 3, profiles)
+
+
+def test_a_target_without_engines_refuses_them() -> None:
+    """A timing cache that nothing writes would be found missing after the build."""
+    asked = EngineOptions(timing_cache=Path("t"))
+    for name in ("onnx", "onnxruntime-cuda"):
+        with pytest.raises(BadArguments, match=f"target {name} builds no engine") as raised:
+            outputs.target(name, None, asked)
+        assert "--target tensorrt-rtx" in raised.value.hint
+        assert outputs.target(name, None, EngineOptions()).name == name
+    assert outputs.target("tensorrt", None, asked).name == "tensorrt"
 
 
 def test_trtexecs(model: Path) -> None:

@@ -55,7 +55,7 @@ def test_heads_with_known_patterns(tmp_path: Path) -> None:
     assert found.outcome == "replaced" and found.approximate, found.warnings
     assert found.parity is not None and found.parity.passed and 0 < found.parity.value <= 0.03
     assert found.search is not None and set(found.search.sites) == {"site0", "site1"}
-    assert ["approximate", "verify the model"] == [s for s in found.seconds if s in ("approximate", "verify the model")]
+    assert [s for s in found.seconds if s in ("approximate", "verify the model")] == ["approximate", "verify the model"]
     assert found.seconds["approximate"] > 0
     column = (TOKENS // 2 + 40) // 64
     for heads in found.search.sites.values():

@@ -14,6 +14,15 @@ from attncompile.plugins import mechanism, mechanisms
 
 NEWEST = 28  # the newest opset that both onnx 1.23 and ONNX Runtime 1.32 know
 
+
+class StoredMask(dict[str, Any]):
+    """No parameters: the op reads the site's own mask, which is of this kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+
 SLIDING = {"kernel_size": [9], "left": [8], "causal": [1], "block": 16}
 PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     "NeighborhoodAttention": {
@@ -29,8 +38,8 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "prefix and suffix, dense below": {"kernel_size": [9], "prefix": 2, "suffix": 3, "dense_below": 100},
     },
     "BlockSparseAttention": {
-        label: {"pattern": label}
-        for label in ("documents", "prefix-LM", "global and local", "random blocks", "stripes", "dilated", "windows")
+        kind: StoredMask(kind)
+        for kind in ("documents", "prefix-LM", "global and local", "random blocks", "stripes", "dilated", "windows")
     },
     "Attention": {"none": {"causal": False}, "causal": {"causal": True}},
     "DenseAttention": {
@@ -91,12 +100,12 @@ def stored_mask(label: str, queries: int, keys: int) -> np.ndarray:
 
 
 def prepared(case: Any, name: str, parameters: dict[str, Any], **changes: Any) -> Any:
-    """A case whose site has the mask that the mechanism's parameters speak of."""
+    """A case whose site has the mask that goes with the mechanism's parameters."""
     causal = name != "NeighborhoodAttention" and (bool(parameters.get("causal")) or parameters.get("right") == 0)
     at = replace(case(opset=first_opset(name), causal=causal), **changes)
-    if "pattern" not in parameters:
+    if not isinstance(parameters, StoredMask):
         return at
-    return replace(at, static=True, visible=stored_mask(parameters["pattern"], at.queries, at.key_length))
+    return replace(at, static=True, visible=stored_mask(parameters.kind, at.queries, at.key_length))
 
 
 _OWN = ("LinearAttention", "FittedLinearAttention")

@@ -160,7 +160,7 @@ def test_a_gpu_of_unknown_cost_keeps_what_is_fixed(tmp_path: Path, monkeypatch: 
     """A target that runs kernels, none of which that choose was measured: heads do not choose, and it is said why."""
     target = OnGpu()
     monkeypatch.setattr(base, "get", lambda name: target)
-    monkeypatch.setattr(outputs, "target", lambda name, precision: target)
+    monkeypatch.setattr(outputs, "target", lambda *asked: target)
     fixed_only = {k: v for k, v in cost.table().items() if not k.endswith(("-scores", "-select", "-highest", "-near"))}
     monkeypatch.setattr(cost, "table", lambda: fixed_only)
     made = constructed.write(tmp_path, moving(False), feeds((TOKENS,) * 4))
@@ -187,7 +187,7 @@ def test_an_anchor_has_a_cost_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     """Kernels that were never timed are not judged by the times of those that choose by weight."""
     target, known = OnGpu(), cost.constants("gluon-90")
     monkeypatch.setattr(base, "get", lambda name: target)
-    monkeypatch.setattr(outputs, "target", lambda name, precision: target)
+    monkeypatch.setattr(outputs, "target", lambda *asked: target)
     measured = {k: v for k, v in cost.table().items() if not k.endswith(("-highest", "-near"))}
     measured |= {"triton-90-scores": known, "triton-90-select": known}
     monkeypatch.setattr(cost, "table", lambda: measured)

@@ -79,6 +79,26 @@ def test_late_nothing_more_is_begun(
     assert sum(n.op_type == "BlockSparseAttention" for n in nodes) == len(texts)
 
 
+def test_what_is_said_of_the_best_single_mechanism() -> None:
+    """Of a classifier it may change no answer that it is chosen on: then there is no row at equal error, and all
+    inputs say who is nearer.
+    """
+
+    def row(name: str, predicted: float, errors: list[float], held: list[float]) -> Any:
+        return compare.Row(name, "x", predicted, 1 / predicted, 0.5, 0.0, errors, held, {})
+
+    own = row(compare.EACH, 0.5, [0.25, 0.0], [0.25, 0.0])
+    rows = [row(compare.EXACT, 1.0, [0.0] * 2, [0.0] * 2), own, row("slash", 0.8, [0.0] * 2, [0.5, 0.0])]
+    fastest = "chosen for each head 1.60 times as fast as the best single mechanism"
+    assert compare.verdict(rows) == f"{fastest} and no further from the original over all inputs (slash x)"
+    own.held[1] = 0.25
+    assert compare.verdict(rows) == f"{fastest} (slash x)"
+    equal = row(compare.EQUAL, 0.64, [0.0] * 2, [0.0] * 2)
+    assert compare.verdict([*rows, equal]) == f"{fastest}, 1.25 times at no larger an error (slash x)"
+    assert compare.verdict(rows[:2]) == "no single mechanism keeps it"
+    assert compare.verdict(rows[::2]) == "the search found nothing that keeps it"
+
+
 def test_only_what_is_named_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

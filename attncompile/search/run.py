@@ -44,8 +44,12 @@ if TYPE_CHECKING:
     from attncompile.pipeline import Inspection
 
 Feed = Mapping[str, np.ndarray]
-PROBES = 2
-"""Calibration inputs on which it is measured how much the outputs follow each site."""
+PROBES = 12
+"""Calibration inputs on which it is measured how much the outputs follow each site: of a diffusion model's they differ
+with the time, and two of them order the sites wrongly."""
+
+_PROBES_OF_LOGITS = 2
+"""The same of language models, whose logits are kept whole for it."""
 
 FEW = 6
 """Calibration inputs below which the bound on others is wide, because little is known of how they differ."""
@@ -566,15 +570,18 @@ class Search:
         missing = [i for i in inputs if not self._outputs(i).is_file()]
         path = self._found.model.path.resolve()
         assert self._executor is not None
-        probed = self._known[:PROBES]  # by another metric, of all outputs
+        probed = self._probed()  # by another metric, of all outputs
         self._executor.map([
             tasks.Baseline(path, self._files[i], self._outputs(i), self._settings.provider, self._language,
                            self._language is None or i in probed) for i in missing
         ])  # fmt: skip
 
+    def _probed(self) -> Sequence[int]:
+        return self._known[: PROBES if self._language is None else _PROBES_OF_LOGITS]
+
     def _weighed(self, spaces: Sequence[SiteSpace]) -> list[SiteSpace]:
         """Spaces with the share of a site's squared change that arrives at the outputs, by changing one site alone."""
-        inputs = self._known[:PROBES]
+        inputs = self._probed()
         metric = tasks.PROBE.get(self._settings.metric, "relative_l2")
         power = 1 / tasks.POWER[metric]
         self._progress.stage("probe sites", len(spaces))

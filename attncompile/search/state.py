@@ -87,7 +87,7 @@ class State:
         if not known.is_file() or known.read_text(encoding="utf-8", errors="replace") != key:
             # Not the folder, which is what is held; the key last: a folder without one is taken for somebody else's.
             for path in sorted(folder.iterdir(), key=lambda p: p == known):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         write_file(known, key.encode("ascii"))
 
     def arrays(self, name: str) -> dict[str, np.ndarray] | None:

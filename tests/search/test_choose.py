@@ -302,6 +302,7 @@ def test_what_is_kept_belongs_to_one_key(tmp_path: Path) -> None:
     assert found is not None and again.resumed == 1 and again.arrays("b") is None
     assert {n: v.tolist() for n, v in found.items()} == {"x": [0, 1, 2], "file": 1}
     again.release()
+    (tmp_path / "s" / "folder" / "inside").mkdir(parents=True)
     other = State(tmp_path / "s", "another")
     assert other.arrays("a-1") is None
     other.release()

@@ -598,12 +598,3 @@ def test_inputs_that_are_not_finite_fail_before_the_search(tmp_path: Path, monke
     (failure,) = found.failures
     assert f"'{name}'" in failure and "set 2: 1 of" in failure and "NaN" in failure
     assert (tmp_path / "out/model.onnx").read_bytes() == made[0].read_bytes()
-
-
-def test_a_budget_for_which_nothing_need_be_computed(tmp_path: Path) -> None:
-    """Every head of a causal site may be skipped: no time is predicted to be nothing."""
-    made = constructed.write(tmp_path, constructed.build(1000, layers=1), constructed.feeds(4, 1000))
-    found = compiled(made, tmp_path, max_error=1e6)
-    (site,) = found.sites
-    assert set(site.decision.parameters["heads"]) == {"skip"}, found.warnings
-    assert 1 < site.decision.predicted_gain < 1000
